@@ -1,0 +1,44 @@
+"""Exceptions. Every message is one sentence: the place, what is wrong, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KVPolicyError(Exception):
+    """Base of all errors that kvpolicy raises on purpose."""
+
+
+class SpecError(KVPolicyError, ValueError):
+    """A policy file or specification is not valid; the message names file and line, or the field."""
+
+
+class UnknownComponentError(SpecError):
+    """A specification names a component or policy that is not registered."""
+
+
+class PluginError(KVPolicyError):
+    """A plugin could not be imported or registered something that is not allowed."""
+
+
+class BudgetError(KVPolicyError, ValueError):
+    """A budget cannot be met, for example because more entries are protected than it holds."""
+
+
+class ScoreError(KVPolicyError, ValueError):
+    """A component returned scores of the wrong shape or dtype, or scores that are not finite."""
+
+
+class UnsupportedError(KVPolicyError):
+    """A model, cache or combination of components that a runtime cannot serve."""
+
+
+class CacheStateError(KVPolicyError, RuntimeError):
+    """A cache was asked for something its present state does not allow."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest of `known`, or an empty string when nothing is near."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

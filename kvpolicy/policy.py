@@ -1,0 +1,298 @@
+"""A policy: a validated composition of components, and the pure function from views to kept slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from kvpolicy.components import (
+    AllocationRequest,
+    BudgetAllocator,
+    Component,
+    ImportanceScorer,
+    Mixer,
+    PostOperation,
+    Protection,
+    RedundancyScorer,
+    Selector,
+    SlotState,
+    Trigger,
+)
+from kvpolicy.errors import BudgetError, ScoreError, SpecError
+from kvpolicy.types import KeepIndices, Mask, Scores
+from kvpolicy.view import CacheView
+
+Phase = Literal["prefill", "decode", "both"]
+Backend = Literal["auto", "torch", "triton"]
+
+
+class Budget(BaseModel):
+    """How many KV entries a layer keeps per KV head after a compaction, protected ones included; exactly one field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    tokens: int | None = Field(default=None, ge=1)
+    """A fixed number of entries per KV head (on average over heads when the allocator is not uniform)."""
+    fraction: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """A share of the tokens seen so far, rounded up; 1.0 keeps everything."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Budget:
+        if (self.tokens is None) == (self.fraction is None):
+            raise ValueError("give either `tokens` or `fraction`, and not both")
+        return self
+
+    def entries(self, seen: int, protected: int) -> int:
+        """Return the entries to keep of `seen` tokens; a fraction never asks for less than what is `protected`."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.fraction is not None
+        return min(seen, max(math.ceil(self.fraction * seen - 1e-9), protected, 1))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A composition of components that decides which KV entries stay.
+
+    Raises SpecError when the parts do not fit together; the message names the field.
+
+    Attributes:
+        name: name of the policy in tables.
+        budget: entries to keep.
+        trigger: when a row is compacted.
+        protections: what must stay, or go, whatever its score.
+        importance, redundancy, mixer: the retention score.
+        allocator: how the budget is split over layers and heads.
+        selector: scores and counts to slots.
+        post: operations on what is kept, in order.
+        phase: when compactions may happen: after prefill steps, after decode steps, or both.
+        prefill_chunk: tokens per prefill step when the runtime drives the prefill, counted from the prompt's end.
+        backend: which implementation of `kvpolicy.ops` to use.
+        paper, departures, description: where the method comes from and how this differs from it.
+    """
+
+    name: str
+    budget: Budget
+    trigger: Trigger
+    importance: ImportanceScorer
+    redundancy: RedundancyScorer
+    mixer: Mixer
+    allocator: BudgetAllocator
+    selector: Selector
+    protections: tuple[Protection, ...] = ()
+    post: tuple[PostOperation, ...] = ()
+    phase: Phase = "decode"
+    prefill_chunk: int | None = None
+    backend: Backend = "auto"
+    paper: str = ""
+    departures: tuple[str, ...] = field(default=(), repr=False)
+    description: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise SpecError(f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out.")
+        if self.budget.tokens is not None and self.reserved() > self.budget.tokens:
+            parts = ", ".join(f"{type(p).__name__.lower()} {p.reserved()}" for p in self.protections if p.reserved())
+            raise SpecError(
+                f"budget: {self.budget.tokens} entries are fewer than the {self.reserved()} that are protected ({parts}); "
+                "raise the budget or protect less."
+            )
+        self._check_comparable()
+        names = [state.name for state in self.slot_states]
+        for name in names:
+            if names.count(name) > 1:
+                raise SpecError(f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one.")
+
+    def _check_comparable(self) -> None:
+        pooled = self.allocator.scores_needed
+        if pooled == "none":
+            return
+        scorers: list[tuple[str, ImportanceScorer | RedundancyScorer]] = []
+        if self.mixer.uses_importance:
+            scorers.append(("importance", self.importance))
+        if self.mixer.uses_redundancy:
+            scorers.append(("redundancy", self.redundancy))
+        for kind, scorer in scorers:
+            heads_ok = scorer.comparable_across_heads
+            if not heads_ok or (pooled == "model" and not scorer.comparable_across_layers):
+                across = "layers" if heads_ok else "heads"
+                raise SpecError(
+                    f"allocator: {type(self.allocator).__name__} pools scores, but those of the {kind} scorer "
+                    f"{type(scorer).__name__} are not comparable across {across}; use another scorer or `allocator: uniform`."
+                )
+        if not self.mixer.keeps_comparability:
+            raise SpecError(
+                f"allocator: {type(self.allocator).__name__} pools scores, but the mixer {type(self.mixer).__name__} "
+                "makes them incomparable; use another mixer or `allocator: uniform`."
+            )
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """All components whose result is used, in the order of the pipeline."""
+        parts: list[Component] = [self.trigger]
+        if self.mixer.uses_importance:
+            parts.append(self.importance)
+        if self.mixer.uses_redundancy:
+            parts.append(self.redundancy)
+        return (*parts, self.mixer, self.allocator, *self.protections, self.selector, *self.post)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Everything that the components need from a runtime."""
+        return frozenset().union(*(c.needs for c in self.components))
+
+    @property
+    def observed_queries(self) -> int:
+        """How many of the last queries must be at hand for a compaction."""
+        return max(c.observed_queries() for c in self.components)
+
+    @property
+    def slot_states(self) -> tuple[SlotState, ...]:
+        """The slot state of all components."""
+        return tuple(state for c in self.components for state in c.slot_state())
+
+    @property
+    def bound(self) -> int | None:
+        """Most entries per head while decoding, or None when the policy has no bound (`fraction`, prefill only)."""
+        if self.budget.tokens is None or self.phase == "prefill":
+            return None
+        chunk = self.prefill_chunk if self.prefill_chunk is not None and self.phase == "both" else 0
+        return self.budget.tokens + max(self.trigger.buffer(), chunk)
+
+    def reserved(self, prompt_length: int = 0) -> int:
+        """Entries per head that the protections keep in a long row with that prompt."""
+        return sum(p.reserved(prompt_length) for p in self.protections)
+
+    def entries(self, seen: int, prompt_length: int) -> int:
+        """Entries per head to hold after a compaction of a row that has seen so many tokens."""
+        return self.budget.entries(seen, self.reserved(prompt_length))
+
+    def retention(self, view: CacheView) -> Scores:
+        """Return the mixed score of one layer, fp32 `[B, H, N]`; higher = keep. Raises ScoreError on a wrong shape."""
+        zeros = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
+        importance = self._scored(self.importance, view) if self.mixer.uses_importance else zeros
+        redundancy = self._scored(self.redundancy, view) if self.mixer.uses_redundancy else zeros
+        return _checked(self.mixer.mix(importance, redundancy, view), view, self.mixer)
+
+    @staticmethod
+    def _scored(scorer: ImportanceScorer | RedundancyScorer, view: CacheView) -> Scores:
+        return _checked(scorer.score(view), view, scorer)
+
+    def masks(self, view: CacheView) -> tuple[Mask, Mask]:
+        """Return (protected, allowed) of one layer, bool `[B, H, N]`; what is not valid is never allowed."""
+        protected = torch.zeros(view.shape, dtype=torch.bool, device=view.device)
+        allowed = view.valid
+        for protection in self.protections:
+            mask = protection.mask(view)
+            if protection.effect == "keep":
+                protected = protected | mask
+            else:
+                allowed = allowed & ~mask
+        return protected & allowed, allowed
+
+    def select(self, views: Sequence[CacheView], budget: Sequence[int]) -> list[KeepIndices]:
+        """Decide for all layers at once which slots stay.
+
+        Args:
+            views: one view per layer, all of the same rows.
+            budget: entries per head and layer to keep, one integer per row.
+
+        Returns:
+            One `KeepIndices` per view, strictly increasing, exactly as many as allocated.
+
+        Raises:
+            BudgetError: more entries are protected than the budget holds.
+            ScoreError: a component returned a wrong shape or dtype, or scores that are not finite.
+        """
+        scores = [self.retention(view) for view in views]
+        masks = [self.masks(view) for view in views]
+        protected, allowed = [m[0] for m in masks], [m[1] for m in masks]
+        scores, protected, allowed = self._share(scores, protected, allowed)
+        valid_counts = [mask.sum(-1) for mask in allowed]
+        protected_counts = [mask.sum(-1) for mask in protected]
+        rows = torch.tensor(list(budget), dtype=torch.int64)
+        self._check(views, scores, allowed, protected_counts, rows)
+        request = AllocationRequest(
+            budget=rows.to(views[0].device),
+            valid=valid_counts,
+            protected=protected_counts,
+            scores=scores,
+            masks=allowed,
+            layers=[view.layer_idx for view in views],
+            num_layers=views[0].num_layers,
+        )
+        counts = self.allocator.allocate(request)
+        return [
+            self.selector.select(s, c, p, a) for s, c, p, a in zip(scores, counts, protected, allowed, strict=True)
+        ]
+
+    def _share(
+        self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]
+    ) -> tuple[list[Scores], list[Mask], list[Mask]]:
+        """Reduce what heads (scope `layer`) or heads and layers (scope `model`) decide together."""
+        scope, how = self.selector.scope, self.selector.reduce
+        if scope == "head":
+            return scores, protected, allowed
+        heads = [s.shape[1] for s in scores]
+        devices = [s.device for s in scores]
+        scores = [_reduce(s.masked_fill(~a, 0.0), 1, how) for s, a in zip(scores, allowed, strict=True)]
+        protected = [p.any(1) for p in protected]
+        allowed = [a.all(1) for a in allowed]
+        if scope == "model":
+            home = devices[0]
+            one = _reduce(torch.stack([s.to(home) for s in scores]), 0, how)
+            kept = torch.stack([p.to(home) for p in protected]).any(0)
+            may = torch.stack([a.to(home) for a in allowed]).all(0)
+            scores = [one.to(d) for d in devices]
+            protected, allowed = [kept.to(d) for d in devices], [may.to(d) for d in devices]
+        return (
+            [s.unsqueeze(1).expand(-1, h, -1) for s, h in zip(scores, heads, strict=True)],
+            [p.unsqueeze(1).expand(-1, h, -1) for p, h in zip(protected, heads, strict=True)],
+            [a.unsqueeze(1).expand(-1, h, -1) for a, h in zip(allowed, heads, strict=True)],
+        )
+
+    def _check(
+        self, views: Sequence[CacheView], scores: list[Scores], allowed: list[Mask], protected: list[Tensor], rows: Tensor
+    ) -> None:
+        """Refuse NaN, infinities and too small budgets, with one read from the device per compaction."""
+        facts = [
+            torch.stack([
+                (~torch.isfinite(s.masked_fill(~a, 0.0))).any().to(torch.int64),
+                (p - rows.to(p.device)[:, None]).max(),
+                p.max(),
+            ]).to("cpu", non_blocking=False)
+            for s, a, p in zip(scores, allowed, protected, strict=True)
+        ]
+        for view, (bad, excess, most) in zip(views, torch.stack(facts).tolist(), strict=True):
+            if bad:
+                raise ScoreError(
+                    f"policy {self.name!r}: the retention scores of layer {view.layer_idx} are not finite; "
+                    "look for NaN or infinity in that layer's keys and values, or in the scorer."
+                )
+            if excess > 0:
+                raise BudgetError(
+                    f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {self.name!r} "
+                    "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
+                )
+
+
+def _checked(scores: Tensor, view: CacheView, component: Component) -> Scores:
+    if not isinstance(scores, Tensor) or scores.shape != view.shape or scores.dtype != torch.float32:
+        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ScoreError(
+            f"{type(component).__name__}: returned {got} instead of torch.float32 {list(view.shape)}; "
+            "return one fp32 number for every slot."
+        )
+    return scores
+
+
+def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:
+    if how == "mean":
+        return scores.mean(dim)
+    return scores.sum(dim) if how == "sum" else scores.amax(dim)

@@ -1,0 +1,97 @@
+"""What a component may look at: a read-only picture of one layer's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
+
+from kvpolicy.types import Keys, Lengths, Mask, Positions, Queries, Values
+
+_EMPTY: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of a layer, for components that turn keys back or forward.
+
+    Attributes:
+        inv_freq: fp32 `[R/2]`, radians per position of each rotated pair; `R <= D` dimensions are rotated.
+        interleaved: False for the "rotate half" layout (dimension `i` pairs with `i + R/2`), True for neighbours.
+    """
+
+    inv_freq: Float[Tensor, " half"]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """All that a component may see of one layer. Nothing in it may be written to.
+
+    Slots are in order of position. A slot that is not `valid` (padding, free tail) may hold anything, NaN included.
+
+    Attributes:
+        keys: `[B, H, N, D]`, after RoPE, in the cache's dtype.
+        values: `[B, H, N, Dv]`, in the cache's dtype.
+        positions: int32 `[B, H, N]`, original positions.
+        valid: bool `[B, H, N]`.
+        queries: `[B, H, G, Q, D]`, the last queries the model used, in any order; None when no component asked.
+        query_positions: int32 `[B, Q]`, their original positions.
+        query_valid: bool `[B, Q]`, False where fewer than `Q` queries have been seen.
+        state: named slot state, `[B, H, N]` each.
+        layer_idx: index of the layer as transformers counts.
+        num_layers: layers of the model.
+        scale: what the model multiplies its logits with before the softmax.
+        softcap: logit soft-cap of the model, or None.
+        attention_sinks: `[H, G]` learned sink logits that take part in each softmax (GPT-OSS), or None.
+        rope: rotary embedding, present when a component declared the need ``rope``.
+        rope_positions: int32 `[B, H, N]`, the positions that the cached keys are rotated to; equal to `positions`
+            unless a policy re-rotates kept keys.
+        prompt_length: int `[B]`, tokens of the prompt.
+        seen: int `[B]`, tokens seen by the row so far.
+        compaction: int `[B]`, how many compactions the row has had (the counter for random numbers).
+        extras: tensors that were declared as a need (``hidden_states``, ``token_ids``, ...), by that name.
+    """
+
+    keys: Keys
+    values: Values
+    positions: Positions
+    valid: Mask
+    scale: float
+    layer_idx: int
+    num_layers: int
+    prompt_length: Lengths
+    seen: Lengths
+    compaction: Lengths
+    queries: Queries | None = None
+    query_positions: Int32[Tensor, "B Q"] | None = None
+    query_valid: Bool[Tensor, "B Q"] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
+    softcap: float | None = None
+    attention_sinks: Float[Tensor, "H G"] | None = None
+    rope: Rope | None = None
+    rope_positions: Positions | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[B, H, N]`."""
+        return self.keys.shape[:3]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the keys."""
+        return self.keys.device
+
+    def newest(self, count: int) -> Mask:
+        """Mark the `count` valid slots with the highest positions of each row and head; bool `[B, H, N]`."""
+        newer = self.valid.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+        return self.valid & (newer <= count)
+
+    def oldest(self, count: int) -> Mask:
+        """Mark the `count` valid slots with the lowest positions of each row and head; bool `[B, H, N]`."""
+        return self.valid & (self.valid.cumsum(-1, dtype=torch.int32) <= count)
