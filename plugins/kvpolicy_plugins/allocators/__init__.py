@@ -1,0 +1,1 @@
+"""Budget allocators: entries per layer and KV head."""

@@ -1,0 +1,21 @@
+"""Small keys matter (L2Norm, Knorm)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from kvpolicy.components import ImportanceScorer
+from kvpolicy.types import Scores
+from kvpolicy.view import CacheView
+
+
+class KeyNorm(ImportanceScorer):
+    """Minus the Euclidean norm of the key, which a rotary embedding does not change."""
+
+    paper: ClassVar[str] = "arXiv:2406.11430"
+
+    def score(self, view: CacheView) -> Scores:
+        norm = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
+        return torch.where(view.valid, -norm, 0.0)

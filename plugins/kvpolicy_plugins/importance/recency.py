@@ -1,0 +1,23 @@
+"""Newer matters more."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvpolicy.components import ImportanceScorer
+from kvpolicy.types import Scores
+from kvpolicy.view import CacheView
+
+
+class Recency(ImportanceScorer):
+    """The original position; with protected sinks this keeps sinks and the newest entries.
+
+    fp32 holds positions up to 2^24 exactly; beyond, neighbours tie and the older one stays.
+    """
+
+    paper: ClassVar[str] = "arXiv:2309.17453"
+    comparable_across_heads: ClassVar[bool] = True
+    comparable_across_layers: ClassVar[bool] = True
+
+    def score(self, view: CacheView) -> Scores:
+        return view.positions.float().masked_fill(~view.valid, 0.0)

@@ -1,0 +1,21 @@
+"""Large values matter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from kvpolicy.components import ImportanceScorer
+from kvpolicy.types import Scores
+from kvpolicy.view import CacheView
+
+
+class ValueNorm(ImportanceScorer):
+    """Euclidean norm of the value: what an entry can add to the output at most."""
+
+    paper: ClassVar[str] = "arXiv:2510.20707 (VNorm in MixKV)"
+
+    def score(self, view: CacheView) -> Scores:
+        norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        return torch.where(view.valid, norm, 0.0)

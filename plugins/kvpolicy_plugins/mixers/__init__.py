@@ -1,0 +1,1 @@
+"""Mixers: importance and redundancy to one retention score."""

@@ -1,0 +1,1 @@
+"""Post-operations: changes to what is kept."""

@@ -1,0 +1,1 @@
+"""Protections: slots that must stay, or go."""

@@ -1,0 +1,18 @@
+"""Padding goes."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from kvpolicy.components import Protection
+from kvpolicy.types import Mask
+from kvpolicy.view import CacheView
+
+
+class Pads(Protection):
+    """Drops every slot that holds no token. Each policy does so anyway; here it can be said."""
+
+    effect: ClassVar[Literal["keep", "drop"]] = "drop"
+
+    def mask(self, view: CacheView) -> Mask:
+        return ~view.valid

@@ -1,0 +1,17 @@
+"""The prompt stays."""
+
+from __future__ import annotations
+
+from kvpolicy.components import Protection
+from kvpolicy.types import Mask
+from kvpolicy.view import CacheView
+
+
+class Prompt(Protection):
+    """Keeps every entry of the prompt; it counts inside the budget, so the budget must be longer than the prompt."""
+
+    def mask(self, view: CacheView) -> Mask:
+        return view.valid & (view.positions < view.prompt_length.to(view.device)[:, None, None])
+
+    def reserved(self, prompt_length: int = 0) -> int:
+        return prompt_length

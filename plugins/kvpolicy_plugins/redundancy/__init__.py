@@ -1,0 +1,1 @@
+"""Redundancy scorers: how replaceable each entry is, higher = more replaceable."""

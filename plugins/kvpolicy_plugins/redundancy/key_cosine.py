@@ -1,0 +1,68 @@
+"""Similarity of keys (R-KV)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kvpolicy import ops
+from kvpolicy.components import RedundancyScorer
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.types import Keys, Scores
+from kvpolicy.view import CacheView
+
+
+class _NeedsRope:
+    """`needs` of a scorer that un-rotates keys only when its parameter `rope` says so."""
+
+    def __get__(self, scorer: KeyCosine | None, owner: type[KeyCosine]) -> frozenset[str]:
+        return frozenset({"rope"}) if scorer is not None and scorer.rope == "pre" else frozenset()
+
+
+class KeyCosine(RedundancyScorer):
+    """Softmax over the entries of each key's mean cosine to the others, with the newest of similar keys spared.
+
+    Cached keys carry their rotary embedding: at the default threshold "similar" also means "not far apart". The cosines
+    are exact, but no keys x keys matrix is built (`kvpolicy.ops.redundancy`).
+    """
+
+    needs = _NeedsRope()
+    paper: ClassVar[str] = "arXiv:2505.24133"
+    comparable_across_heads: ClassVar[bool] = True
+
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Cosine above which two keys count as similar."""
+    beta: int = Field(default=1, ge=0)
+    """How many of its newest similar keys each key exempts; 0 for none."""
+    spare: Literal["newest", "own"] = "newest"
+    """Whose mean an exempted pair leaves: the newest twin's (R-KV's code) or the key's own (eq. 5-6 of the paper)."""
+    index_zero: bool = False
+    """A key without similar keys exempts the oldest one instead: the accidental sink of R-KV's code."""
+    window: int = Field(default=0, ge=0)
+    """The newest so many entries take no part; 0 lets all entries take part."""
+    rope: Literal["post", "pre"] = "post"
+    """Compare the keys as cached (`post`) or with the rotary embedding taken off (`pre`)."""
+
+    def score(self, view: CacheView) -> Scores:
+        participates = ~view.newest(self.window) if self.window else None
+        return ops.redundancy(
+            self._keys(view),
+            view.valid,
+            participates=participates,
+            threshold=self.threshold,
+            beta=self.beta,
+            spare=self.spare,
+            index_zero=self.index_zero,
+        )
+
+    def _keys(self, view: CacheView) -> Keys:
+        if self.rope == "post":
+            return view.keys
+        if view.rope is None:
+            raise UnsupportedError(
+                "redundancy: key_cosine needs the rotary embedding to compare keys before it, use rope: post."
+            )
+        at = view.positions if view.rope_positions is None else view.rope_positions
+        # In fp32, or half-precision keys would be rounded a second time.
+        return ops.rotate(view.keys.float(), view.rope, -at)

@@ -1,0 +1,1 @@
+"""Selectors: scores and counts to slots."""

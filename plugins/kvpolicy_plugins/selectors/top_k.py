@@ -1,0 +1,17 @@
+"""The highest scores."""
+
+from __future__ import annotations
+
+from kvpolicy import ops
+from kvpolicy.components import Selector
+from kvpolicy.types import Counts, KeepIndices, Mask, Scores
+
+
+class TopK(Selector):
+    """Protected entries and then those with the highest scores; equal scores go to the older entry.
+
+    With scope `layer` or `model` the scores arrive reduced, the same for all that share one set.
+    """
+
+    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask) -> KeepIndices:
+        return ops.top_k(scores, counts, protected, valid)
