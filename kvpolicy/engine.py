@@ -1,0 +1,449 @@
+"""The eviction engine: counters, when to compact, and what the components get to see. The only mutable state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from kvpolicy import ops
+from kvpolicy.components import Counters
+from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.plan import Forward, plan_forward
+from kvpolicy.policy import Policy
+from kvpolicy.query_log import QueryLog, Window
+from kvpolicy.stores import DenseStore, Shape
+from kvpolicy.types import KeepIndices
+from kvpolicy.view import CacheView, Rope
+
+_OBSERVE_BLOCK = 32  # queries per call of `observe_attention`: bounds the weights to [B, H, G, 32, N]
+_UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
+_EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
+
+
+@dataclass
+class Row:
+    """Counters of one batch row; all per KV head and layer.
+
+    Attributes:
+        resident: entries held now.
+        seen: tokens seen, padding not counted.
+        prompt: tokens before the first decode step.
+        compactions: how often the row has been compacted.
+        floor: tokens seen at the last compaction; the cache cannot be cropped behind it.
+        peak: most entries ever held.
+        decoded: a decode step has been made, so that the prompt is complete.
+        shift: how far the rotation of new keys lies behind their original position (re-rotating policies).
+    """
+
+    resident: int = 0
+    seen: int = 0
+    prompt: int = 0
+    compactions: int = 0
+    floor: int = 0
+    peak: int = 0
+    shift: int = 0
+    decoded: bool = False
+
+
+@dataclass
+class LayerFacts:
+    """What an attention call tells about its layer."""
+
+    groups: int
+    scale: float
+    softcap: float | None = None
+    attention_sinks: Tensor | None = None
+
+
+class Engine:
+    """Drives one policy over the evictable layers of one model, for the rows of one batch.
+
+    A forward pass is `open` (compact what is due, plan the write), then `append` and `record` per layer. A compaction
+    that has become due runs at the start of the next forward pass, or in `settle`; nothing that a policy can see
+    happens in between, and a speculative step can still be cropped.
+
+    Args:
+        policy: what to do.
+        groups: layers that share shape and device, as transformers counts them.
+        num_layers: layers of the whole model.
+        ropes: rotary embedding per layer, for policies that need it.
+    """
+
+    def __init__(
+        self, policy: Policy, groups: Sequence[Sequence[int]], num_layers: int, ropes: Mapping[int, Rope] | None = None
+    ) -> None:
+        self.policy = policy
+        self.groups = [tuple(g) for g in groups]
+        self.num_layers = num_layers
+        self.ropes = dict(ropes or {})
+        self.layers = sorted(layer for group in self.groups for layer in group)
+        self._re_rotates = any(p.changes == "positions" for p in policy.post)
+        self._observers = [c for c in policy.components if "attention" in c.needs]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next forward pass starts a new sequence."""
+        self.rows: list[Row] = []
+        self.stores: dict[int, DenseStore] = {}
+        self.facts: dict[int, LayerFacts] = {}
+        self.log = QueryLog(self.policy.observed_queries, feeds_attention=bool(self._observers))
+        self.columns = 0
+        self.padding: Tensor | None = None
+        self.decoding = False
+        self.forward: Forward | None = None
+        self._cropped = False
+
+    # -- one forward pass ---------------------------------------------------------------------------------------------
+
+    def open(self, batch: int, columns: int, valid: Tensor | None, device: torch.device, *, prefill: bool) -> Forward:
+        """Begin a forward pass: compact the rows that are due, make room, and plan the write.
+
+        Args:
+            batch: rows of the pass.
+            columns: tokens per row, padding included.
+            valid: bool `[B, columns]` on any device, or None when no token is padding.
+            device: device of the first layer.
+            prefill: the runtime knows that this pass belongs to a prompt.
+
+        Raises:
+            CacheStateError: the batch size changed, or the last forward pass did not finish.
+            BudgetError, ScoreError: from the policy.
+        """
+        if self.forward is not None and self.forward.pending:
+            raise CacheStateError(
+                f"the last forward pass stopped before layer {min(self.forward.pending)}, so the cache is incomplete; "
+                "call reset() or use a new cache."
+            )
+        if self.rows and batch != len(self.rows):
+            raise CacheStateError(
+                f"the cache holds {len(self.rows)} rows but the forward pass has {batch}; "
+                "use one cache per batch, or batch_select_indices() first."
+            )
+        if not self.rows:
+            self.rows = [Row() for _ in range(batch)]
+        host = None if valid is None or bool(valid.all()) else valid.to("cpu")
+        counts = [columns] * batch if host is None else [int(n) for n in host.sum(1).tolist()]
+        self.compact_due(counts)
+        if self.log.unobserved > _UNOBSERVED_MOST or columns > self.log.rollback:
+            self.observe(leave=0 if columns > self.log.rollback else _UNOBSERVED_MOST // 3)
+        is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
+        self.decoding = not is_prefill
+        self._cropped = False
+        self._note_padding(columns, host)
+        forward = plan_forward(self.rows, columns, counts, host, device)
+        for row, count in zip(self.rows, counts, strict=True):
+            row.resident += count
+            row.seen += count
+            row.peak = max(row.peak, row.resident)
+            row.decoded = row.decoded or not is_prefill
+            if not row.decoded:
+                row.prompt = row.seen
+        self.columns += columns
+        if self.log.active:
+            self.log.open(forward.query_positions, forward.query_valid, counts, ragged=host is not None)
+        forward.pending = set(self.layers)
+        self.forward = forward
+        for store in self._distinct_stores():
+            self._reserve(store, forward.plan.end)
+            store.append_slots(forward.plan_on(store.shape.device))
+        return forward
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys `[B, H, q, D]` and values; return views `[B, H, N, ...]` over all slots in use."""
+        forward = self.forward
+        if forward is None or layer not in forward.pending:
+            raise UnsupportedError(
+                "this cache is not attached to the model that uses it; call the model inside the cache's `with` block "
+                "(or before close()), with the model that the cache was made for."
+            )
+        store = self.stores.get(layer)
+        if store is None:
+            store = self._make_store(layer, Shape.of(keys, values))
+        shape = store.shape
+        if shape.dtype != keys.dtype or shape.device != keys.device:
+            raise UnsupportedError(
+                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {shape.dtype} on "
+                f"{shape.device}; keep dtype and device of a model while a cache is in use."
+            )
+        if keys.shape[1] != shape.heads or keys.shape[3] != shape.key_dim:
+            raise UnsupportedError(
+                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers it is grouped with."
+            )
+        if forward.shifted:
+            keys = ops.rotate(keys, self.ropes[layer], -self._shifts(keys.device)[:, None, None])
+        forward.pending.discard(layer)
+        return store.append(layer, keys, values, forward.plan_on(shape.device))
+
+    def turn_queries(self, layer: int, queries: Tensor) -> Tensor:
+        """Rotate queries `[B, Hq, q, D]` to the positions that the cached keys are rotated to."""
+        if not self._re_rotates or not any(row.shift for row in self.rows):
+            return queries
+        return ops.rotate(queries, self.ropes[layer], -self._shifts(queries.device)[:, None, None])
+
+    def record(self, layer: int, queries: Tensor, facts: LayerFacts) -> None:
+        """Keep what a policy needs of one layer's queries `[B, Hq, q, D]`, as the model made them."""
+        self.facts[layer] = facts
+        if not self.log.active:
+            return
+        if self._observers:
+            record = self.log.records[-1]
+            early = queries.shape[2] - record.width
+            if early > 0:
+                assert self.forward is not None
+                positions, valid = self.forward.query_positions[:, :early], self.forward.query_valid[:, :early]
+                self._feed(layer, queries[:, :, :early], positions, valid)
+        self.log.put(layer, queries)
+
+    # -- compaction ---------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Run the compactions that are due now, as the next decode step would."""
+        if self.forward is not None and not self.forward.pending:
+            self.compact_due([1] * len(self.rows))
+
+    def compact_due(self, incoming: Sequence[int]) -> None:
+        """Compact every row whose trigger fires before `incoming` more tokens."""
+        if self.forward is None or self.policy.phase not in ("both", "decode" if self.decoding else "prefill"):
+            return
+        due = [b for b, (row, new) in enumerate(zip(self.rows, incoming, strict=True)) if new and self._fires(row, new)]
+        if not due or (self.policy.observed_queries and not self.log.records):  # a deep crop took all queries back
+            return
+        if self._observers:
+            self.observe()
+        parts = [slice(0, len(self.rows))] if len(due) == len(self.rows) else [slice(b, b + 1) for b in due]
+        for part in parts:
+            self._compact(part)
+        longest = max(row.resident for row in self.rows)
+        bound = self.policy.bound
+        for store in self._distinct_stores():
+            if bound is not None and store.capacity > bound >= longest + max(incoming):
+                store.resize(bound, longest)
+
+    def _fires(self, row: Row, incoming: int) -> bool:
+        entries = self.policy.entries(row.seen, row.prompt)
+        return row.resident > entries and self.policy.trigger.fires(
+            Counters(row.resident, entries, incoming, row.seen, row.prompt)
+        )
+
+    def _compact(self, part: slice) -> None:
+        rows = self.rows[part]
+        budget = [self.policy.entries(row.seen, row.prompt) for row in rows]
+        window = self.log.window()
+        views = [self.view(layer, part, window) for layer in self.layers]
+        keeps = self.policy.select(views, budget)
+        for view, kept in zip(views, keeps, strict=True):
+            for post in self.policy.post:
+                self._write(view.layer_idx, part, post.apply(view, kept))
+                view = self.view(view.layer_idx, part, window)
+            self.stores[view.layer_idx].compact(view.layer_idx, part, kept)
+        for row, entries in zip(rows, budget, strict=True):
+            row.resident = min(row.resident, entries)
+            row.compactions += 1
+            row.floor = row.seen
+            if self._re_rotates:
+                row.shift = row.seen - row.resident
+
+    def _write(self, layer: int, part: slice, changes: Mapping[str, Tensor]) -> None:
+        store = self.stores[layer]
+        arenas = {"keys": store.keys, "values": store.values, "rope_positions": store.rope_positions}
+        for name, tensor in changes.items():
+            arenas[name][store.index[layer], part, :, : tensor.shape[2]].copy_(tensor)
+
+    def view(self, layer: int, part: slice, window: Window | None = None) -> CacheView:
+        """Return what components may see of one layer, for the rows `part`."""
+        store, rows, facts = self.stores[layer], self.rows[part], self.facts[layer]
+        i, end = store.index[layer], max(row.resident for row in self.rows[part])
+        device = store.shape.device
+        resident = torch.tensor([row.resident for row in rows], device=device)
+        valid = (torch.arange(end, device=device) < resident[:, None])[:, None].expand(-1, store.shape.heads, -1)
+        queries = None
+        if window is not None:
+            flat = self.turn_queries(layer, self.log.gather(layer, window))[part]
+            queries = flat.unflatten(1, (store.shape.heads, facts.groups))
+        return CacheView(
+            keys=store.keys[i, part, :, :end],
+            values=store.values[i, part, :, :end],
+            positions=store.positions[i, part, :, :end],
+            valid=valid,
+            scale=facts.scale,
+            layer_idx=layer,
+            num_layers=self.num_layers,
+            prompt_length=torch.tensor([row.prompt for row in rows], device=device),
+            seen=torch.tensor([row.seen for row in rows], device=device),
+            compaction=torch.tensor([row.compactions for row in rows], device=device),
+            queries=queries,
+            query_positions=None if window is None else window.positions[part].to(device),
+            query_valid=None if window is None else window.valid[part].to(device),
+            state=MappingProxyType({name: t[i, part, :, :end] for name, t in store.state.items()}),
+            softcap=facts.softcap,
+            attention_sinks=facts.attention_sinks,
+            rope=self.ropes.get(layer),
+            rope_positions=store.rope_positions[i, part, :, :end],
+        )
+
+    # -- observation --------------------------------------------------------------------------------------------------
+
+    def observe(self, leave: int = 0) -> None:
+        """Feed waiting queries to the scorers that accumulate attention, all but about the last `leave` columns."""
+        waiting = self.log.unobserved
+        for record in self.log.records:
+            if not record.unobserved or waiting <= leave:
+                continue
+            first = record.width - record.unobserved
+            for layer in self.layers:
+                queries = record.queries[layer][:, :, first:]
+                self._feed(layer, queries, record.positions[:, first:], record.valid[:, first:])
+            waiting -= record.unobserved
+            record.unobserved = 0
+
+    def _feed(self, layer: int, queries: Tensor, positions: Tensor, valid: Tensor) -> None:
+        store, facts = self.stores[layer], self.facts[layer]
+        queries = self.turn_queries(layer, queries).unflatten(1, (store.shape.heads, facts.groups))
+        positions, valid = positions.to(queries.device), valid.to(queries.device)
+        for start in range(0, queries.shape[3], _OBSERVE_BLOCK):
+            view = self.view(layer, slice(0, len(self.rows)))
+            block = slice(start, start + _OBSERVE_BLOCK)
+            weights = ops.attention_weights(
+                queries[:, :, :, block], positions[:, block], valid[:, block], view.keys, view.positions, view.valid,
+                scale=view.scale, softcap=view.softcap, attention_sinks=view.attention_sinks,
+            )  # fmt: skip
+            for component in self._observers:
+                for name, tensor in component.observe_attention(view, weights).items():  # type: ignore[attr-defined]
+                    store.state[name][store.index[layer], :, :, : tensor.shape[2]].copy_(tensor)
+
+    # -- rows and rollback --------------------------------------------------------------------------------------------
+
+    def crop(self, columns: int) -> None:
+        """Forget the last `columns` columns; possible back to the last compaction.
+
+        Raises:
+            CacheStateError: a row has been compacted since, or has observed attention it cannot forget.
+        """
+        if columns > self.columns:
+            raise CacheStateError(f"crop: {columns} tokens are more than the {self.columns} that the cache has seen.")
+        for row, count in zip(self.rows, self._valid_in_last(columns), strict=True):
+            if row.seen - count < row.floor:
+                raise CacheStateError(
+                    f"crop: {columns} tokens back lies before the last compaction, which was at token {row.floor} of "
+                    f"{row.seen}; crop at most {row.seen - row.floor} tokens, or fork() the cache before going on."
+                )
+        if self._observers and columns > self.log.unobserved:
+            raise CacheStateError(
+                f"crop: the accumulated attention of policy {self.policy.name!r} can be rolled back by "
+                f"{self.log.unobserved} tokens at present, not by {columns}; fork() the cache before going on."
+            )
+        for row, count in zip(self.rows, self._valid_in_last(columns), strict=True):
+            row.resident -= count
+            row.seen -= count
+            row.prompt = min(row.prompt, row.seen)
+        self.columns -= columns
+        if self.padding is not None:
+            self.padding = self.padding[:, : self.columns]
+        self.log.crop(columns)
+        self._cropped = True
+
+    def hide(self, past: Tensor) -> None:
+        """Drop tokens that were real when they came and are padding in the mask of a later turn.
+
+        Args:
+            past: bool `[B, columns]` on the CPU, the mask of everything seen so far.
+
+        Raises:
+            CacheStateError: padding has become real, or the row has been compacted since.
+        """
+        known = torch.ones(len(self.rows), self.columns, dtype=torch.bool)
+        if self.padding is not None:
+            known[:, : self.padding.shape[1]] = self.padding
+        if torch.equal(known, past):
+            return
+        if bool((past & ~known).any()):
+            raise CacheStateError("attention_mask shows tokens that were padding before; keep the mask of earlier turns.")
+        for b, row in enumerate(self.rows):
+            if torch.equal(known[b], past[b]):
+                continue
+            if row.compactions or row.resident != int(known[b].sum()):
+                raise CacheStateError(
+                    f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted since; "
+                    "give rows that end at different times a cache each."
+                )
+            self.observe()
+            slots = past[b][known[b]].nonzero()[:, 0]
+            for store in self._distinct_stores():
+                index = slots.to(store.shape.device).expand(1, store.shape.heads, -1)
+                lengths = torch.full(index.shape[:2], slots.numel(), device=index.device)
+                for layer in store.layers:
+                    store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
+            row.resident, row.floor = slots.numel(), row.seen
+        self.padding = past.clone()
+
+    def take_rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select rows; `index` int64 `[B']`."""
+        self.rows = [replace(self.rows[b]) for b in index.tolist()]
+        for store in self._distinct_stores():
+            store.rows(index)
+        self.log.rows(index)
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, index.to("cpu"))
+
+    def clone(self) -> Engine:
+        """Return an independent copy."""
+        twin = object.__new__(Engine)
+        twin.__dict__.update(self.__dict__)
+        copies = {id(store): store.clone() for store in self._distinct_stores()}
+        twin.stores = {layer: copies[id(store)] for layer, store in self.stores.items()}
+        twin.rows = [replace(row) for row in self.rows]
+        twin.log = self.log.clone()
+        twin.facts = dict(self.facts)
+        return twin
+
+    def _valid_in_last(self, columns: int) -> list[int]:
+        valid = [columns] * len(self.rows)
+        if self.padding is not None:
+            pads = (~self.padding[:, self.columns - columns :]).sum(1).tolist()
+            valid = [columns - int(n) for n in pads]
+        return valid
+
+    def _note_padding(self, columns: int, host: Tensor | None) -> None:
+        """Remember which columns were padding; nothing is stored while there is none behind them."""
+        if host is None:
+            return
+        old = self.padding if self.padding is not None else torch.ones(len(self.rows), 0, dtype=torch.bool)
+        gap = torch.ones(len(self.rows), self.columns - old.shape[1], dtype=torch.bool)
+        self.padding = torch.cat([old, gap, host.to(torch.bool)], 1)
+
+    def _shifts(self, device: torch.device) -> Tensor:
+        return torch.tensor([row.shift for row in self.rows], device=device)
+
+    # -- stores -------------------------------------------------------------------------------------------------------
+
+    def _distinct_stores(self) -> list[DenseStore]:
+        return list({id(store): store for store in self.stores.values()}.values())
+
+    def _make_store(self, layer: int, shape: Shape) -> DenseStore:
+        group = next(g for g in self.groups if layer in g)
+        store = DenseStore(group, shape, self.policy.slot_states, re_rotates=self._re_rotates)
+        for member in group:
+            self.stores[member] = store
+        assert self.forward is not None
+        self._reserve(store, self.forward.plan.end)
+        store.append_slots(self.forward.plan_on(shape.device))
+        return store
+
+    def _reserve(self, store: DenseStore, needed: int) -> None:
+        """Grow so that `needed` slots fit: a bounded policy at once to its bound, others geometrically."""
+        if needed <= store.capacity:
+            return
+        used = max(row.resident for row in self.rows) if store.capacity else 0
+        bound = self.policy.bound
+        if bound is not None and needed <= bound:
+            grown = max(needed + needed // 2, _EAGER_SLOTS)
+            capacity = min(bound, grown)
+        elif bound is not None and not self.decoding:
+            capacity = needed + 1  # a long prompt: it shrinks to the bound after its first compaction
+        else:
+            capacity = needed + max(needed // 2, 64)
+        store.resize(capacity, min(used, store.capacity))

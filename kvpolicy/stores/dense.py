@@ -1,0 +1,166 @@
+"""Dense store: every head of a row holds the same number of entries, at the front of a preallocated arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy import ops
+from kvpolicy.components import SlotState
+from kvpolicy.types import KeepIndices
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all layers of one store have in common.
+
+    Attributes:
+        batch, heads, key_dim, value_dim: sizes of `[B, H, N, D]` and `[B, H, N, Dv]`.
+        dtype, device: of the cached keys and values.
+    """
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(keys: Tensor, values: Tensor) -> Shape:
+        """Read the shape off the first keys and values of a layer."""
+        batch, heads, _, dim = keys.shape
+        return Shape(batch, heads, dim, values.shape[-1], keys.dtype, keys.device)
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Where the tokens of one forward pass go; the same for all layers.
+
+    Attributes:
+        start: first slot when every row writes the same slots, else None.
+        width: columns of the forward pass.
+        end: slots in use after the write, the longest row's.
+        row, column, slot: int64 `[M]`, one entry per valid token, when rows differ.
+        positions: int32 `[width]` (equal rows) or `[M]`: original positions of the tokens.
+        rope_positions: likewise, the positions the new keys are rotated to.
+    """
+
+    start: int | None
+    width: int
+    end: int
+    positions: Tensor
+    rope_positions: Tensor
+    row: Tensor | None = None
+    column: Tensor | None = None
+    slot: Tensor | None = None
+
+
+class DenseStore:
+    """Keys, values, positions and slot state of some layers, `[L, B, H, capacity, ...]` each, compacted in place.
+
+    Tails behind a row's length hold finite leftovers, never uninitialised memory, because attention multiplies them by 0.
+    """
+
+    def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:
+        self.layers = tuple(layers)
+        self.index = {layer: i for i, layer in enumerate(self.layers)}
+        self.shape = shape
+        self.states = tuple(states)
+        self.capacity = 0
+        lead = (len(self.layers), shape.batch, shape.heads, 0)
+        self.keys = torch.zeros(*lead, shape.key_dim, dtype=shape.dtype, device=shape.device)
+        self.values = torch.zeros(*lead, shape.value_dim, dtype=shape.dtype, device=shape.device)
+        self.positions = torch.zeros(lead, dtype=torch.int32, device=shape.device)
+        self.rope_positions = torch.zeros_like(self.positions) if re_rotates else self.positions
+        self.state = {s.name: torch.zeros(lead, dtype=s.dtype, device=shape.device) for s in self.states}
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every arena by `change` of it."""
+        shared = self.rope_positions is self.positions
+        self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
+        self.rope_positions = self.positions if shared else change(self.rope_positions)
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+        # One layer's views, made once: indexing an arena for every layer of every token is measurable.
+        self._pairs = {layer: (self.keys[i], self.values[i]) for layer, i in self.index.items()}
+
+    def resize(self, capacity: int, used: int) -> None:
+        """Give every arena `capacity` slots, keeping the first `used`."""
+
+        def change(old: Tensor) -> Tensor:
+            new = old.new_zeros(*old.shape[:3], capacity, *old.shape[4:])
+            new[:, :, :, :used].copy_(old[:, :, :, :used])
+            return new
+
+        self._each(change)
+        self.capacity = capacity
+
+    def rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
+        index = index.to(self.shape.device)
+        self._each(lambda old: old.index_select(1, index))
+        self.shape = Shape(**{**self.shape.__dict__, "batch": index.numel()})
+
+    def clone(self) -> DenseStore:
+        """Return an independent copy."""
+        twin = object.__new__(DenseStore)
+        twin.__dict__.update(self.__dict__)
+        twin._each(torch.clone)
+        return twin
+
+    def append_slots(self, plan: WritePlan) -> None:
+        """Write positions and fresh slot state of the new tokens, for all layers at once."""
+        fills = [(self.state[s.name], s.fill) for s in self.states]
+        if plan.start is not None:
+            span = slice(plan.start, plan.start + plan.width)
+            self.positions[:, :, :, span] = plan.positions
+            if self.rope_positions is not self.positions:
+                self.rope_positions[:, :, :, span] = plan.rope_positions
+            for tensor, fill in fills:
+                tensor[:, :, :, span] = fill
+            return
+        row, slot = plan.row, plan.slot
+        # Advanced indices that are kept apart by a slice come first in the result: [M, L, H].
+        self.positions[:, row, :, slot] = plan.positions[:, None, None]
+        if self.rope_positions is not self.positions:
+            self.rope_positions[:, row, :, slot] = plan.rope_positions[:, None, None]
+        for tensor, fill in fills:
+            tensor[:, row, :, slot] = fill
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
+        """Copy one layer's new keys `[B, H, q, D]` and values into place; return views over all slots in use."""
+        all_keys, all_values = self._pairs[layer]
+        if plan.start is not None:
+            all_keys.narrow(2, plan.start, plan.width).copy_(keys)
+            all_values.narrow(2, plan.start, plan.width).copy_(values)
+        else:
+            row, column, slot = plan.row, plan.column, plan.slot
+            all_keys[row, :, slot] = keys[row, :, column]
+            all_values[row, :, slot] = values[row, :, column]
+        return all_keys.narrow(2, 0, plan.end), all_values.narrow(2, 0, plan.end)
+
+    def compact(self, layer: int, rows: slice, kept: KeepIndices) -> None:
+        """Move the kept slots of these rows to the front, keys, values, positions and slot state alike."""
+        i = self.index[layer]
+        arenas = [self.keys, self.values, self.positions, *self.state.values()]
+        if self.rope_positions is not self.positions:
+            arenas.append(self.rope_positions)
+        for arena in arenas:
+            ops.compact(arena[i, rows], kept)
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of one key and one value of one KV head."""
+        return (self.shape.key_dim + self.shape.value_dim) * self.shape.dtype.itemsize
+
+    @property
+    def bytes_of_metadata(self) -> int:
+        """Bytes of positions and slot state of one layer, as allocated."""
+        arenas = [self.positions, *self.state.values()]
+        if self.rope_positions is not self.positions:
+            arenas.append(self.rope_positions)
+        return sum(a[0].numel() * a.element_size() for a in arenas)
