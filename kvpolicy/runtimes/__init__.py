@@ -1,0 +1,1 @@
+"""Runtimes: where policies meet a model. Nothing inside the core imports them."""

@@ -1,0 +1,153 @@
+"""How a cache gets between a transformers model and its attention, without touching a model file.
+
+An implementation named ``kvpolicy_<base>`` is registered with transformers' public registries of attention and mask
+functions; it wraps the one the model already has. Keys that come out of a `PolicyCache` carry a weak reference to their
+layer; whatever carries none passes through to the base, so that other caches on the same model notice nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from kvpolicy.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from kvpolicy.runtimes.hf.cache import PolicyCache
+    from kvpolicy.runtimes.hf.layer import EvictingLayer
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+PREFIX = "kvpolicy_"
+SUPPORTED = ("sdpa", "eager")
+_MARK = "_kvpolicy_layer"
+
+_lock = threading.Lock()
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
+_announced = threading.local()
+
+
+def announce(cache: PolicyCache | None) -> None:
+    """Say which cache the next mask of this thread is for; None for layers that are not ours."""
+    _announced.cache = None if cache is None else weakref.ref(cache)
+
+
+def mark(keys: Tensor, layer: EvictingLayer) -> None:
+    """Let keys remember their layer. The reference is weak: a strong one would be a cycle through the cache."""
+    setattr(keys, _MARK, weakref.ref(layer))
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the decoder's self-attention modules by layer index."""
+    text_config = model.config.get_text_config(decoder=True)
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and hasattr(module, "is_causal") and "Attention" in type(module).__name__:
+            if type(getattr(module, "config", None)) is type(text_config):
+                found[index] = module
+    return found
+
+
+def _base_attention(module: nn.Module, base: str) -> AttentionFunction:
+    """Return the model's own attention function of that name, the way its modeling file would look it up."""
+    source = sys.modules[type(module).__module__]
+    eager = getattr(source, "eager_attention_forward", None)
+    interface: Any = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
+    if interface is None or (base == "eager" and eager is None):
+        raise UnsupportedError(
+            f"{type(module).__name__} does not take its attention from transformers' attention registry, so its queries "
+            "cannot be observed; use a model class of transformers itself."
+        )
+    function: AttentionFunction = interface.get_interface(base, eager)
+    return function
+
+
+def _register(base: str) -> str:
+    """Register the wrapping attention and mask functions for one base implementation; return their name."""
+    name = PREFIX + base
+    functions: dict[type, AttentionFunction] = {}
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        function = functions.get(type(module))
+        if function is None:
+            function = functions[type(module)] = _base_attention(module, base)
+        reference = getattr(key, _MARK, None)
+        layer: EvictingLayer | None = None if reference is None else reference()
+        if layer is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        return layer.attend(function, base, module, query, key, value, attention_mask, kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        reference = getattr(_announced, "cache", None)
+        cache: PolicyCache | None = None if reference is None else reference()
+        _announced.cache = None
+        build: Callable[..., Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[base]
+        if cache is None:
+            return build(*args, **kwargs)
+        return cache.take_mask(build, kwargs)
+
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[], None]:
+    """Switch a model to the wrapping implementation; return a function that undoes it (the last one restores).
+
+    Raises:
+        UnsupportedError: the model's attention cannot be wrapped.
+    """
+    kinds = {type(module.config) for module in modules.values()}
+    configs = list({id(m.config): m.config for m in model.modules() if type(getattr(m, "config", None)) in kinds}.values())
+    with _lock:
+        entry = _attached.get(model)
+        if entry is None:
+            current = next(iter(modules.values())).config._attn_implementation or "eager"
+            if current not in SUPPORTED:
+                raise UnsupportedError(
+                    f"attention implementation {current!r} is not supported; load the model with "
+                    f"attn_implementation={' or '.join(map(repr, SUPPORTED))}."
+                )
+            for module in modules.values():
+                _base_attention(module, current)
+            name = _register(current)
+            saved = [(config, config._attn_implementation_internal) for config in configs]
+            for config in configs:
+                config._attn_implementation_internal = name
+            entry = _attached[model] = [0, saved, name]
+        entry[0] += 1
+    reference = weakref.ref(model)
+    return lambda: _detach(reference, entry)
+
+
+def _detach(model: weakref.ref[PreTrainedModel], entry: list[Any]) -> None:
+    with _lock:
+        entry[0] -= 1
+        if entry[0]:
+            return
+        for config, before in entry[1]:
+            # Somebody may have chosen another implementation meanwhile; that choice stays.
+            if config._attn_implementation_internal == entry[2]:
+                config._attn_implementation_internal = before
+        alive = model()
+        if alive is not None and _attached.get(alive) is entry:
+            del _attached[alive]
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Turn a bool mask (True = visible) into what eager attention adds to its logits."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

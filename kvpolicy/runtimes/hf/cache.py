@@ -1,0 +1,359 @@
+"""`PolicyCache`: a transformers cache that forgets what its policy says."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import causal_mask_function
+
+from kvpolicy.components import NEEDS
+from kvpolicy.engine import Engine
+from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.policy import Policy
+from kvpolicy.runtimes.hf.attention import announce, attach, attention_modules
+from kvpolicy.runtimes.hf.layer import EvictingLayer
+from kvpolicy.runtimes.hf.rope import layer_ropes
+from kvpolicy.runtimes.hf.stats import CacheStats, collect
+
+if TYPE_CHECKING:
+    from kvpolicy.spec import PolicySpec
+
+SERVED = frozenset({"queries", "attention", "rope"})
+"""The needs of components that this runtime can serve."""
+
+_UNCHECKED_MOST = 64  # decode masks on a GPU are read back together, once in so many steps
+
+
+class Session:
+    """What the layers of one cache share: the engine and the forward pass that is under way."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.announced: tuple[int, Tensor | None] | None = None
+        self.prefilling = False
+        self.unattended: int | None = None
+
+    def begin(self, keys: Tensor) -> None:
+        """Open the forward pass at its first layer; check that every earlier layer's attention came by.
+
+        Raises:
+            UnsupportedError: the model does not ask the registries for its mask or its attention.
+        """
+        if self.unattended is not None:
+            raise UnsupportedError(
+                f"the attention of layer {self.unattended} did not go through transformers' attention registry while this "
+                "cache was in use; do not change the model's attention implementation inside the cache's `with` block."
+            )
+        if self.announced is not None:
+            columns, valid = self.announced
+            self.announced = None
+            if columns != keys.shape[2]:
+                raise UnsupportedError(f"the mask was made for {columns} tokens but {keys.shape[2]} arrived.")
+            self.engine.open(keys.shape[0], columns, valid, keys.device, prefill=self.prefilling)
+
+
+class PolicyCache(Cache):  # type: ignore[misc]  # transformers is not typed
+    """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy.
+
+    Making one attaches it to the model; leaving its ``with`` block, `close()`, or its collection detaches it. Other
+    caches on the same model are not affected at any time.
+
+    Args:
+        policy: a `Policy`, a `PolicySpec`, the name of a registered policy, or the path of a policy file.
+        model: a decoder of transformers whose attention goes through the attention registry.
+
+    Raises:
+        UnsupportedError: the model, its attention implementation or a need of the policy is not supported.
+        SpecError: the policy is not valid.
+    """
+
+    def __init__(self, policy: Policy | PolicySpec | str | Path, model: PreTrainedModel) -> None:
+        self.policy = resolve(policy)
+        missing = sorted(self.policy.needs - SERVED)
+        if missing:
+            raise UnsupportedError(
+                f"policy {self.policy.name!r} needs {missing[0]} ({NEEDS[missing[0]]}), which the transformers runtime "
+                "cannot give; choose another component."
+            )
+        if self.policy.allocator.counts != "equal":
+            raise UnsupportedError(
+                f"policy {self.policy.name!r}: allocator {type(self.policy.allocator).__name__} gives heads or layers "
+                "different counts, which the dense store cannot hold; use `allocator: uniform`."
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
+        modules = attention_modules(model)
+        layers = DynamicCache(config=model.config).layers
+        evictable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        self._refuse_others(layers, type(model).__name__)
+        lost = [i for i in evictable if i not in modules]
+        if not evictable or lost:
+            what = f"layer {lost[0]} has no attention module that can be observed" if lost else "no layer can be evicted from"
+            raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
+        ropes = layer_ropes(model, modules, evictable) if "rope" in self.policy.needs else {}
+        groups: dict[object, list[int]] = {}
+        for i in evictable:
+            first = next(modules[i].parameters())
+            key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
+            groups.setdefault(key, []).append(i)
+        self._session = Session(Engine(self.policy, list(groups.values()), len(layers), ropes))
+        for i in evictable:
+            layers[i] = EvictingLayer(self._session, i)
+        self.model = model
+        self._unchecked: list[Tensor] = []
+        self._query_length = 0
+        super().__init__(layers=layers)
+        self._detach = weakref.finalize(self, attach(model, {i: modules[i] for i in evictable}))
+
+    @staticmethod
+    def _refuse_others(layers: list[Any], model: str) -> None:
+        for i, layer in enumerate(layers):
+            forgets = getattr(layer, "is_sliding", False) or not hasattr(layer, "get_mask_sizes")
+            if type(layer) is not DynamicLayer and not forgets:
+                raise UnsupportedError(
+                    f"{model}: layer {i} keeps a {type(layer).__name__}, which kvpolicy does not know; "
+                    "use a model with full, sliding-window or linear attention."
+                )
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind this cache."""
+        return self._session.engine
+
+    def __enter__(self) -> Self:
+        if not self._detach.alive:
+            raise CacheStateError("this cache is closed; make a new PolicyCache.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detach from the model, which behaves as before from now on; what was kept can still be read."""
+        self._detach()
+
+    def reset(self) -> None:
+        """Forget everything and start over, with the same policy and model."""
+        self.engine.reset()
+        session = self._session
+        session.announced = session.unattended = None
+        self._unchecked.clear()
+        self._others("reset")
+
+    def fork(self) -> PolicyCache:
+        """Return an independent copy that is attached to the same model, for several continuations of one prompt."""
+        if not self._detach.alive:
+            raise CacheStateError("this cache is closed; fork() it before its `with` block ends.")
+        twin = PolicyCache(self.policy, self.model)
+        twin._session.engine = self.engine.clone()
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, EvictingLayer):
+                twin.layers[i] = copy.deepcopy(layer)
+        return twin
+
+    # -- what transformers calls --------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one layer's keys `[B, H, q, D]` and values; return what its attention works on."""
+        result: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return result
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        """Return (key length, offset) for the mask of a layer; ours announces the mask that comes next."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        ours = isinstance(self.layers[layer_idx], EvictingLayer) and self._detach.alive
+        if ours:
+            self._query_length = sizes[0] - self.engine.columns
+        announce(self if ours else None)
+        return sizes
+
+    def take_mask(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
+        """Read the padding off the mask arguments of a forward pass; return None if layers can make their own masks.
+
+        Args:
+            build: the mask function of the model's own implementation.
+            kwargs: what transformers calls it with.
+        """
+        seen, columns, mask = self.engine.columns, self._query_length, kwargs.get("attention_mask")
+        custom = None
+        if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+            custom = self._build_custom(build, kwargs)
+        valid = None
+        if mask is not None:
+            if mask.shape[1] < seen + columns:
+                raise CacheStateError(
+                    f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more come in; "
+                    f"pass a mask of {seen + columns} columns."
+                )
+            valid = mask[:, seen : seen + columns].to(torch.bool)
+            if columns > 1 and seen:
+                self.engine.hide(mask[:, :seen].to("cpu", torch.bool))
+            if columns == 1 and valid.device.type != "cpu":
+                # Reading every step's mask would make the host wait for the GPU each time.
+                self._unchecked.append(valid)
+                valid = None
+            if len(self._unchecked) >= _UNCHECKED_MOST or columns > 1:
+                self._check_decode_masks()
+        self._session.announced = (columns, valid)
+        return custom
+
+    def _check_decode_masks(self) -> None:
+        if self._unchecked and not bool(torch.cat(self._unchecked).all()):
+            raise CacheStateError(
+                "attention_mask hides a token of a decode step, which is not supported on this device; "
+                "leave finished rows visible, as generate() does."
+            )
+        self._unchecked.clear()
+
+    def _build_custom(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
+        mask, rows = kwargs.get("attention_mask"), self.engine.rows
+        untouched = all(row.resident == self.engine.columns for row in rows)
+        if not untouched or (mask is not None and not bool(mask.all())):
+            # Some models make masks that none of their layers uses: refuse it where it is used.
+            return torch.empty(0)
+        return build(**kwargs)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return -1, as `get_max_length` does in newer transformers: any number of tokens may pass through."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: any number of tokens may pass through."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: the cache decides on the host when to compact."""
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the rows, as beam search asks."""
+        self.engine.take_rows(beam_idx)
+        self._others("reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices` (int64 `[B']`, or bool `[B]`)."""
+        index = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.engine.take_rows(index)
+        self._others("batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place of itself."""
+        self.engine.take_rows(torch.arange(len(self.engine.rows)).repeat_interleave(repeats))
+        self._others("batch_repeat_interleave", repeats)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens; possible back to the last compaction.
+
+        Args:
+            tokens: 0 does nothing; a negative number is how many tokens to forget (transformers 5.23); a positive one
+                is the length to cut back to (transformers 5.2).
+
+        Raises:
+            CacheStateError: the cut lies before the last compaction.
+        """
+        columns = max(self.engine.columns - tokens, 0) if tokens > 0 else -tokens
+        self.engine.crop(columns)
+        self._others("crop", tokens)
+
+    def _others(self, method: str, *args: Any) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, EvictingLayer):
+                getattr(layer, method)(*args)
+
+    # -- what people call ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk: int | None = None) -> None:
+        """Run a prompt through the model in chunks, all but its last chunk, which is left to ``model.generate``.
+
+        Chunk boundaries are counted from the prompt's end, so that a padded row is cut like the row alone; compactions
+        take place in between as the policy says.
+
+        Args:
+            input_ids: int64 `[B, P]`, the prompt, left-padded where rows differ.
+            attention_mask: `[B, P]`, 0 for padding.
+            chunk: tokens per forward pass; the policy's `prefill_chunk` by default. Without either nothing is run.
+        """
+        size = self.policy.prefill_chunk if chunk is None else chunk
+        if size is None:
+            return
+        if size < 1:
+            raise CacheStateError(f"chunk: {size} is not a chunk size; write at least 1.")
+        seen, length = self.engine.columns, input_ids.shape[1]
+        if length <= seen:
+            raise CacheStateError(
+                f"input_ids: the cache has already seen {seen} tokens and the prompt has {length}; pass the whole text."
+            )
+        first = length - ((length - seen - 1) // size) * size
+        self._session.prefilling = True
+        try:
+            for end in range(first, length, size):
+                mask = None if attention_mask is None else attention_mask[:, :end]
+                self.model(
+                    input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
+                    past_key_values=self, use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+                seen = end
+        finally:
+            self._session.prefilling = False
+
+    def stats(self) -> CacheStats:
+        """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""
+        self._settle()
+        return collect(self.engine)
+
+    def kept(self, layer: int, head: int, row: int = 0) -> list[int]:
+        """Return the original positions that a KV head of a layer holds, ascending; positions do not count padding.
+
+        Raises:
+            CacheStateError: that layer is not one the policy works on, or nothing has been cached.
+        """
+        self._settle()
+        store = self.engine.stores.get(layer)
+        if store is None or not 0 <= row < len(self.engine.rows) or not 0 <= head < store.shape.heads:
+            raise CacheStateError(
+                f"kept: there is no layer {layer}, head {head}, row {row}; the policy works on layers "
+                f"{self.engine.layers} and the cache holds {len(self.engine.rows)} rows."
+            )
+        resident = self.engine.rows[row].resident
+        positions: list[int] = store.positions[store.index[layer], row, head, :resident].tolist()
+        return positions
+
+    def _settle(self) -> None:
+        self._check_decode_masks()
+        self.engine.settle()
+
+
+def _positions(mask: Tensor | None, start: int, end: int) -> Tensor | None:
+    """Return position ids `[B, end - start]` as generate() makes them from a mask."""
+    if mask is None:
+        return None
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:end]
+
+
+def resolve(policy: Policy | PolicySpec | str | Path) -> Policy:
+    """Return the `Policy` that a name, path, specification or policy stands for."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str | Path):
+        from kvpolicy.spec import load
+
+        policy = load(policy)
+    built: Policy = policy.build()
+    return built

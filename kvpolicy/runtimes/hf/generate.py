@@ -1,0 +1,57 @@
+"""Generation in one call: chunked prefill, then ``model.generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.policy import Policy
+from kvpolicy.runtimes.hf.cache import PolicyCache
+
+if TYPE_CHECKING:
+    from kvpolicy.spec import PolicySpec
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    policy: Policy | PolicySpec | str | Path | PolicyCache,
+    *,
+    num_return_sequences: int = 1,
+    num_beams: int = 1,
+    **kwargs: Any,
+) -> tuple[Any, PolicyCache]:
+    """Generate under a policy, with the prompt in chunks of the policy's `prefill_chunk` where it has one.
+
+    Args:
+        model: a decoder of transformers.
+        inputs: ``input_ids`` `[B, P]` and usually ``attention_mask`` `[B, P]`, as a tokenizer returns them.
+        policy: a policy, specification, name or path; or a `PolicyCache` that holds earlier turns.
+        num_return_sequences, num_beams, kwargs: passed on to ``model.generate``.
+
+    Returns:
+        What ``model.generate`` returns, and the cache. A cache made here is detached from the model; its numbers can
+        still be read.
+    """
+    cache = policy if isinstance(policy, PolicyCache) else PolicyCache(policy, model)
+    more = max(num_return_sequences, num_beams)
+    repeated = {
+        name: value.repeat_interleave(more, 0) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    try:
+        if set(inputs) <= {"input_ids", "attention_mask", "token_type_ids"}:
+            # generate() repeats the prompt for beams and samples only after the cache has been filled.
+            cache.prefill(repeated["input_ids"], repeated.get("attention_mask"))
+        output = model.generate(
+            **inputs, past_key_values=cache, num_return_sequences=num_return_sequences, num_beams=num_beams, **kwargs
+        )
+    finally:
+        if cache is not policy:
+            cache.close()
+    return output, cache

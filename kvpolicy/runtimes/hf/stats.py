@@ -1,0 +1,110 @@
+"""What a cache holds, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpolicy.engine import Engine
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One evictable layer. Entries are per KV head and, where rows differ, those of the row that has most.
+
+    Attributes:
+        layer_idx: index as transformers counts.
+        seen: tokens seen.
+        resident: entries held now.
+        peak_resident: most entries ever held.
+        evicted: entries dropped.
+        compactions: how often the row was compacted.
+        bytes_resident: bytes of all rows' and heads' keys and values that are held.
+        bytes_allocated: bytes of the tensors that hold them.
+        bytes_metadata: bytes of positions and slot state, as allocated.
+    """
+
+    layer_idx: int
+    seen: int
+    resident: int
+    peak_resident: int
+    evicted: int
+    compactions: int
+    bytes_resident: int
+    bytes_allocated: int
+    bytes_metadata: int
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """All evictable layers; the totals of entries are maxima over layers, those of bytes are sums."""
+
+    layers: list[LayerStats]
+
+    def _most(self, name: str) -> int:
+        return max((getattr(layer, name) for layer in self.layers), default=0)
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(layer, name) for layer in self.layers)
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen by the longest row."""
+        return self._most("seen")
+
+    @property
+    def resident(self) -> int:
+        """Entries per KV head held now, in the longest row."""
+        return self._most("resident")
+
+    @property
+    def peak_resident(self) -> int:
+        """Most entries per KV head ever held."""
+        return self._most("peak_resident")
+
+    @property
+    def evicted(self) -> int:
+        """Entries per KV head dropped."""
+        return self._most("evicted")
+
+    @property
+    def compactions(self) -> int:
+        """Compactions of the row that had most."""
+        return self._most("compactions")
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes of the keys and values that are held."""
+        return self._sum("bytes_resident")
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the key and value tensors."""
+        return self._sum("bytes_allocated")
+
+    @property
+    def bytes_metadata(self) -> int:
+        """Bytes of positions and slot state."""
+        return self._sum("bytes_metadata")
+
+
+def collect(engine: Engine) -> CacheStats:
+    """Read the numbers off an engine."""
+    layers = []
+    for layer in engine.layers:
+        store = engine.stores.get(layer)
+        entry = 0 if store is None else store.bytes_per_entry * store.shape.heads
+        rows = engine.rows
+        layers.append(
+            LayerStats(
+                layer_idx=layer,
+                seen=max((r.seen for r in rows), default=0),
+                resident=max((r.resident for r in rows), default=0),
+                peak_resident=max((r.peak for r in rows), default=0),
+                evicted=max((r.seen - r.resident for r in rows), default=0),
+                compactions=max((r.compactions for r in rows), default=0),
+                bytes_resident=entry * sum(r.resident for r in rows),
+                bytes_allocated=0 if store is None else entry * store.shape.batch * store.capacity,
+                bytes_metadata=0 if store is None else store.bytes_of_metadata,
+            )
+        )
+    return CacheStats(layers)
