@@ -112,11 +112,21 @@ def main() -> None:
     length = args.prompt + args.tokens
     budgets = [args.budget] if args.budget else [2 * length, max(64, length // 10)]
     results = [compare(model, args.policy, budget, args) for budget in budgets]
-    table = Table("policy", "budget", "batch", "tokens", "speed vs DynamicCache", "median block", "last block", "peak KV MB (full / ours)")
+    table = Table(
+        "policy",
+        "budget",
+        "batch",
+        "tokens",
+        "speed vs DynamicCache",
+        "median block",
+        "last block",
+        "peak KV MB (full / ours)",
+    )
     for r in results:
         peaks = r["peak_bytes"]
         table.add_row(
-            str(r["policy"]), str(r["budget"]), str(r["batch"]), str(r["tokens"]), f"{r['speed_ratio_end_to_end']:.2f}x",
+            str(r["policy"]), str(r["budget"]), str(r["batch"]), str(r["tokens"]),
+            f"{r['speed_ratio_end_to_end']:.2f}x",
             f"{r['speed_ratio_median_block']:.2f}x", f"{r['speed_ratio_last_block']:.2f}x",
             " / ".join(f"{v / 1e6:.1f}" for v in peaks.values()),
         )  # fmt: skip

@@ -266,7 +266,7 @@ class PostOperation(Component):
     def apply(self, view: CacheView, kept: KeepIndices) -> Mapping[str, Tensor]:
         """Return replacements for the whole layer, over all `N` slots, before they are gathered.
 
-        Keys of the mapping: ``keys`` `[B, H, N, D]`, ``values`` `[B, H, N, Dv]` or ``rope_positions`` int32 `[B, H, N]`.
+        Keys of the mapping: ``keys`` `[B, H, N, D]`, ``values`` `[B, H, N, Dv]`, ``rope_positions`` int32 `[B, H, N]`.
         """
 
 

@@ -123,6 +123,13 @@ class Engine:
                 f"the cache holds {len(self.rows)} rows but the forward pass has {batch}; "
                 "use one cache per batch, or batch_select_indices() first."
             )
+        is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
+        chunk = self.policy.prefill_chunk
+        if is_prefill and chunk is not None and columns > chunk and self.policy.phase != "decode":
+            raise UnsupportedError(
+                f"policy {self.policy.name!r} compresses the prompt in chunks of {chunk} tokens, but {columns} came at "
+                "once; call cache.prefill(input_ids, attention_mask) before generate(), or leave out prefill_chunk."
+            )
         if not self.rows:
             self.rows = [Row() for _ in range(batch)]
         host = None if valid is None or bool(valid.all()) else valid.to("cpu")
@@ -130,7 +137,6 @@ class Engine:
         self.compact_due(counts)
         if self.log.unobserved > _UNOBSERVED_MOST or columns > self.log.rollback:
             self.observe(leave=0 if columns > self.log.rollback else _UNOBSERVED_MOST // 3)
-        is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
         self.decoding = not is_prefill
         self._cropped = False
         self._note_padding(columns, host)
@@ -171,7 +177,8 @@ class Engine:
             )
         if keys.shape[1] != shape.heads or keys.shape[3] != shape.key_dim:
             raise UnsupportedError(
-                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers it is grouped with."
+                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
+                "that it is grouped with."
             )
         if forward.shifted:
             keys = ops.rotate(keys, self.ropes[layer], -self._shifts(keys.device)[:, None, None])
@@ -235,11 +242,10 @@ class Engine:
         window = self.log.window()
         views = [self.view(layer, part, window) for layer in self.layers]
         keeps = self.policy.select(views, budget)
-        for view, kept in zip(views, keeps, strict=True):
+        for layer, kept in zip(self.layers, keeps, strict=True):
             for post in self.policy.post:
-                self._write(view.layer_idx, part, post.apply(view, kept))
-                view = self.view(view.layer_idx, part, window)
-            self.stores[view.layer_idx].compact(view.layer_idx, part, kept)
+                self._write(layer, part, post.apply(self.view(layer, part, window), kept))
+            self.stores[layer].compact(layer, part, kept)
         for row, entries in zip(rows, budget, strict=True):
             row.resident = min(row.resident, entries)
             row.compactions += 1
@@ -361,14 +367,16 @@ class Engine:
         if torch.equal(known, past):
             return
         if bool((past & ~known).any()):
-            raise CacheStateError("attention_mask shows tokens that were padding before; keep the mask of earlier turns.")
+            raise CacheStateError(
+                "attention_mask shows tokens that were padding before; keep the mask of earlier turns."
+            )
         for b, row in enumerate(self.rows):
             if torch.equal(known[b], past[b]):
                 continue
             if row.compactions or row.resident != int(known[b].sum()):
                 raise CacheStateError(
-                    f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted since; "
-                    "give rows that end at different times a cache each."
+                    f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted "
+                    "since; give rows that end at different times a cache each."
                 )
             self.observe()
             slots = past[b][known[b]].nonzero()[:, 0]

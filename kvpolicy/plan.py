@@ -92,7 +92,8 @@ def plan_forward(
     end = max(b + n for b, n in zip(before, counts, strict=True))
     first = rows[0]
     if valid is None and all(r.resident == first.resident and r.seen == first.seen for r in rows):
-        past, positions = first.resident, torch.arange(first.seen, first.seen + columns, dtype=torch.int32, device=device)
+        past = first.resident
+        positions = torch.arange(first.seen, first.seen + columns, dtype=torch.int32, device=device)
         plan = WritePlan(past, columns, end, positions, positions - first.shift if first.shift else positions)
         visible = torch.arange(past + 1, past + columns + 1)[None] if past and columns > 1 else None
         return Forward(

@@ -96,18 +96,23 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise SpecError(f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out.")
+            raise SpecError(
+                f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out."
+            )
         if self.budget.tokens is not None and self.reserved() > self.budget.tokens:
             parts = ", ".join(f"{type(p).__name__.lower()} {p.reserved()}" for p in self.protections if p.reserved())
             raise SpecError(
-                f"budget: {self.budget.tokens} entries are fewer than the {self.reserved()} that are protected ({parts}); "
+                f"budget: {self.budget.tokens} entries are fewer than the {self.reserved()} that are protected "
+                f"({parts}); "
                 "raise the budget or protect less."
             )
         self._check_comparable()
         names = [state.name for state in self.slot_states]
         for name in names:
             if names.count(name) > 1:
-                raise SpecError(f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one.")
+                raise SpecError(
+                    f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one."
+                )
 
     def _check_comparable(self) -> None:
         pooled = self.allocator.scores_needed
@@ -124,7 +129,8 @@ class Policy:
                 across = "layers" if heads_ok else "heads"
                 raise SpecError(
                     f"allocator: {type(self.allocator).__name__} pools scores, but those of the {kind} scorer "
-                    f"{type(scorer).__name__} are not comparable across {across}; use another scorer or `allocator: uniform`."
+                    f"{type(scorer).__name__} are not comparable across {across}; use another scorer or "
+                    "`allocator: uniform`."
                 )
         if not self.mixer.keeps_comparability:
             raise SpecError(
@@ -228,9 +234,7 @@ class Policy:
             num_layers=views[0].num_layers,
         )
         counts = self.allocator.allocate(request)
-        return [
-            self.selector.select(s, c, p, a) for s, c, p, a in zip(scores, counts, protected, allowed, strict=True)
-        ]
+        return [self.selector.select(s, c, p, a) for s, c, p, a in zip(scores, counts, protected, allowed, strict=True)]
 
     def _share(
         self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]
@@ -258,15 +262,22 @@ class Policy:
         )
 
     def _check(
-        self, views: Sequence[CacheView], scores: list[Scores], allowed: list[Mask], protected: list[Tensor], rows: Tensor
+        self,
+        views: Sequence[CacheView],
+        scores: list[Scores],
+        allowed: list[Mask],
+        protected: list[Tensor],
+        rows: Tensor,
     ) -> None:
         """Refuse NaN, infinities and too small budgets, with one read from the device per compaction."""
         facts = [
-            torch.stack([
-                (~torch.isfinite(s.masked_fill(~a, 0.0))).any().to(torch.int64),
-                (p - rows.to(p.device)[:, None]).max(),
-                p.max(),
-            ]).to("cpu", non_blocking=False)
+            torch.stack(
+                [
+                    (~torch.isfinite(s.masked_fill(~a, 0.0))).any().to(torch.int64),
+                    (p - rows.to(p.device)[:, None]).max(),
+                    p.max(),
+                ]
+            ).to("cpu", non_blocking=False)
             for s, a, p in zip(scores, allowed, protected, strict=True)
         ]
         for view, (bad, excess, most) in zip(views, torch.stack(facts).tolist(), strict=True):

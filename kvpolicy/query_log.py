@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-
 _SLACK = 8  # records that may be forgotten are forgotten together, once in so many steps
 
 

@@ -62,7 +62,7 @@ class WritePlan:
 class DenseStore:
     """Keys, values, positions and slot state of some layers, `[L, B, H, capacity, ...]` each, compacted in place.
 
-    Tails behind a row's length hold finite leftovers, never uninitialised memory, because attention multiplies them by 0.
+    Tails behind a row's length hold finite leftovers, never uninitialised memory: attention multiplies them by 0.
     """
 
     def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:

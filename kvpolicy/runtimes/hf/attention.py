@@ -51,9 +51,9 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and hasattr(module, "is_causal") and "Attention" in type(module).__name__:
-            if type(getattr(module, "config", None)) is type(text_config):
-                found[index] = module
+        ours = type(getattr(module, "config", None)) is type(text_config) and "Attention" in type(module).__name__
+        if isinstance(index, int) and ours and hasattr(module, "is_causal"):
+            found[index] = module
     return found
 
 
@@ -64,8 +64,8 @@ def _base_attention(module: nn.Module, base: str) -> AttentionFunction:
     interface: Any = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
     if interface is None or (base == "eager" and eager is None):
         raise UnsupportedError(
-            f"{type(module).__name__} does not take its attention from transformers' attention registry, so its queries "
-            "cannot be observed; use a model class of transformers itself."
+            f"{type(module).__name__} does not take its attention from transformers' attention registry, so its "
+            "queries cannot be observed; use a model class of transformers itself."
         )
     function: AttentionFunction = interface.get_interface(base, eager)
     return function
@@ -110,11 +110,12 @@ def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[]
         UnsupportedError: the model's attention cannot be wrapped.
     """
     kinds = {type(module.config) for module in modules.values()}
-    configs = list({id(m.config): m.config for m in model.modules() if type(getattr(m, "config", None)) in kinds}.values())
+    owners = (getattr(module, "config", None) for module in model.modules())
+    configs: list[Any] = list({id(config): config for config in owners if type(config) in kinds}.values())
     with _lock:
         entry = _attached.get(model)
         if entry is None:
-            current = next(iter(modules.values())).config._attn_implementation or "eager"
+            current = str(configs[0]._attn_implementation or "eager")
             if current not in SUPPORTED:
                 raise UnsupportedError(
                     f"attention implementation {current!r} is not supported; load the model with "

@@ -50,8 +50,9 @@ class Session:
         """
         if self.unattended is not None:
             raise UnsupportedError(
-                f"the attention of layer {self.unattended} did not go through transformers' attention registry while this "
-                "cache was in use; do not change the model's attention implementation inside the cache's `with` block."
+                f"the attention of layer {self.unattended} did not go through transformers' attention registry while "
+                "this cache was in use; do not change the model's attention implementation inside the cache's "
+                "`with` block."
             )
         if self.announced is not None:
             columns, valid = self.announced
@@ -61,7 +62,7 @@ class Session:
             self.engine.open(keys.shape[0], columns, valid, keys.device, prefill=self.prefilling)
 
 
-class PolicyCache(Cache):  # type: ignore[misc]  # transformers is not typed
+class PolicyCache(Cache):
     """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy.
 
     Making one attaches it to the model; leaving its ``with`` block, `close()`, or its collection detaches it. Other
@@ -97,7 +98,8 @@ class PolicyCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self._refuse_others(layers, type(model).__name__)
         lost = [i for i in evictable if i not in modules]
         if not evictable or lost:
-            what = f"layer {lost[0]} has no attention module that can be observed" if lost else "no layer can be evicted from"
+            unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
+            what = unseen or "it has no layer to evict from"
             raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
         ropes = layer_ropes(model, modules, evictable) if "rope" in self.policy.needs else {}
         groups: dict[object, list[int]] = {}
@@ -197,8 +199,8 @@ class PolicyCache(Cache):  # type: ignore[misc]  # transformers is not typed
         if mask is not None:
             if mask.shape[1] < seen + columns:
                 raise CacheStateError(
-                    f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more come in; "
-                    f"pass a mask of {seen + columns} columns."
+                    f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more "
+                    f"come in; pass a mask of {seen + columns} columns."
                 )
             valid = mask[:, seen : seen + columns].to(torch.bool)
             if columns > 1 and seen:

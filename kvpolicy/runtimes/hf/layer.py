@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvpolicy.runtimes.hf.cache import Session
 
 
-class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+class EvictingLayer(CacheLayerMixin):
     """Hands keys and values to the engine and takes part in the attention of its layer.
 
     transformers calls `update` before the attention and the registered wrapper calls `attend` instead of it.
@@ -128,8 +128,16 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is n
     get_max_cache_shape = get_max_length  # the name in transformers 5.2
 
     def reset(self) -> None:
-        """Do nothing: the cache resets the engine once for all layers."""
+        """Do nothing, here and below: the cache acts on the engine, once for all layers."""
 
-    crop = batch_repeat_interleave = batch_select_indices = reorder_cache = offload = prefetch = (
-        lambda self, *args, **kwargs: None
-    )  # likewise
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `reset`."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See `reset`."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `reset`."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `reset`."""

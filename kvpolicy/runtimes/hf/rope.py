@@ -38,8 +38,8 @@ def layer_ropes(model: PreTrainedModel, modules: dict[int, nn.Module], layers: S
         parameters = parameters.get(kind, parameters) if kind else parameters
         if parameters.get("rope_type") in _CHANGING:
             raise UnsupportedError(
-                f"{name} has {parameters['rope_type']!r} rotary embeddings, which change with the length of the text, so "
-                "kept keys cannot be un-rotated or re-rotated; use a policy that leaves positions alone."
+                f"{name} has {parameters['rope_type']!r} rotary embeddings, which change with the length of the text, "
+                "so kept keys cannot be un-rotated or re-rotated; use a policy that leaves positions alone."
             )
         if "mrope_section" in parameters:
             raise UnsupportedError(
@@ -49,7 +49,9 @@ def layer_ropes(model: PreTrainedModel, modules: dict[int, nn.Module], layers: S
         inv_freq = getattr(rotary, "inv_freq", None)
         inv_freq = getattr(rotary, f"{kind}_inv_freq", None) if inv_freq is None else inv_freq
         if inv_freq is None:
-            raise UnsupportedError(f"{name} keeps no inverse frequencies, so kept keys cannot be un-rotated or re-rotated.")
+            raise UnsupportedError(
+                f"{name} keeps no inverse frequencies, so kept keys cannot be un-rotated or re-rotated."
+            )
         device = next(modules[layer].parameters()).device
         found[layer] = _verified(modules[layer], rotary, kind, inv_freq.float().to(device), name)
     return found
@@ -75,8 +77,8 @@ def _verified(attention: nn.Module, rotary: nn.Module, kind: str | None, inv_fre
         turned: Tensor = apply(probe, probe, cos, sin)[1]  # type: ignore[misc]
     except Exception as error:
         raise UnsupportedError(
-            f"{name}: its rotary embedding cannot be called in the usual way ({type(error).__name__}), so kept keys cannot "
-            "be un-rotated or re-rotated; use a policy that leaves positions alone."
+            f"{name}: its rotary embedding cannot be called in the usual way ({type(error).__name__}), so kept keys "
+            "cannot be un-rotated or re-rotated; use a policy that leaves positions alone."
         ) from error
     for interleaved in (False, True):
         rope = Rope(inv_freq, interleaved)

@@ -1,0 +1,82 @@
+"""KV-cache eviction policies as compositions of components, declared in YAML.
+
+Importing this package loads neither plugins nor transformers nor triton; names below are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from kvpolicy._catalog import Catalog as Catalog
+    from kvpolicy.components import BudgetAllocator as BudgetAllocator
+    from kvpolicy.components import Component as Component
+    from kvpolicy.components import ImportanceScorer as ImportanceScorer
+    from kvpolicy.components import Mixer as Mixer
+    from kvpolicy.components import PostOperation as PostOperation
+    from kvpolicy.components import Protection as Protection
+    from kvpolicy.components import RedundancyScorer as RedundancyScorer
+    from kvpolicy.components import Selector as Selector
+    from kvpolicy.components import SlotState as SlotState
+    from kvpolicy.components import Trigger as Trigger
+    from kvpolicy.errors import BudgetError as BudgetError
+    from kvpolicy.errors import CacheStateError as CacheStateError
+    from kvpolicy.errors import KVPolicyError as KVPolicyError
+    from kvpolicy.errors import PluginError as PluginError
+    from kvpolicy.errors import ScoreError as ScoreError
+    from kvpolicy.errors import SpecError as SpecError
+    from kvpolicy.errors import UnknownComponentError as UnknownComponentError
+    from kvpolicy.errors import UnsupportedError as UnsupportedError
+    from kvpolicy.hookspecs import hookimpl as hookimpl
+    from kvpolicy.loading import catalog as catalog
+    from kvpolicy.policy import Budget as Budget
+    from kvpolicy.policy import Policy as Policy
+    from kvpolicy.spec import ComponentRef as ComponentRef
+    from kvpolicy.spec import PolicySpec as PolicySpec
+    from kvpolicy.spec import json_schema as json_schema
+    from kvpolicy.spec import load as load
+    from kvpolicy.view import CacheView as CacheView
+    from kvpolicy.view import Rope as Rope
+
+    __version__: str
+
+_MODULES: Final = {
+    "_catalog": ("Catalog",),
+    "components": (
+        *("BudgetAllocator", "Component", "ImportanceScorer", "Mixer", "PostOperation", "Protection"),
+        *("RedundancyScorer", "Selector", "SlotState", "Trigger"),
+    ),
+    "errors": (
+        *("BudgetError", "CacheStateError", "KVPolicyError", "PluginError", "ScoreError", "SpecError"),
+        *("UnknownComponentError", "UnsupportedError"),
+    ),
+    "hookspecs": ("hookimpl",),
+    "loading": ("catalog",),
+    "policy": ("Budget", "Policy"),
+    "spec": ("ComponentRef", "PolicySpec", "json_schema", "load"),
+    "view": ("CacheView", "Rope"),
+}
+_HOME: Final = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("kvpolicy")
+        except PackageNotFoundError:  # a source tree that is not installed
+            value = "0+unknown"
+    elif name in _HOME:
+        value = getattr(import_module(f"kvpolicy.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'kvpolicy' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

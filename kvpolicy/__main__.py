@@ -1,0 +1,7 @@
+"""Runs the command line: ``python -m kvpolicy``."""
+
+import sys
+
+from kvpolicy.cli import main
+
+sys.exit(main())

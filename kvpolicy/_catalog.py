@@ -1,0 +1,206 @@
+"""The catalog: names of components and policies, and the package that each comes from.
+
+The module is private because `kvpolicy.catalog` is the function that returns the catalog of the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from kvpolicy.components import KINDS, Component, kind_of
+from kvpolicy.errors import PluginError, UnknownComponentError, did_you_mean
+
+COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where something was registered.
+
+    Attributes:
+        distribution: name of the installed package.
+        version: its version.
+        plugin: name of the entry point.
+    """
+
+    distribution: str
+    version: str = ""
+    plugin: str = ""
+
+    def __str__(self) -> str:
+        package = f"{self.distribution} {self.version}".strip()
+        return f"{package} ({self.plugin})" if self.plugin else package
+
+
+THIS_PROCESS: Final = Origin("this process")
+
+
+@dataclass(frozen=True)
+class ComponentEntry:
+    """A registered component class."""
+
+    kind: str
+    name: str
+    component: type[Component]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class PolicyEntry:
+    """A registered policy: a file, or the text itself (then `path` is None)."""
+
+    name: str
+    origin: Origin
+    path: Path | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """A plugin that was left out, and why; `error.__cause__` is what the plugin raised."""
+
+    origin: Origin
+    error: PluginError
+
+
+@dataclass
+class Catalog:
+    """Maps (kind, name) to component classes and names to policies.
+
+    Attributes:
+        failures: plugins that were left out.
+        disabled: plugins that `KVPOLICY_DISABLED_PLUGINS` turned off.
+    """
+
+    failures: list[PluginFailure] = field(default_factory=list)
+    disabled: list[Origin] = field(default_factory=list)
+    _components: dict[tuple[str, str], ComponentEntry] = field(default_factory=dict, repr=False)
+    _policies: dict[str, PolicyEntry] = field(default_factory=dict, repr=False)
+
+    def register(self, name: str, component: type[Any], origin: Origin = THIS_PROCESS) -> None:
+        """Add a component class under a name; raises PluginError when either is not allowed or the name is taken."""
+        self.add(component_entry(name, component, origin))
+
+    def register_policy(self, name: str, path_or_text: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
+        """Add a policy file, or YAML text with a line break; raises PluginError as `register`."""
+        self.add(policy_entry(name, path_or_text, origin))
+
+    def add(self, entry: ComponentEntry | PolicyEntry) -> None:
+        """Add a checked entry; raises PluginError that names both sides when the name is taken."""
+        if isinstance(entry, ComponentEntry):
+            taken: ComponentEntry | PolicyEntry | None = self._components.get((entry.kind, entry.name))
+            kind = entry.kind
+        else:
+            taken, kind = self._policies.get(entry.name), "policy"
+        if taken is not None and taken.origin == entry.origin:
+            raise PluginError(f"{kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")
+        if taken is not None:
+            mend = f"or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={entry.origin.plugin}"
+            raise PluginError(
+                f"{kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; "
+                f"rename one{', ' + mend if entry.origin.plugin else ''}."
+            )
+        if isinstance(entry, ComponentEntry):
+            self._components[entry.kind, entry.name] = entry
+        else:
+            self._policies[entry.name] = entry
+
+    def unregister(self, kind: str, name: str) -> None:
+        """Remove a component, or with kind ``policy`` a policy; for notebooks and tests."""
+        if kind == "policy":
+            del self._policies[name]
+        else:
+            del self._components[kind, name]
+
+    def get(self, kind: str, name: str) -> type[Component]:
+        """Return the class; raises UnknownComponentError with the nearest name, all names and the broken plugins."""
+        return self.entry(kind, name).component
+
+    def entry(self, kind: str, name: str) -> ComponentEntry:
+        """Return the entry of a component; raises as `get`."""
+        if kind not in KINDS:
+            raise KeyError(f"{kind!r} is not a kind of component; the kinds are {', '.join(KINDS)}.")
+        try:
+            return self._components[kind, name]
+        except KeyError:
+            raise self.unknown(kind, name, self.names(kind)) from None
+
+    def policy(self, name: str) -> PolicyEntry:
+        """Return a registered policy; raises UnknownComponentError with the nearest name and all names."""
+        try:
+            return self._policies[name]
+        except KeyError:
+            raise self.unknown("policy", name, self._policies) from None
+
+    def names(self, kind: str) -> list[str]:
+        """Return the registered names of a kind in alphabetical order."""
+        return sorted(name for k, name in self._components if k == kind)
+
+    def entries(self, kind: str | None = None) -> list[ComponentEntry]:
+        """Return the components of one kind or of all, in the order of the pipeline, then by name."""
+        order = list(KINDS)
+        found = [e for e in self._components.values() if kind in (None, e.kind)]
+        return sorted(found, key=lambda e: (order.index(e.kind), e.name))
+
+    def policies(self) -> list[PolicyEntry]:
+        """Return the registered policies by name."""
+        return [self._policies[name] for name in sorted(self._policies)]
+
+    def name_of(self, component: type[Component]) -> str:
+        """Return the name under which a class is registered; raises UnknownComponentError if it is not."""
+        for entry in self._components.values():
+            if entry.component is component:
+                return entry.name
+        raise UnknownComponentError(
+            f"{kind_of(component)}: the class {component.__name__} is not registered; "
+            "call kvpolicy.catalog().register(name, cls) first."
+        )
+
+    def unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownComponentError:
+        """Return the error for a name that is not among the known ones, with the plugins that could have brought it."""
+        known = sorted(known)
+        there = f" Known: {', '.join(known)}." if known else f" No {kind} is registered."
+        broken = "".join(f" Note: {failure.error}" for failure in self.failures)
+        off = "".join(f" Note: plugin {origin.plugin!r} is turned off." for origin in self.disabled)
+        return UnknownComponentError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}{there}{broken}{off}")
+
+
+def component_entry(name: str, component: type[Any], origin: Origin) -> ComponentEntry:
+    """Check a name and a class and return the entry; raises PluginError."""
+    if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name):
+        raise PluginError(f"{name!r} is not a component name; use small letters, digits and underscores.")
+    try:
+        kind = kind_of(component)
+    except TypeError as error:
+        raise PluginError(f"{name!r}: {error}") from None
+    if inspect.isabstract(component):
+        missing = ", ".join(sorted(component.__abstractmethods__))
+        raise PluginError(f"{kind} {name!r}: class {component.__name__} is abstract; implement {missing}.")
+    if "use" in component.model_fields:
+        raise PluginError(f"{kind} {name!r}: a parameter cannot be called 'use', which names the component; rename it.")
+    shorthand = component.shorthand
+    if shorthand is not None and shorthand not in component.model_fields:
+        raise PluginError(f"{kind} {name!r}: its shorthand {shorthand!r} is not one of its parameters.")
+    return ComponentEntry(kind, name, component, origin)
+
+
+def policy_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin) -> PolicyEntry:
+    """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
+    if not isinstance(name, str) or not POLICY_NAME.fullmatch(name):
+        raise PluginError(f"{name!r} is not a policy name; use small letters, digits, dots, dashes and underscores.")
+    if isinstance(path_or_text, str) and "\n" in path_or_text:
+        return PolicyEntry(name, origin, text=path_or_text)
+    try:
+        path = Path(path_or_text)
+    except TypeError:
+        raise PluginError(f"policy {name!r}: {path_or_text!r} is neither a path nor YAML text.") from None
+    if not path.is_file():
+        raise PluginError(f"policy {name!r}: there is no file {str(path)!r}.")
+    return PolicyEntry(name, origin, path=path)
