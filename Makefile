@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types bench
+
+BIN := .venv/bin
+
+# A prompt that SmolLM2-135M-Instruct answers greedily with 670 tokens and then its end-of-turn token.
+DEMO_PROMPT := Write a complete beginner's guide to growing vegetables: soil, seeds, water, pests, month by month.
+DEMO_TOKENS := 700
+DEMO_POLICY := rkv
+DEMO_BUDGET := 256
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: .venv/.setup-done ## create .venv and install everything for development
+
+.venv/.setup-done: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+
+demo: setup ## a real model under R-KV beside the full cache
+	@$(BIN)/python -P -c "from kvpolicy.runtimes.hf.demo_model import ensure_demo_model; ensure_demo_model(print)"
+	@$(BIN)/kvpolicy generate --model smollm2 --policy $(DEMO_POLICY) --budget $(DEMO_BUDGET) --compare full \
+		--max-new-tokens $(DEMO_TOKENS) "$(DEMO_PROMPT)"
+
+test: setup ## the tests that CI runs
+	$(BIN)/pytest -n 2
+
+test-slow: setup ## the long matrix on the demo model
+	$(BIN)/pytest -n 2 -m slow
+
+lint: setup ## ruff and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup ## mypy --strict
+	$(BIN)/mypy
+
+bench: setup ## decode speed and memory beside DynamicCache
+	$(BIN)/python -P benchmarks/decode.py

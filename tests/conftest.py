@@ -1,0 +1,42 @@
+"""Shared by all tests. Helpers live in `kvpolicy.testing`: in importlib mode tests cannot import from tests/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# `python -m pytest` puts the repository root on sys.path, where the bare folder kernels/ would pass for the PyPI
+# package of that name and make transformers raise.
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
+
+_QUIET = [hypothesis.HealthCheck.too_slow]  # shared machines are slow at times; pytest-timeout catches what hangs
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_QUIET)
+hypothesis.settings.register_profile(
+    "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True, suppress_health_check=_QUIET
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct in fp32 and its tokenizer; converted on first use."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
+
+    folder = ensure_demo_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,58 @@
+"""What an installation promises: light imports, the entry points, and folders that shadow nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ["kvpolicy", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_registry"]
+
+
+def loaded_by(statement: str, cwd: Path) -> set[str]:
+    """Return the top-level modules that a fresh interpreter holds after `statement`."""
+    program = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=cwd, check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_import_kvpolicy_is_light(tmp_path):
+    heavy = {"transformers", "triton", "accelerate", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_registry"}
+    assert not loaded_by("import kvpolicy", tmp_path) & (heavy - loaded_by("import torch", tmp_path))
+
+
+def test_kernels_package_imports_without_triton(tmp_path):
+    assert "triton" not in loaded_by("import kvpolicy_kernels", tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "plugins", "registry"])
+def test_outer_folders_are_not_packages(folder):
+    # kernels/__init__.py would shadow the PyPI package `kernels`, which transformers looks for.
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_repository_root_is_not_importable():
+    assert str(ROOT) not in {str(Path(entry or ".").resolve()) for entry in sys.path}
+
+
+def test_bundles_enter_by_entry_points():
+    found = {(entry.name, entry.value) for entry in entry_points(group="kvpolicy")}
+    assert found >= {
+        ("builtin-plugins", "kvpolicy_plugins"),
+        ("builtin-kernels", "kvpolicy_kernels"),
+        ("builtin-policies", "kvpolicy_registry"),
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package):
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).with_name("py.typed").is_file()
