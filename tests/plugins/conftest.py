@@ -1,0 +1,38 @@
+"""A small cache view to score, for all tests of components."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy.view import CacheView, Rope
+
+
+@pytest.fixture
+def make_view():
+    """Return a function: tensors that are not given are drawn; `queries` is [B, H, G, Q, D] or None."""
+
+    def make(keys=None, *, queries=None, shape=(2, 2, 20, 8), query_positions=None, seed=0, **fields):
+        generator = torch.Generator().manual_seed(seed)
+        if keys is None:
+            keys = torch.randn(shape, generator=generator)
+        B, H, N, D = keys.shape
+        defaults = {
+            "values": torch.randn(B, H, N, D, generator=generator),
+            "positions": torch.arange(N, dtype=torch.int32).expand(B, H, N),
+            "valid": torch.ones(B, H, N, dtype=torch.bool),
+            "scale": D**-0.5,
+            "layer_idx": 0,
+            "num_layers": 1,
+            "prompt_length": torch.full((B,), 5),
+            "seen": torch.full((B,), N),
+            "compaction": torch.zeros(B, dtype=torch.int64),
+            "rope": Rope(1.0 / 10000 ** (torch.arange(0, D, 2).float() / D)),
+        }
+        if queries is not None:
+            Q = queries.shape[3]
+            at = torch.arange(N - Q, N, dtype=torch.int32).expand(B, Q) if query_positions is None else query_positions
+            defaults |= {"queries": queries, "query_positions": at, "query_valid": torch.ones(B, Q, dtype=torch.bool)}
+        return CacheView(keys=keys, **(defaults | fields))
+
+    return make

@@ -1,0 +1,367 @@
+"""Every bundled component: what it computes, what it ignores, and how it is declared."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import kvpolicy
+from kvpolicy import ops
+from kvpolicy.components import KINDS, NEEDS, AllocationRequest, Counters
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.types import KeepIndices
+
+BUNDLED = {
+    "importance": {
+        "accumulated_attention", "key_norm", "none", "random", "recency", "value_norm", "window_attention",
+    },
+    "redundancy": {"key_cosine", "none"},
+    "mixer": {"importance_only", "linear"},
+    "allocator": {"uniform"},
+    "protection": {"pads", "prompt", "recent", "sinks"},
+    "selector": {"top_k"},
+    "trigger": {"each_step", "every"},
+    "post": {"rerotate"},
+}  # fmt: skip
+PAIRS = [(kind, name) for kind, names in BUNDLED.items() for name in sorted(names)]
+
+
+def make(kind, name, **params):
+    return kvpolicy.catalog().get(kind, name)(**params)
+
+
+SCORERS = [
+    *((kind, name, {}) for kind in ("importance", "redundancy") for name in sorted(BUNDLED[kind])),
+    (
+        "importance",
+        "window_attention",
+        {"observe": 3, "group": "mean", "group_stage": "weights", "softmax_over": "row"},
+    ),
+    ("importance", "window_attention", {"smooth": 6, "smooth_stage": "query", "smooth_kind": "mean"}),
+    ("redundancy", "key_cosine", {"beta": 2, "spare": "own", "window": 3}),
+    ("redundancy", "key_cosine", {"index_zero": True, "rope": "pre", "threshold": 0.8}),
+]
+
+
+def test_all_are_registered_by_the_entry_point():
+    registered = {kind: set() for kind in KINDS}
+    for entry in kvpolicy.catalog().entries():
+        if entry.origin.plugin == "builtin-plugins":
+            registered[entry.kind].add(entry.name)
+    assert registered == BUNDLED
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_declaration(kind, name):
+    component = kvpolicy.catalog().get(kind, name)
+    assert inspect.getdoc(component)
+    for parameter, field in component.model_fields.items():
+        assert field.description or kind == "selector", f"{name}.{parameter} has no docstring"
+    made = component()
+    assert made == component()
+    assert hash(made) == hash(component())
+    assert made.needs <= set(NEEDS)
+    source = Path(inspect.getsourcefile(component))
+    assert len(source.read_text(encoding="utf-8").splitlines()) < 100
+    with pytest.raises(ValidationError):
+        component(no_such_parameter=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "params"),
+    [
+        ("importance", "window_attention", {"observe": 0}),
+        ("importance", "window_attention", {"observe": True}),
+        ("importance", "window_attention", {"smooth": 0}),
+        ("importance", "window_attention", {"group": "sum"}),
+        ("importance", "random", {"seed": -1}),
+        ("redundancy", "key_cosine", {"threshold": 1.5}),
+        ("redundancy", "key_cosine", {"threshold": float("nan")}),
+        ("redundancy", "key_cosine", {"beta": -1}),
+        ("redundancy", "key_cosine", {"window": -1}),
+        ("mixer", "linear", {"weight": 1.1}),
+        ("mixer", "linear", {"weight": "0.1"}),
+        ("protection", "sinks", {"count": -1}),
+        ("protection", "recent", {"count": 1.0}),
+        ("trigger", "every", {"interval": 0}),
+        ("trigger", "every", {"align": 0}),
+    ],
+)
+def test_parameters_are_checked(kind, name, params):
+    with pytest.raises(ValidationError):
+        make(kind, name, **params)
+
+
+def full_view(make_view, **fields):
+    queries = torch.randn(2, 2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    state = {"accumulated_attention": torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(4))}
+    return make_view(shape=(2, 2, 40, 8), queries=queries, state=state, **fields)
+
+
+@pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
+def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
+    """fp32, finite, nothing written; poison in an invalid slot changes no other slot."""
+    scorer = make(kind, name, **params)
+    view = full_view(make_view)
+    valid = view.valid.clone()
+    valid[0, :, :6], valid[1, :, 30:] = False, False
+    clean = replace(view, valid=valid)
+    before = view.keys.clone()
+    scores = scorer.score(clean)
+    assert scores.shape == view.shape
+    assert scores.dtype == torch.float32
+    assert scores[valid].isfinite().all()
+    assert torch.equal(view.keys, before)
+    bad = ~valid[..., None]
+    poisoned = replace(
+        clean,
+        keys=view.keys.masked_fill(bad, float("nan")),
+        values=view.values.masked_fill(bad, float("inf")),
+        positions=view.positions.masked_fill(~valid, -(2**31)),
+        state={name: t.masked_fill(~valid, float("nan")) for name, t in view.state.items()},
+    )
+    torch.testing.assert_close(scorer.score(poisoned)[valid], scores[valid], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
+def test_a_row_of_a_batch_scores_as_alone(make_view, kind, name, params):
+    scorer = make(kind, name, **params)
+    view = full_view(make_view, compaction=torch.tensor([0, 3]), prompt_length=torch.tensor([5, 9]))
+    together = scorer.score(view)
+    for b in range(2):
+        row = slice(b, b + 1)
+        single = replace(
+            view,
+            **{
+                name: getattr(view, name)[row]
+                for name in (
+                    "keys", "values", "positions", "valid", "queries", "query_positions", "query_valid",
+                    "prompt_length", "seen", "compaction",
+                )
+            },
+            state={name: t[row] for name, t in view.state.items()},
+        )  # fmt: skip
+        torch.testing.assert_close(scorer.score(single), together[row], atol=1e-6, rtol=0)
+
+
+def test_window_attention_looks_at_its_own_number_of_queries(make_view):
+    """Another component may have asked for more queries; their order does not matter."""
+    queries = torch.randn(1, 2, 2, 6, 8)
+    view = make_view(shape=(1, 2, 20, 8), queries=queries)
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    mixed = replace(view, queries=queries[:, :, :, order], query_positions=view.query_positions[:, order])
+    scorer = make("importance", "window_attention", observe=4)
+    assert scorer.observed_queries() == 4
+    last = replace(
+        view,
+        queries=queries[:, :, :, 2:],
+        query_positions=view.query_positions[:, 2:],
+        query_valid=view.query_valid[:, 2:],
+    )
+    torch.testing.assert_close(scorer.score(mixed), scorer.score(last), atol=1e-7, rtol=0)
+    few = replace(view, query_valid=view.query_positions >= 18)
+    two = make("importance", "window_attention", observe=2)
+    torch.testing.assert_close(scorer.score(few), two.score(view), atol=1e-7, rtol=0)
+    with pytest.raises(UnsupportedError, match="needs the last queries"):
+        scorer.score(replace(view, queries=None))
+
+
+def test_window_attention_honours_the_model(make_view):
+    queries = torch.randn(1, 2, 2, 4, 8)
+    sinks = torch.randn(2, 2)
+    view = make_view(shape=(1, 2, 20, 8), queries=queries, scale=0.7, softcap=3.0, attention_sinks=sinks)
+    expected = ops.window_importance(
+        queries, view.query_positions, view.query_valid, view.keys, view.positions, view.valid,
+        scale=0.7, softcap=3.0, attention_sinks=sinks,
+    )  # fmt: skip
+    assert torch.equal(make("importance", "window_attention").score(view), expected)
+
+
+def test_golden_g5_accumulated_attention(make_view):
+    """H2O by hand: one head, two entries kept of three, then one more step."""
+    scorer = make("importance", "accumulated_attention")
+    (state,) = scorer.slot_state()
+    assert (state.name, state.dtype, state.fill) == ("accumulated_attention", torch.float32, 0.0)
+    assert scorer.needs == {"attention"}
+
+    def observe(sums, rows):
+        view = make_view(shape=(1, 1, len(sums), 4), state={state.name: torch.tensor([[sums]])})
+        weights = torch.tensor(rows)[None, None, None]
+        return scorer.observe_attention(view, weights)[state.name][0, 0]
+
+    prefill = observe([0.0, 0.0, 0.0], [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.5, 0.3]])
+    torch.testing.assert_close(prefill, torch.tensor([1.7, 1.0, 0.3]))
+    step = observe([1.7, 0.3, state.fill], [[0.1, 0.6, 0.3]])
+    torch.testing.assert_close(step, torch.tensor([1.8, 0.9, 0.3]))
+    other = observe([0.0, 0.0, 0.0], [[1.0, 0.0, 0.0], [0.3, 0.7, 0.0], [0.2, 0.7, 0.1]])
+    torch.testing.assert_close(other, torch.tensor([1.5, 1.4, 0.1]))
+
+
+def test_accumulated_attention_sums_over_the_group(make_view):
+    weights = torch.rand(2, 2, 3, 5, 20)
+    view = make_view(state={"accumulated_attention": torch.ones(2, 2, 20)})
+    state = make("importance", "accumulated_attention").observe_attention(view, weights)["accumulated_attention"]
+    torch.testing.assert_close(state, 1 + weights.sum((2, 3)))
+
+
+def test_norms(make_view):
+    view = make_view()
+    torch.testing.assert_close(make("importance", "key_norm").score(view), -view.keys.norm(dim=-1))
+    torch.testing.assert_close(make("importance", "value_norm").score(view), view.values.norm(dim=-1))
+    large = replace(view, keys=torch.full_like(view.keys, 60000).half())
+    assert make("importance", "key_norm").score(large).isfinite().all()
+
+
+def test_recency_and_none(make_view):
+    view = make_view(positions=torch.arange(7, 47, 2, dtype=torch.int32).expand(2, 2, 20))
+    assert make("importance", "recency").score(view)[0, 0, :3].tolist() == [7, 9, 11]
+    for kind in ("importance", "redundancy"):
+        assert (make(kind, "none").score(view) == 0).all()
+
+
+def test_random_depends_on_place_not_on_the_batch(make_view):
+    view = make_view(compaction=torch.tensor([0, 1]))
+    scores = make("importance", "random").score(view)
+    assert (scores[0] != scores[1]).any(), "another compaction draws anew"
+    assert (scores[0, 0] != scores[0, 1]).any(), "so does another head"
+    assert (make("importance", "random", seed=1).score(view) != scores).any()
+    assert (make("importance", "random").score(replace(view, layer_idx=1)) != scores).any()
+    moved = replace(view, positions=view.positions[..., 5:], valid=view.valid[..., 5:], keys=view.keys[:, :, 5:])
+    assert torch.equal(make("importance", "random").score(moved), scores[..., 5:])
+
+
+def test_key_cosine_window_and_rope(make_view):
+    view = make_view(shape=(1, 2, 30, 8))
+    score = make("redundancy", "key_cosine", window=8).score(view)
+    assert (score[..., 22:] == 0).all()
+    inner = ops.redundancy(view.keys[:, :, :22], view.valid[..., :22])
+    torch.testing.assert_close(score[..., :22], inner, atol=1e-7, rtol=0)
+
+    pre = make("redundancy", "key_cosine", rope="pre")
+    assert pre.needs == {"rope"}
+    assert make("redundancy", "key_cosine").needs == frozenset()
+    rotated = replace(view, keys=ops.rotate(view.keys, view.rope, view.positions), rope_positions=view.positions)
+    bare = make("redundancy", "key_cosine").score(view)
+    torch.testing.assert_close(pre.score(rotated), bare, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pre.score(replace(rotated, rope_positions=None)), bare, atol=1e-6, rtol=0)
+    elsewhere = replace(
+        rotated, keys=ops.rotate(view.keys, view.rope, torch.tensor(3)), rope_positions=view.positions * 0 + 3
+    )
+    torch.testing.assert_close(pre.score(elsewhere), bare, atol=1e-6, rtol=0)
+    with pytest.raises(UnsupportedError, match="use rope: post"):
+        pre.score(replace(view, rope=None))
+
+
+def test_mixers(make_view):
+    view = make_view()
+    importance, redundancy = torch.rand(2, 2, 20), torch.rand(2, 2, 20)
+    for weight in (0.0, 0.1, 1.0):
+        mixed = make("mixer", "linear", weight=weight).mix(importance, redundancy, view)
+        torch.testing.assert_close(mixed, weight * importance - (1 - weight) * redundancy)
+    alone = make("mixer", "importance_only")
+    assert not alone.uses_redundancy
+    assert torch.equal(alone.mix(importance, redundancy, view), importance)
+
+
+def test_uniform_gives_the_budget_or_all_there_is():
+    valid = [torch.tensor([[9, 9], [3, 3]]), torch.tensor([[9, 9], [3, 3]])]
+    request = AllocationRequest(torch.tensor([5, 5]), valid, [v * 0 for v in valid], [], [], [0, 1], 2)
+    counts = make("allocator", "uniform").allocate(request)
+    assert [c.tolist() for c in counts] == [[[5, 5], [3, 3]]] * 2
+    assert counts[0].dtype == torch.int64
+
+
+def test_top_k_component(make_view):
+    scores, mask = torch.randn(1, 2, 9), torch.ones(1, 2, 9, dtype=torch.bool)
+    kept = make("selector", "top_k").select(scores, torch.tensor([[4, 4]]), ~mask, mask)
+    assert torch.equal(kept.indices, scores.topk(4).indices.sort(-1).values)
+
+
+def test_protections(make_view):
+    valid = torch.ones(2, 2, 20, dtype=torch.bool)
+    valid[1, :, 15:] = False
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, *range(20, 34)], dtype=torch.int32)
+    view = make_view(valid=valid, positions=kept.expand(2, 2, 20), prompt_length=torch.tensor([5, 26]))
+    sinks, recent = make("protection", "sinks", count=4), make("protection", "recent", count=3)
+    assert sinks.mask(view)[0, 0].nonzero().flatten().tolist() == [0, 1, 2], "position 3 is gone"
+    assert recent.mask(view)[0, 1].nonzero().flatten().tolist() == [17, 18, 19]
+    assert recent.mask(view)[1, 1].nonzero().flatten().tolist() == [12, 13, 14]
+    prompt = make("protection", "prompt")
+    assert prompt.mask(view).sum(-1).tolist() == [[4, 4], [12, 12]]
+    pads = make("protection", "pads")
+    assert pads.effect == "drop"
+    assert torch.equal(pads.mask(view), ~valid)
+    assert [p.reserved(100) for p in (sinks, recent, prompt, pads)] == [4, 3, 100, 0]
+    assert not make("protection", "sinks", count=0).mask(view).any()
+    assert not make("protection", "recent", count=0).mask(view).any()
+
+
+def fires(trigger, resident, *, incoming=1, seen=None, budget=100):
+    return trigger.fires(Counters(resident, budget, incoming, resident if seen is None else seen, 10))
+
+
+def test_every_fires_when_the_buffer_is_full():
+    every = make("trigger", "every", interval=16)
+    assert every.buffer() == 16
+    assert [n for n in range(90, 120) if fires(every, n)] == list(range(116, 120))
+    assert not fires(every, 100, incoming=50), "nothing to evict"
+    assert not fires(every, 90, incoming=50)
+    assert fires(every, 101, incoming=50), "a chunk that would overfill what the chunk may fill"
+    assert make("trigger", "every") == make("trigger", "every", interval=128, align=1)
+
+
+def test_every_waits_for_the_block_multiple():
+    every = make("trigger", "every", interval=16, align=8)
+    assert every.buffer() == 23
+    for start in range(8):
+        moments = [n for n in range(100, 140) if fires(every, n, seen=start + n)]
+        first = moments[0]
+        assert (start + first) % 8 == 0
+        assert 116 <= first <= 100 + every.buffer()
+    assert fires(every, 101, incoming=64, seen=101), "no room to wait"
+    assert not fires(every, 117, seen=117, incoming=3)
+
+
+def test_each_step_is_every_1():
+    each, one = make("trigger", "each_step"), make("trigger", "every", interval=1)
+    assert each.buffer() == one.buffer() == 1
+    for resident in range(95, 106):
+        for incoming in (1, 2, 50):
+            assert fires(each, resident, incoming=incoming) == fires(one, resident, incoming=incoming)
+
+
+def test_rerotate_makes_kept_keys_contiguous(make_view):
+    """The kept keys look as if their tokens had stood at 0, 1, 2, ... from the start; twice in a row as well."""
+    bare = torch.randn(1, 2, 12, 8)
+    view = make_view(bare, rope_positions=torch.arange(12, dtype=torch.int32).expand(1, 2, 12))
+    view = replace(view, keys=ops.rotate(bare, view.rope, view.positions))
+    rerotate = make("post", "rerotate")
+    kept = KeepIndices(torch.tensor([[[0, 3, 7, 11], [1, 2, 2, 2]]]), torch.tensor([[4, 2]]))
+    changed = rerotate.apply(view, kept)
+    assert changed["rope_positions"].dtype == torch.int32
+    for h, count in enumerate([4, 2]):
+        slots = kept.indices[0, h, :count]
+        expected = ops.rotate(bare[0, h, slots], view.rope, torch.arange(count))
+        torch.testing.assert_close(changed["keys"][0, h, slots], expected, atol=1e-5, rtol=0)
+        assert changed["rope_positions"][0, h, slots].tolist() == list(range(count))
+
+    again = replace(view, keys=changed["keys"], rope_positions=changed["rope_positions"])
+    fewer = KeepIndices(torch.tensor([[[3, 11], [1, 2]]]), torch.tensor([[2, 2]]))
+    twice = rerotate.apply(again, fewer)["keys"]
+    for h in range(2):
+        slots = fewer.indices[0, h]
+        expected = ops.rotate(bare[0, h, slots], view.rope, torch.arange(2))
+        torch.testing.assert_close(twice[0, h, slots], expected, atol=1e-5, rtol=0)
+    with pytest.raises(UnsupportedError, match="rotary embedding"):
+        rerotate.apply(replace(view, rope=None), kept)
+
+
+def test_rerotate_leaves_what_is_in_place(make_view):
+    view = make_view()
+    everything = KeepIndices(torch.arange(20).expand(2, 2, 20), torch.full((2, 2), 20))
+    assert torch.equal(make("post", "rerotate").apply(view, everything)["keys"], view.keys)
