@@ -1,10 +1,11 @@
 """Decode speed of a policy against transformers' DynamicCache, interleaved in one process.
 
 Both caches decode the same tokens in alternating blocks, so that a machine whose speed drifts does not favour either.
-The lengths are real: every token up to `--tokens` is decoded by both.
+By default every token up to `--tokens` is decoded by both; with `--every N` only one block in N tokens is decoded and timed,
+and the tokens between are given to both in pieces (as a decode step of many tokens), so that long runs end in minutes.
 
     python benchmarks/decode.py                                      # batch 1, below and above the budget, 512 tokens
-    python benchmarks/decode.py --batch 8 --tokens 4096 --budget 410 --policy rkv
+    python benchmarks/decode.py --batch 8 --tokens 4096 --budget 410 --every 512
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 import kvpolicy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
+
+
+_PIECE = 64  # tokens given at once between two timed blocks
 
 
 @dataclass
@@ -52,13 +56,19 @@ class Lane:
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, lanes: list[Lane], tokens: torch.Tensor, prompt: int, block: int) -> None:
+def run(model: PreTrainedModel, lanes: list[Lane], tokens: torch.Tensor, prompt: int, block: int, every: int) -> None:
     """Prefill and decode `tokens` `[B, T]` in every lane, block by block in turn."""
     for lane in lanes:
         model(tokens[:, :prompt], past_key_values=lane.cache, logits_to_keep=1)
-    for start in range(prompt, tokens.shape[1], block):
+    for begin in range(prompt, tokens.shape[1], every):
+        start = max(begin, min(begin + every, tokens.shape[1]) - block)
         stop = min(start + block, tokens.shape[1])
-        order = lanes if (start // block) % 2 else lanes[::-1]
+        for lane in lanes:
+            for t in range(begin, start, _PIECE):
+                if isinstance(lane.cache, PolicyCache):
+                    lane.cache.crop(0)  # what follows is a step of several tokens, not a new turn
+                model(tokens[:, t : min(t + _PIECE, start)], past_key_values=lane.cache, logits_to_keep=1)
+        order = lanes if (begin // every) % 2 else lanes[::-1]
         for lane in order:
             began = time.perf_counter()
             for t in range(start, stop):
@@ -73,11 +83,11 @@ def compare(model: PreTrainedModel, policy: str, budget: int, args: argparse.Nam
     tokens = torch.randint(100, model.config.vocab_size, (args.batch, args.prompt + args.tokens))
     with PolicyCache(kvpolicy.load(policy, budget=budget), model) as cache:
         lanes = [Lane("DynamicCache", DynamicCache(config=model.config)), Lane(policy, cache)]
-        run(model, lanes, tokens, args.prompt, args.block)
+        run(model, lanes, tokens, args.prompt, args.block, args.every or args.block)
         stats = cache.stats()
     full, ours = lanes
     ratios = [a / b for a, b in zip(full.seconds, ours.seconds, strict=True)]
-    decoded = args.batch * args.tokens
+    decoded = args.batch * args.block * len(full.seconds)
     return {
         "policy": policy,
         "budget": budget,
@@ -103,6 +113,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--every", type=int, default=0, help="decode and time one block in so many tokens")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -82,6 +82,7 @@ class Engine:
         self.ropes = dict(ropes or {})
         self.layers = sorted(layer for group in self.groups for layer in group)
         self._re_rotates = any(p.changes == "positions" for p in policy.post)
+        self._fixed = policy.budget.tokens
         self._observers = [c for c in policy.components if "attention" in c.needs]
         self.reset()
 
@@ -231,7 +232,7 @@ class Engine:
                 store.resize(bound, longest)
 
     def _fires(self, row: Row, incoming: int) -> bool:
-        entries = self.policy.entries(row.seen, row.prompt)
+        entries = self._fixed or self.policy.entries(row.seen, row.prompt)
         return row.resident > entries and self.policy.trigger.fires(
             Counters(row.resident, entries, incoming, row.seen, row.prompt)
         )
@@ -346,6 +347,10 @@ class Engine:
             row.resident -= count
             row.seen -= count
             row.prompt = min(row.prompt, row.seen)
+        if all(row.seen == row.prompt for row in self.rows):
+            self.decoding = False
+            for row in self.rows:
+                row.decoded = False
         self.columns -= columns
         if self.padding is not None:
             self.padding = self.padding[:, : self.columns]

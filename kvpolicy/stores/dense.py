@@ -135,8 +135,8 @@ class DenseStore:
         """Copy one layer's new keys `[B, H, q, D]` and values into place; return views over all slots in use."""
         all_keys, all_values = self._pairs[layer]
         if plan.start is not None:
-            all_keys.narrow(2, plan.start, plan.width).copy_(keys)
-            all_values.narrow(2, plan.start, plan.width).copy_(values)
+            slots = all_keys.narrow(2, plan.start, plan.width), all_values.narrow(2, plan.start, plan.width)
+            torch._foreach_copy_(slots, (keys, values))
         else:
             row, column, slot = plan.row, plan.column, plan.slot
             all_keys[row, :, slot] = keys[row, :, column]
