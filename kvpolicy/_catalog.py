@@ -16,8 +16,8 @@ from typing import Any, Final
 from kvpolicy.components import KINDS, Component, kind_of
 from kvpolicy.errors import PluginError, UnknownComponentError, did_you_mean
 
-COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
-POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
+COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
+POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ class Catalog:
         if taken is not None and taken.origin == entry.origin:
             raise PluginError(f"{kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")
         if taken is not None:
-            mend = f"or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={entry.origin.plugin}"
+            # Nobody wants to turn the bundled ones off.
+            off = taken.origin.plugin if entry.origin.plugin.startswith("builtin-") else entry.origin.plugin
+            mend = f", or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={off}" if off else ""
             raise PluginError(
-                f"{kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; "
-                f"rename one{', ' + mend if entry.origin.plugin else ''}."
+                f"{kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; rename one{mend}."
             )
         if isinstance(entry, ComponentEntry):
             self._components[entry.kind, entry.name] = entry
@@ -172,10 +173,21 @@ class Catalog:
         return UnknownComponentError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}{there}{broken}{off}")
 
 
+def shown(value: Any) -> str:
+    """Return a short text for a value in a message, also when it cannot be printed."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a plugin's own __repr__
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def component_entry(name: str, component: type[Any], origin: Origin) -> ComponentEntry:
     """Check a name and a class and return the entry; raises PluginError."""
     if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name):
-        raise PluginError(f"{name!r} is not a component name; use small letters, digits and underscores.")
+        raise PluginError(
+            f"{shown(name)} is not a component name; use at most 64 small letters, digits and underscores."
+        )
     try:
         kind = kind_of(component)
     except TypeError as error:
@@ -194,13 +206,19 @@ def component_entry(name: str, component: type[Any], origin: Origin) -> Componen
 def policy_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin) -> PolicyEntry:
     """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
     if not isinstance(name, str) or not POLICY_NAME.fullmatch(name):
-        raise PluginError(f"{name!r} is not a policy name; use small letters, digits, dots, dashes and underscores.")
+        raise PluginError(
+            f"{shown(name)} is not a policy name; use at most 64 small letters, digits, dots, dashes and underscores."
+        )
     if isinstance(path_or_text, str) and "\n" in path_or_text:
         return PolicyEntry(name, origin, text=path_or_text)
     try:
         path = Path(path_or_text)
     except TypeError:
-        raise PluginError(f"policy {name!r}: {path_or_text!r} is neither a path nor YAML text.") from None
-    if not path.is_file():
-        raise PluginError(f"policy {name!r}: there is no file {str(path)!r}.")
+        raise PluginError(f"policy {name!r}: {shown(path_or_text)} is neither a path nor YAML text.") from None
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
+        raise PluginError(f"policy {name!r}: there is no file {shown(str(path))}.")
     return PolicyEntry(name, origin, path=path)

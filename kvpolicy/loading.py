@@ -23,11 +23,17 @@ from kvpolicy._catalog import (
     PolicyEntry,
     component_entry,
     policy_entry,
+    shown,
 )
 from kvpolicy.errors import PluginError, did_you_mean
 
 DISABLED_VARIABLE: Final = "KVPOLICY_DISABLED_PLUGINS"
 """Environment variable: names of entry points that are not loaded, separated by commas."""
+
+MAX_REGISTRATIONS: Final = 1_000
+"""How often one plugin may call `register`; a hook that registers without end is cut off there."""
+
+_LONGEST_REASON: Final = 300
 
 T = TypeVar("T")
 
@@ -114,16 +120,17 @@ def _origin(point: EntryPoint) -> Origin:
 def _register(manager: pluggy.PluginManager, point: EntryPoint, origin: Origin) -> Any:
     """Import one plugin and register it; raises PluginError and leaves the manager as it was."""
     plugin = _guarded(origin, point.load)
-    declared = getattr(plugin, "kvpolicy_api", hookspecs.PLUGIN_API_VERSION)
-    if declared != hookspecs.PLUGIN_API_VERSION:
+    declared = _guarded(origin, lambda: getattr(plugin, "kvpolicy_api", hookspecs.PLUGIN_API_VERSION))
+    if type(declared) is not int or declared != hookspecs.PLUGIN_API_VERSION:
         raise _failure(
             origin,
-            f"it is written for plugin API {declared!r} and this kvpolicy has plugin API "
+            f"it is written for plugin API {shown(declared)} and this kvpolicy has plugin API "
             f"{hookspecs.PLUGIN_API_VERSION}; install versions that fit together",
         )
+    _guarded(origin, lambda: hash(plugin))  # pluggy puts plugins into sets
     try:
         _guarded(origin, lambda: manager.register(plugin, name=str(origin)))
-        _check_hooks(manager, plugin, origin)
+        _guarded(origin, lambda: _check_hooks(manager, plugin))
     except PluginError:
         if manager.get_plugin(str(origin)) is plugin:
             manager.unregister(plugin)
@@ -131,40 +138,50 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint, origin: Origin) 
     return plugin
 
 
-def _check_hooks(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> None:
+def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
     """Refuse hooks that would be ignored: misspelt ones (`check_pending` for one plugin) and undecorated ones."""
     hooks = [name for name in vars(hookspecs) if name.startswith("kvpolicy_")]
     callers = manager.get_hookcallers(plugin) or []
     for caller in callers:
         required = any(impl.plugin is plugin and not impl.optionalhook for impl in caller.get_hookimpls())
         if required and not caller.has_spec():
-            raise _failure(
-                origin,
-                f"there is no hook {caller.name!r}.{did_you_mean(caller.name, hooks)} The hooks are {', '.join(hooks)}",
+            raise PluginError(
+                f"there is no hook {shown(caller.name)}.{did_you_mean(caller.name, hooks)} "
+                f"The hooks are {', '.join(hooks)}"
             )
     for name in hooks:
         if hasattr(plugin, name) and name not in {caller.name for caller in callers}:
-            raise _failure(origin, f"{name} is not decorated; write @kvpolicy.hookimpl above it")
+            raise PluginError(f"{name} is not decorated; write @kvpolicy.hookimpl above it")
 
 
 def _collect(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> list[ComponentEntry | PolicyEntry]:
     """Call the hooks of one plugin; all that it registers, or PluginError and nothing."""
     staged = Catalog()
+    calls = 0
     others = [p for p in manager.get_plugins() if p is not plugin]
     entries: list[ComponentEntry | PolicyEntry] = []
 
-    def stage(entry: ComponentEntry | PolicyEntry) -> None:
+    def stage(make: Callable[[str, Any, Origin], ComponentEntry | PolicyEntry], name: str, what: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > MAX_REGISTRATIONS:
+            raise _EndlessRegistration
+        entry = make(name, what, origin)
         staged.add(entry)
         entries.append(entry)
 
     def run() -> None:
         components = manager.subset_hook_caller("kvpolicy_register_components", others)
-        components(register=lambda name, component: stage(component_entry(name, component, origin)))
+        components(register=lambda name, component: stage(component_entry, name, component))
         policies = manager.subset_hook_caller("kvpolicy_register_policies", others)
-        policies(register=lambda name, path_or_text: stage(policy_entry(name, path_or_text, origin)))
+        policies(register=lambda name, path_or_text: stage(policy_entry, name, path_or_text))
 
     _guarded(origin, run)
     return entries
+
+
+class _EndlessRegistration(BaseException):
+    """Ends a hook that registers without end, even if it catches every `Exception`."""
 
 
 def _guarded(origin: Origin, step: Callable[[], T]) -> T:
@@ -173,9 +190,24 @@ def _guarded(origin: Origin, step: Callable[[], T]) -> T:
         return step()
     except PluginError as error:
         raise _failure(origin, str(error)) from error
-    except (Exception, SystemExit) as error:
+    except _EndlessRegistration:
+        reason = f"it registers more than {MAX_REGISTRATIONS:,} names; register each component and policy once"
+        raise _failure(origin, reason) from None
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in an extension module is not an Exception
+        raise _failure(origin, _described(error)) from error
+
+
+def _described(error: BaseException) -> str:
+    """Return type and first line of an exception, also of one that cannot be written out."""
+    try:
         lines = str(error).splitlines()
-        raise _failure(origin, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__) from error
+    except Exception:  # noqa: BLE001 - a plugin's own __str__
+        lines = []
+    first = lines[0] if lines else ""
+    first = first if len(first) <= _LONGEST_REASON else f"{first[:_LONGEST_REASON]}..."
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _failure(origin: Origin, reason: str) -> PluginError:

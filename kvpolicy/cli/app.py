@@ -1,0 +1,172 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli.explaining import explain
+from kvpolicy.cli.scaffolding import new
+
+app = typer.Typer(
+    name="kvpolicy",
+    help="KV-cache eviction policies: list, inspect, check and run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass
+class Options:
+    """Options that hold for all commands."""
+
+    debug: bool = False
+
+
+options = Options()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import kvpolicy
+
+        typer.echo(f"kvpolicy {kvpolicy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    *,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="KVPOLICY_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    options.debug = debug
+
+
+@app.command("list")
+def list_(
+    *,
+    kind: Annotated[
+        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, allocator, ...")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List policies and components, and the package that each comes from."""
+    from kvpolicy.cli.listing import print_list
+
+    print_list(kind, as_json=json)
+
+
+@app.command()
+def show(
+    policies: Annotated[list[str], typer.Argument(metavar="NAME|FILE", help="A policy's name or file.")],
+    *,
+    diff: Annotated[bool, typer.Option("--diff", help="Show where two policies differ: --diff A B.")] = False,
+) -> None:
+    """Show a policy in full: its file with all parameters, its paper, its departures, what each parameter means."""
+    from kvpolicy.cli.diffing import print_difference
+    from kvpolicy.cli.showing import print_policy
+    from kvpolicy.errors import KVPolicyError
+
+    if len(policies) != 1 + diff:
+        wanted = "two policies, as in: show --diff rkv rkv-code" if diff else "one policy, or two with --diff"
+        raise KVPolicyError(f"show: {len(policies)} names were given; name {wanted}.")
+    if diff:
+        print_difference(*policies)
+    else:
+        print_policy(policies[0])
+
+
+@app.command()
+def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files.")]) -> None:
+    """Check policy files; a line for each, and exit code 1 if one is not valid."""
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.spec import PolicySpec
+
+    bad = 0
+    for file in files:
+        try:
+            spec = PolicySpec.from_file(file)
+        except KVPolicyError as error:
+            if options.debug:
+                raise
+            bad += 1
+            typer.echo(" ".join(str(error).split()), err=True)
+        else:
+            typer.echo(f"{file}: policy {spec.policy} is valid.")
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+) -> None:
+    """Print the JSON schema of policy files, with all installed components, for editors."""
+    from json import dumps
+
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.spec import json_schema
+
+    text = dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KVPolicyError(f"--out: {out} cannot be written ({error.strerror}); name another file.") from None
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")],
+    *,
+    model: Annotated[
+        str, typer.Option(help="A model folder, an id on the Hugging Face hub, or smollm2 (the demo model).")
+    ] = "smollm2",
+    policy: Annotated[str, typer.Option(metavar="NAME|FILE", help="The policy.")] = "rkv",
+    budget: Annotated[
+        str | None, typer.Option(metavar="N", help="KV entries per head (256), or a share of the tokens seen (0.1).")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Generate again under this policy and its own budget.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed. Without these three: greedy.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Apply the chat template; by default if there is one.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
+) -> None:
+    """Generate text under a policy, and show what the cache held and how fast it was."""
+    from kvpolicy.cli.generating import Request, run
+
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    run(
+        Request(
+            prompt=prompt,
+            model=model,
+            policies=(policy, *([compare] if compare is not None else [])),
+            budget=budget,
+            max_new_tokens=max_new_tokens,
+            sampling={name: value for name, value in sampling.items() if value is not None},
+            chat=chat,
+            device=device,
+            dtype=dtype,
+        )
+    )
+
+
+app.command()(explain)
+app.add_typer(new, name="new")

@@ -1,0 +1,172 @@
+"""`kvpolicy generate`: text as it comes, then a table of what the cache held."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kvpolicy
+from kvpolicy.cli.report import Run, table
+from kvpolicy.cli.terminal import messages, output
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.spec import PolicySpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEMO_MODEL = "smollm2"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    prompt: str
+    model: str
+    policies: tuple[str, ...]
+    budget: str | None = None
+    max_new_tokens: int = 256
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    chat: bool | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def run(request: Request) -> None:
+    """Generate under each policy and print text and table; raises KVPolicyError with one sentence."""
+    # What is wrong with a policy is said before a model is loaded.
+    specs = [kvpolicy.load(request.policies[0], budget=budget_of(request.budget))]
+    specs += [kvpolicy.load(name) for name in request.policies[1:]]
+    prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
+    if not prompt.strip():
+        raise KVPolicyError("PROMPT is empty; write the text to continue or the question to answer.")
+    _check_sampling(request.sampling)
+    note = messages()
+    with note.status(f"loading {request.model}"):
+        model, tokenizer = load_model(request, note)
+    inputs = encode(tokenizer, prompt, request.chat).to(model.device)
+    console = output()
+    if len(specs) > 1:
+        _warm_up(model, inputs)
+    runs = []
+    for spec in specs:
+        console.rule(f"{spec.policy}, {_described(spec)}", align="left")
+        runs.append(_generate(model, tokenizer, inputs, spec, request, console))
+        console.print()
+    console.print(table(runs))
+
+
+def budget_of(text: str | None) -> float | None:
+    """Return what ``--budget`` says: entries as an integer, a share as a float; raises KVPolicyError."""
+    if text is None:
+        return None
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise KVPolicyError(f"--budget: {text!r} is not a number; write 256 for entries or 0.1 for a share.")
+
+
+def _described(spec: PolicySpec) -> str:
+    budget = spec.budget
+    if budget.tokens is not None:
+        return f"budget {budget.tokens}"
+    return "keeps everything" if budget.fraction == 1 else f"keeps {budget.fraction:g} of the tokens"
+
+
+def _check_sampling(sampling: Mapping[str, float]) -> None:
+    if sampling.get("temperature", 1.0) <= 0:
+        raise KVPolicyError("--temperature: should be above 0; leave all sampling options out for greedy decoding.")
+    if not 0 < sampling.get("top_p", 1.0) <= 1:
+        raise KVPolicyError(f"--top-p: should be above 0 and at most 1, got {sampling['top_p']:g}.")
+
+
+def load_model(request: Request, note: Console) -> tuple[Any, Any]:
+    """Return model and tokenizer; raises KVPolicyError in one sentence when they cannot be loaded."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise KVPolicyError("generate needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    place: Any = request.model
+    if request.model == DEMO_MODEL:
+        from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
+
+        place = ensure_demo_model(note.print)
+    elif request.model.startswith((".", "/", "~")) and not Path(request.model).expanduser().is_dir():
+        raise KVPolicyError(f"--model: there is no folder {request.model!r}; give a model folder or a hub id.")
+    else:
+        place = Path(request.model).expanduser() if Path(request.model).expanduser().is_dir() else request.model
+    device = request.device if request.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = request.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")
+    try:
+        transformers.AutoConfig.from_pretrained(place)  # what is no model at all fails here with the clearest words
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise KVPolicyError(f"--model: {request.model!r} cannot be loaded: {_first_line(error)}.") from error
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise KVPolicyError(f"--device: {device!r} cannot be used: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(".:")
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
+    """Return the prompt's tokens, through the chat template if asked for or, by default, if there is one."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise KVPolicyError("--chat: this model's tokenizer has no chat template; leave --chat out.")
+    if has_template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    return tokenizer(prompt, return_tensors="pt")
+
+
+def _warm_up(model: Any, inputs: Any) -> None:
+    """Generate two tokens, so that the first of two runs does not pay for what happens once."""
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console) -> Run:
+    import torch
+
+    from kvpolicy.cli.streaming import TextStream
+    from kvpolicy.runtimes.hf import PolicyCache, generate
+
+    sampling: dict[str, Any] = dict(request.sampling)
+    torch.manual_seed(int(sampling.pop("seed", 0)))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with PolicyCache(spec.build(), model) as cache, TextStream(tokenizer, console, cache) as stream:
+        start = time.perf_counter()
+        generate(
+            model,
+            inputs,
+            cache,
+            max_new_tokens=request.max_new_tokens,
+            do_sample=bool(request.sampling),
+            streamer=stream,
+            pad_token_id=pad,
+            **sampling,
+        )
+        seconds = time.perf_counter() - start
+        return Run(spec.policy, stream.tokens, seconds, cache.stats())

@@ -1,0 +1,82 @@
+"""`kvpolicy list`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+import kvpolicy
+from kvpolicy._catalog import Catalog, Origin
+from kvpolicy.cli.terminal import output
+from kvpolicy.components import KINDS, Component
+from kvpolicy.errors import KVPolicyError, SpecError, did_you_mean
+from kvpolicy.spec import files
+
+
+def print_list(kind: str | None, *, as_json: bool) -> None:
+    """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind."""
+    kinds = ["policy", *KINDS]
+    if kind is not None and kind not in kinds:
+        raise KVPolicyError(f"--kind: {kind!r} is not a kind.{did_you_mean(kind, kinds)} Kinds: {', '.join(kinds)}.")
+    catalog = kvpolicy.catalog()
+    rows = [row for row in _rows(catalog) if kind in (None, row["kind"])]
+    left_out = [{"plugin": str(failure.origin), "error": str(failure.error)} for failure in catalog.failures]
+    off = [str(origin) for origin in catalog.disabled]
+    console = output()
+    if as_json:
+        text = json.dumps({"entries": rows, "failed_plugins": left_out, "disabled_plugins": off}, indent=2)
+        console.file.write(text + "\n")
+        return
+    table = Table("kind", "name", "what it is", "from", box=None, pad_edge=False, header_style="bold")
+    last = None
+    for row in rows:
+        table.add_row(row["kind"] if row["kind"] != last else "", row["name"], escape(row["summary"]), row["from"])
+        last = row["kind"]
+    console.print(table)
+    for failure in left_out:
+        console.print(f"[red]not loaded:[/] {escape(failure['error'])}")
+    for origin in off:
+        console.print(f"[yellow]turned off:[/] plugin {escape(origin)}")
+
+
+def summary(component: type[Component]) -> str:
+    """Return the first sentence of a component's own docstring."""
+    return first_sentence(inspect.cleandoc(component.__dict__.get("__doc__") or "").split("\n\n")[0])
+
+
+def first_sentence(text: str) -> str:
+    """Return the text up to the first full stop that a capital follows, on one line."""
+    return re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
+
+
+def _rows(catalog: Catalog) -> list[dict[str, Any]]:
+    found = {entry.name: entry.origin for entry in catalog.policies()}
+    for name, path in files.in_folders().items():
+        found.setdefault(name, Origin(str(path)))
+    rows = [_row("policy", name, _described(name), origin) for name, origin in found.items()]
+    rows += [_row(e.kind, e.name, summary(e.component), e.origin) for e in catalog.entries()]
+    return rows
+
+
+def _described(policy: str) -> str:
+    try:
+        return first_sentence(kvpolicy.load(policy).description)
+    except SpecError as error:
+        return f"not valid: {error}"
+
+
+def _row(kind: str, name: str, text: str, origin: Origin) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "name": name,
+        "summary": text,
+        "from": f"{origin.distribution} {origin.version}".strip(),
+        "distribution": origin.distribution,
+        "version": origin.version,
+        "plugin": origin.plugin,
+    }

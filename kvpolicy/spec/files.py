@@ -1,0 +1,154 @@
+"""Finds policy files by name or path and follows `extends`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvpolicy._catalog import Catalog, PolicyEntry
+from kvpolicy.errors import SpecError
+from kvpolicy.spec import forms, yaml_text
+from kvpolicy.spec.problems import FieldError, shown
+from kvpolicy.spec.yaml_text import Document
+
+SEARCH_VARIABLE: Final = "KVPOLICY_POLICY_PATH"
+"""Environment variable: folders with policy files, separated as in PATH."""
+
+SUFFIXES: Final = (".yaml", ".yml")
+
+Search = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""One folder or several."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The text of a policy, what errors call it, and its folder."""
+
+    text: str
+    source: str
+    folder: Path | None = None
+    registered: str | None = None
+
+    @classmethod
+    def of_text(cls, text: str, source: str) -> Found:
+        """Take a text; a source that is the path of a file gives the folder for relative paths."""
+        try:
+            folder = Path(source).parent if Path(source).is_file() else None
+        except (OSError, ValueError):
+            folder = None
+        return cls(text, source, folder)
+
+    @classmethod
+    def of_path(cls, path: Path) -> Found:
+        """Read a file; raises SpecError."""
+        return cls(yaml_text.read_file(path), str(path), path.parent)
+
+    @classmethod
+    def of_entry(cls, entry: PolicyEntry) -> Found:
+        """Take a registered policy; raises SpecError when its file cannot be read."""
+        if entry.path is not None:
+            return cls(yaml_text.read_file(entry.path), str(entry.path), entry.path.parent, entry.name)
+        return cls(entry.text or "", f"<{entry.name} of {entry.origin}>", None, entry.name)
+
+    @property
+    def identity(self) -> str:
+        """The same for the same file."""
+        return self.source if self.folder is None else str(Path(self.source).resolve())
+
+
+def find(name: str | os.PathLike[str], catalog: Catalog, search: Search = (), folder: Path | None = None) -> Found:
+    """Find a policy: a registered name, then a path, then a name in the folders of `search` and KVPOLICY_POLICY_PATH.
+
+    Args:
+        name: the name or the path; what ends in .yaml or .yml or contains a slash is a path, as is any `os.PathLike`.
+        catalog: knows the registered policies.
+        search: folders that are looked through before those of the environment variable.
+        folder: what a relative path is relative to; the working directory if None.
+
+    Raises:
+        UnknownComponentError: nothing has that name.
+        SpecError: the path is not a readable text file.
+    """
+    text = os.fspath(name)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise SpecError(f"{text!r} is not the name or path of a policy.")
+    is_path = not isinstance(name, str) or "/" in text or os.sep in text or text.endswith(SUFFIXES)
+    if is_path:
+        return Found.of_path((folder or Path()) / Path(text).expanduser())
+    registered = {entry.name: entry for entry in catalog.policies()}
+    if text in registered:
+        return Found.of_entry(registered[text])
+    listed = in_folders(search)
+    if text in listed:
+        return Found.of_path(listed[text])
+    if Path(text).is_file():
+        return Found.of_path(Path(text))
+    raise catalog.unknown("policy", text, {*registered, *listed})
+
+
+def in_folders(search: Search = ()) -> dict[str, Path]:
+    """Return the policy files in the folders of `search` and KVPOLICY_POLICY_PATH by name; the first folder wins."""
+    given = [search] if isinstance(search, str | os.PathLike) else list(search)
+    listed = [part for part in os.environ.get(SEARCH_VARIABLE, "").split(os.pathsep) if part]
+    found: dict[str, Path] = {}
+    for folder in (Path(part).expanduser() for part in (*given, *listed)):
+        if not folder.is_dir():
+            raise SpecError(f"{folder}: there is no such folder; correct `search` or {SEARCH_VARIABLE}.")
+        for path in sorted(folder.iterdir()):
+            if path.suffix in SUFFIXES:
+                found.setdefault(path.stem, path)
+    return found
+
+
+def resolved(
+    found: Found, catalog: Catalog, search: Search = (), chain: tuple[Found, ...] = ()
+) -> tuple[dict[str, Any], forms.Marks]:
+    """Read a file and all that it extends; the canonical mapping and its marks. Raises SpecError with the place."""
+    document = yaml_text.parse(found.text, found.source)
+    data, marks = document
+    try:
+        _check_head(document, found)
+        extends = data.pop("extends", None)
+        overlay = forms.Canonical(data, catalog, marks)
+        if extends is None:
+            return overlay.data, overlay.marks
+        base = _base(extends, found, catalog, search, (*chain, found))
+    except FieldError as problem:
+        raise problem.located(marks) from None
+    base_data, base_marks = resolved(base, catalog, search, (*chain, found))
+    return forms.merge(base_data, overlay.data, base_marks, overlay.marks)
+
+
+def _base(extends: Any, found: Found, catalog: Catalog, search: Search, chain: tuple[Found, ...]) -> Found:
+    at = ("extends",)
+    if not isinstance(extends, str) or not extends:
+        raise FieldError(at, f"should be the name or the path of one policy, got {shown(extends)}.")
+    try:
+        base = find(extends, catalog, search, found.folder)
+    except SpecError as error:
+        raise FieldError(at, str(error), type(error)) from None
+    if base.identity in {link.identity for link in chain}:
+        circle = " -> ".join(link.source for link in (*chain, base))
+        raise FieldError(at, f"makes a circle ({circle}); let one of them stand alone.")
+    return base
+
+
+def _check_head(document: Document, found: Found) -> None:
+    data = document.data
+    if "schema_version" not in data:
+        raise FieldError(("schema_version",), "is missing; write `schema_version: 1` in the first line.")
+    version = data["schema_version"]
+    if version is True or version != 1 or not isinstance(version, int):
+        raise FieldError(
+            ("schema_version",), f"{shown(version)} is not known here; this kvpolicy reads `schema_version: 1`."
+        )
+    if "policy" not in data:
+        raise FieldError(("policy",), "is missing; give the policy a name of its own, such as `policy: my-variant`.")
+    if found.registered is not None and data["policy"] != found.registered:
+        raise FieldError(
+            ("policy",),
+            f"is {shown(data['policy'])}, but the file is registered as {found.registered!r}; use one name.",
+        )

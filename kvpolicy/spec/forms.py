@@ -1,0 +1,240 @@
+"""The forms that a specification can be written in, brought to one.
+
+A *canonical* mapping has the fields of a policy file. Every component reference is ``{use: name, parameter: value}``,
+`protect` maps names to mappings of parameters (or False), and `budget` is ``{tokens: n}`` or ``{fraction: f}``. A part
+of it is an *overlay*: a file with `extends`, or a replacement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from kvpolicy._catalog import Catalog
+from kvpolicy.components import Component, kind_of
+from kvpolicy.errors import UnknownComponentError, did_you_mean
+from kvpolicy.policy import Budget
+from kvpolicy.spec.problems import FieldError, shown
+from kvpolicy.spec.reference import ComponentRef, plain
+from kvpolicy.spec.yaml_text import KeyPath, Mark
+
+REFERENCES: Final = ("trigger", "importance", "redundancy", "mixer", "allocator", "selector")
+"""Fields that hold one component; the field is named as its kind."""
+SCALARS: Final = ("schema_version", "policy", "description", "paper", "departures", "phase", "prefill_chunk", "backend")
+FIELDS: Final = (
+    *("schema_version", "policy", "description", "paper", "departures", "budget", "phase", "prefill_chunk"),
+    *("trigger", "protect", "importance", "redundancy", "mixer", "allocator", "selector", "post", "backend"),
+)
+"""All fields, in the order in which they are written."""
+
+Marks = dict[KeyPath, Mark]
+
+
+class Canonical:
+    """Brings one mapping to the canonical form, and its marks along.
+
+    Attributes:
+        data: the canonical mapping.
+        marks: where its values stand.
+    """
+
+    def __init__(self, data: Mapping[str, Any], catalog: Catalog, marks: Mapping[KeyPath, Mark] | None = None) -> None:
+        """Raises FieldError when a value has no known form; what components say of their parameters comes later."""
+        self.catalog = catalog
+        self.given = dict(marks or {})
+        self.marks: Marks = {path: mark for path, mark in self.given.items() if len(path) <= 1}
+        self.data: dict[str, Any] = {}
+        for field, value in data.items():
+            if field not in FIELDS:
+                raise FieldError(
+                    (field,), f"there is no such field.{did_you_mean(field, FIELDS)} Fields: {', '.join(FIELDS)}."
+                )
+            for path in _nan_paths(value, (field,)):
+                raise FieldError(path, "NaN is not a number that a policy can use; write a number.")
+            self.data[field] = self._field(field, value)
+
+    def _field(self, field: str, value: Any) -> Any:
+        path: KeyPath = (field,)
+        if value is None and field != "prefill_chunk":
+            raise FieldError(path, "is empty; write a value or remove the line.")
+        if field == "budget":
+            return budget_form(value)
+        if field in REFERENCES:
+            return self._reference(field, value, path, path)
+        if field == "protect":
+            return self._protect(value)
+        if field == "post":
+            if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+                raise FieldError(path, f"is a list such as [rerotate], got {shown(value)}.")
+            return [self._reference("post", v, (field, i), (field, i)) for i, v in enumerate(value)]
+        self._copy(path, path)
+        return plain(value, path)
+
+    def _reference(self, kind: str, value: Any, at: KeyPath, to: KeyPath) -> dict[str, Any]:
+        """Return ``{use: ..., **parameters}``; `use` may be missing in an overlay."""
+        self._copy(at, to)
+        if isinstance(value, str):
+            return {"use": value}
+        if isinstance(value, Component | ComponentRef):
+            return self._instance(kind, value, at)
+        if not isinstance(value, Mapping):
+            raise FieldError(at, f"should be the name of a component or {{use: name, ...}}, got {shown(value)}.")
+        if "use" not in value and kind == "trigger" and len(value) == 1:
+            (name, setting) = next(iter(value.items()))
+            if name in self.catalog.names("trigger"):
+                self.marks[*to, "use"] = self.given.get((*at, name), self._near(at))
+                return {"use": name, **self._parameters("trigger", name, setting, (*at, name), to)}
+        use = value.get("use", "")
+        if not isinstance(use, str):
+            raise FieldError((*at, "use"), f"should be the name of a component, got {shown(use)}.")
+        return plain(dict(value), at)  # type: ignore[no-any-return]
+
+    def _instance(self, kind: str, value: Component | ComponentRef, at: KeyPath) -> dict[str, Any]:
+        component = value.component if isinstance(value, ComponentRef) else value
+        if kind_of(type(component)) != kind:
+            raise FieldError(at, f"should be a component of kind {kind}, got {type(component).__name__}.")
+        if isinstance(value, ComponentRef):
+            return {"use": value.use, **value.params}
+        try:
+            return ComponentRef(self.catalog.name_of(type(component)), component).data
+        except UnknownComponentError as error:
+            raise FieldError(at, str(error), UnknownComponentError) from None
+
+    def _parameters(self, kind: str, name: str, setting: Any, at: KeyPath, to: KeyPath) -> dict[str, Any]:
+        """Return the parameters of a component that is written ``name: setting``."""
+        if setting is True:
+            return {}
+        if isinstance(setting, Mapping):
+            self._copy(at, to)
+            return plain(dict(setting), at)  # type: ignore[no-any-return]
+        try:
+            shorthand = self.catalog.get(kind, name).shorthand
+        except UnknownComponentError as error:
+            raise FieldError(at, str(error), UnknownComponentError) from None
+        if setting is None or shorthand is None:
+            how = (
+                "true or its parameters" if shorthand is None else f"a value for `{shorthand}`, true or its parameters"
+            )
+            raise FieldError(at, f"should be {how}, got {shown(setting)}.")
+        self.marks[*to, shorthand] = self._near(at)
+        return {shorthand: plain(setting, at)}
+
+    def _protect(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, tuple | list) and all(isinstance(v, Component | ComponentRef) for v in value):
+            references = [self._instance("protection", v, ("protect",)) for v in value]
+            value = {reference.pop("use"): reference for reference in references}
+        if not isinstance(value, Mapping):
+            raise FieldError(("protect",), f"should be a mapping such as {{sinks: 4, recent: 8}}, got {shown(value)}.")
+        result: dict[str, Any] = {}
+        for name, setting in value.items():
+            path = ("protect", name)
+            self._copy(path, path)
+            result[name] = False if setting is False else self._parameters("protection", name, setting, path, path)
+        return result
+
+    def _copy(self, at: KeyPath, to: KeyPath) -> None:
+        """Take the marks of a subtree to its canonical place."""
+        for path, mark in self.given.items():
+            if path[: len(at)] == at:
+                self.marks[*to, *path[len(at) :]] = mark
+
+    def _near(self, path: KeyPath) -> Mark:
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.given:
+                return self.given[path[:end]]
+        return Mark("", 0, 0)
+
+
+def budget_form(value: Any) -> dict[str, Any]:
+    """Return ``{tokens: int}`` or ``{fraction: float}``; an integer alone means tokens, another number a fraction."""
+    at: KeyPath = ("budget",)
+    if isinstance(value, Budget):
+        value = value.model_dump()
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"tokens": value}
+    elif isinstance(value, float):
+        value = {"fraction": value}
+    if not isinstance(value, Mapping):
+        raise FieldError(at, f"should be {{tokens: 512}} or {{fraction: 0.1}}, got {shown(value)}.")
+    for key in value:
+        if key not in ("tokens", "fraction"):
+            near = did_you_mean(str(key), ("tokens", "fraction"))
+            raise FieldError((*at, key), f"there is no such key.{near} Write {{tokens: 512}} or {{fraction: 0.1}}.")
+    given = {key: v for key, v in value.items() if v is not None}
+    if len(given) != 1:
+        both = "both tokens and fraction are given" if given else "neither tokens nor fraction is given"
+        raise FieldError(at, f"{both}; write one of them.")
+    return _tokens(given["tokens"]) if "tokens" in given else _fraction(given["fraction"])
+
+
+def _tokens(tokens: Any) -> dict[str, Any]:
+    at: KeyPath = ("budget", "tokens")
+    if not isinstance(tokens, int) or isinstance(tokens, bool):
+        raise FieldError(at, f"should be a whole number of KV entries per head, got {shown(tokens)}.")
+    if tokens < 1:
+        raise FieldError(at, f"{tokens} is no budget; write at least 1 KV entry per head.")
+    return {"tokens": tokens}
+
+
+def _fraction(fraction: Any) -> dict[str, Any]:
+    at: KeyPath = ("budget", "fraction")
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool):
+        raise FieldError(at, f"should be a number above 0 and at most 1, got {shown(fraction)}.")
+    if not 0 < fraction <= 1:
+        hint = f"; for {fraction:g} entries write {{tokens: {int(fraction)}}}" if 1 < fraction < math.inf else ""
+        raise FieldError(at, f"should be above 0 and at most 1, got {fraction:g}{hint}.")
+    return {"fraction": float(fraction)}
+
+
+def merge(
+    base: Mapping[str, Any], overlay: Mapping[str, Any], base_marks: Marks, overlay_marks: Marks
+) -> tuple[dict[str, Any], Marks]:
+    """Lay an overlay over a canonical mapping: mappings are merged, except that another `use` or budget replaces."""
+    result = dict(base)
+    marks = dict(base_marks)
+    for field, value in overlay.items():
+        old = base.get(field)
+        other = field in REFERENCES and old is not None and value.get("use", old.get("use")) != old.get("use")
+        keep = isinstance(old, dict) and isinstance(value, dict) and field != "budget" and not other
+        result[field] = _merged(old, value, (field,), marks) if keep else value
+        if not keep:
+            _forget(marks, (field,))
+    marks.update(overlay_marks)
+    return result, marks
+
+
+def _merged(old: Any, new: Any, path: KeyPath, marks: Marks) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        _forget(marks, path)
+        return new
+    return {**old, **{key: _merged(old.get(key), value, (*path, key), marks) for key, value in new.items()}}
+
+
+def _forget(marks: Marks, path: KeyPath) -> None:
+    for old in [p for p in marks if p[: len(path)] == path]:
+        del marks[old]
+
+
+def nested(path: str, value: Any) -> tuple[list[str], dict[str, Any]]:
+    """Split a dotted path and return its parts and the mapping ``{a: {b: value}}``; raises FieldError."""
+    parts = path.split(".") if isinstance(path, str) else []
+    if not parts or not all(parts):
+        raise FieldError((), f"{path!r} is not a path; write field.parameter, such as 'mixer.weight'.")
+    if len(parts) > 1 and (parts[0] in SCALARS or parts[0] == "post"):
+        raise FieldError(tuple(parts), f"`{parts[0]}` has no named parts; replace {parts[0]!r} as a whole.")
+    inner = value
+    for part in reversed(parts):
+        inner = {part: inner}
+    return parts, inner
+
+
+def _nan_paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    if isinstance(value, float) and math.isnan(value):
+        yield path
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nan_paths(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _nan_paths(item, (*path, index))

@@ -1,0 +1,305 @@
+"""PolicySpec: what a policy file says, checked and complete, as a frozen value."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    model_serializer,
+)
+
+from kvpolicy import loading
+from kvpolicy._catalog import POLICY_NAME, Catalog
+from kvpolicy.errors import BudgetError, SpecError, did_you_mean
+from kvpolicy.policy import Backend, Budget, Phase, Policy
+from kvpolicy.spec import files, forms, yaml_text
+from kvpolicy.spec.problems import FieldError, from_pydantic
+from kvpolicy.spec.reference import ComponentRef, resolve
+
+
+def _checked_name(name: str) -> str:
+    if not POLICY_NAME.fullmatch(name):
+        raise ValueError("should be a name of at most 64 small letters, digits, dots, dashes and underscores")
+    return name
+
+
+_Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class PolicySpec(BaseModel):
+    """A policy: its budget, its phase and its components, each with all parameters.
+
+    In Python a component is given as in a file (``"key_norm"``, ``{"use": "linear", "weight": 0.3}``) or as a component
+    itself. Two specifications are equal when all fields and all parameters are, however they were written.
+
+    Raises:
+        SpecError: something is wrong; the message names the field, and the file and line if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    """Version of the file format; always 1."""
+    policy: Annotated[str, AfterValidator(_checked_name)]
+    """Name of the policy in lists and tables: at most 64 small letters, digits, dots, dashes and underscores."""
+    description: str = ""
+    """What the policy does, in a sentence."""
+    paper: str = ""
+    """Where the method comes from, for example "arXiv:2505.24133"."""
+    departures: _Texts = ()
+    """What differs from the paper, one sentence each."""
+    budget: Budget
+    """KV entries per KV head and layer after a compaction, protected ones included: `tokens` or `fraction`."""
+    phase: Phase = "decode"
+    """When compactions may happen: after prefill steps, after decode steps, or both."""
+    prefill_chunk: int | None = Field(default=None, ge=1)
+    """Tokens per prefill step, counted from the prompt's end; null means the runtime chooses."""
+    trigger: InstanceOf[ComponentRef]
+    """When a row is compacted."""
+    protect: tuple[InstanceOf[ComponentRef], ...] = ()
+    """What stays (or goes) whatever its score: name -> true, false, a value or parameters."""
+    importance: InstanceOf[ComponentRef]
+    """How much each entry matters; higher = keep."""
+    redundancy: InstanceOf[ComponentRef]
+    """How replaceable each entry is; higher = more replaceable."""
+    mixer: InstanceOf[ComponentRef]
+    """How importance and redundancy become one score."""
+    allocator: InstanceOf[ComponentRef]
+    """How the budget is split over layers and KV heads."""
+    selector: InstanceOf[ComponentRef]
+    """How scores become kept entries."""
+    post: tuple[InstanceOf[ComponentRef], ...] = ()
+    """Operations on what is kept, in order."""
+    backend: Backend = "auto"
+    """Which implementation of the operations to use."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            self._fill(forms.Canonical(fields, loading.catalog()).data)
+        except FieldError as problem:
+            raise problem.located() from None
+
+    def _fill(self, data: dict[str, Any]) -> None:
+        """Validate canonical data into this object; raises FieldError."""
+        fields = _resolved(data, loading.catalog())
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise from_pydantic(error, (), data, "a policy", forms.FIELDS) from None
+        try:
+            self.build()
+        except (SpecError, BudgetError, ValidationError) as error:
+            raise _misfit(error) from None
+
+    @classmethod
+    def _from_canonical(cls, data: dict[str, Any]) -> Self:
+        spec = cls.__new__(cls)
+        spec._fill(data)  # noqa: SLF001
+        return spec
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "<text>", *, search: files.Search = ()) -> Self:
+        """Read a policy from YAML text.
+
+        Args:
+            text: the content of a policy file.
+            source: what errors call it; if it is the path of a file, `extends` may be relative to its folder.
+            search: further folders in which `extends` finds policies by name.
+
+        Raises:
+            SpecError: ``source:line:column: field: what is wrong``, one sentence.
+        """
+        return cls.read_found(files.Found.of_text(text, source), search)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, search: files.Search = ()) -> Self:
+        """Read a policy file; raises SpecError as `from_yaml`, also for what is not a text file."""
+        return cls.read_found(files.Found.of_path(Path(path)), search)
+
+    @classmethod
+    def read_found(cls, found: files.Found, search: files.Search = ()) -> Self:
+        """Read what `kvpolicy.spec.files.find` found; raises SpecError as `from_yaml`."""
+        data, marks = files.resolved(found, loading.catalog(), search)
+        try:
+            return cls._from_canonical(data)
+        except FieldError as problem:
+            raise problem.located(marks) from None
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain values, every component with all its parameters; `PolicySpec(**data)` takes them."""
+        data: dict[str, Any] = {}
+        for field in forms.FIELDS:
+            value = getattr(self, field)
+            if isinstance(value, ComponentRef):
+                data[field] = value.data
+            elif isinstance(value, Budget):
+                data[field] = value.model_dump(exclude_none=True)
+            elif field == "protect":
+                data[field] = {ref.use: ref.params for ref in self.protect}
+            elif field == "post":
+                data[field] = [ref.data for ref in self.post]
+            else:
+                data[field] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @model_serializer(mode="plain")
+    def _serialise(self) -> dict[str, Any]:
+        return self.to_data()
+
+    def to_yaml(self) -> str:
+        """Return a complete policy file without `extends`; `from_yaml` reads it back to an equal specification."""
+        data = self.to_data()
+        for field in ("description", "paper", "departures", "prefill_chunk", "protect", "post"):
+            if not data[field]:
+                del data[field]
+        for field in forms.REFERENCES:
+            if len(data[field]) == 1:
+                data[field] = data[field]["use"]
+        if self.protect:
+            data["protect"] = {ref.use: _short(ref) for ref in self.protect}
+        if self.post:
+            data["post"] = [ref.data if ref.params else ref.use for ref in self.post]
+        return yaml_text.write(data)
+
+    def replace(self, path: str | Mapping[str, Any], value: Any = None) -> Self:
+        """Return a copy with some fields or parameters changed, checked as a whole.
+
+        Args:
+            path: a dotted path such as ``mixer.weight``, ``budget.tokens``, ``protect.recent`` or ``importance.use``,
+                or a mapping from such paths to values, laid over in order. Another `use` drops the old parameters.
+            value: the new value, as in a file; only with a single path.
+
+        Raises:
+            SpecError: there is no such field or parameter, or the result is not valid.
+        """
+        changes = path if isinstance(path, Mapping) else {path: value}
+        data = self.to_data()
+        try:
+            for where, new in changes.items():
+                data = _changed(data, where, new)
+            return self._from_canonical(data)
+        except FieldError as problem:
+            raise problem.located() from None
+
+    def build(self) -> Policy:
+        """Return the policy that runtimes run."""
+        parts: dict[str, Any] = {field: getattr(self, field).component for field in forms.REFERENCES}
+        return Policy(
+            name=self.policy,
+            budget=self.budget,
+            protections=tuple(ref.component for ref in self.protect),  # type: ignore[misc]
+            post=tuple(ref.component for ref in self.post),  # type: ignore[misc]
+            phase=self.phase,
+            prefill_chunk=self.prefill_chunk,
+            backend=self.backend,
+            paper=self.paper,
+            departures=self.departures,
+            description=self.description,
+            **parts,
+        )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy; with `update`, check the result as `replace` does."""
+        return super().model_copy(deep=deep) if not update else type(self)(**{**dict(self), **update})
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    budget: float | Mapping[str, Any] | None = None,
+    *,
+    search: files.Search = (),
+    **overrides: Any,
+) -> PolicySpec:
+    """Return a policy by name or path, with changes.
+
+    Args:
+        name_or_path: a registered name, the path of a policy file, or the name of a file in one of the `search`
+            folders or in those of the environment variable KVPOLICY_POLICY_PATH; looked for in this order.
+        budget: KV entries per head (an integer), a share of the tokens seen (a number up to 1.0), or
+            ``{"tokens": 512}`` / ``{"fraction": 0.1}``; what the file says if None.
+        search: one or more folders.
+        overrides: fields and parameters, with two underscores for the dot: ``mixer__weight=0.3, phase="both"``.
+
+    Raises:
+        UnknownComponentError: nothing has that name.
+        SpecError: the file or an override is not valid.
+    """
+    found = files.find(name_or_path, loading.catalog(), search)
+    spec = PolicySpec.read_found(found, search)
+    changes = {path.replace("__", "."): value for path, value in overrides.items()}
+    if budget is not None:
+        changes = {"budget": budget, **changes}
+    return spec.replace(changes) if changes else spec
+
+
+def _resolved(data: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """Fill in defaults and turn canonical references into components; raises FieldError."""
+    for field in ("policy", "budget", "trigger", "importance"):
+        if field not in data:
+            raise FieldError((field,), f"is missing; every policy says its {field}.")
+    data = {"redundancy": {"use": "none"}, "allocator": {"use": "uniform"}, "selector": {"use": "top_k"}, **data}
+    if "mixer" not in data:
+        redundancy = data["redundancy"].get("use")
+        if redundancy != "none":
+            raise FieldError(
+                ("mixer",),
+                f"is missing, and there is no default with redundancy {redundancy!r}; "
+                "write for example {use: linear, weight: 0.1}.",
+            )
+        data["mixer"] = {"use": "importance_only"}
+    fields = {field: resolve(field, data[field], (field,), catalog) for field in forms.REFERENCES}
+    protect = data.get("protect", {})
+    return {
+        **data,
+        **fields,
+        "budget": Budget(**data["budget"]),
+        "protect": tuple(
+            resolve("protection", {"use": name, **parameters}, ("protect", name), catalog)
+            for name, parameters in protect.items()
+            if parameters is not False
+        ),
+        "post": tuple(resolve("post", item, ("post", i), catalog) for i, item in enumerate(data.get("post", []))),
+    }
+
+
+def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
+    parts, overlay = forms.nested(where, value)
+    if parts[0] not in forms.FIELDS:
+        raise FieldError(tuple(parts), f"there is no field {parts[0]!r}.{did_you_mean(parts[0], forms.FIELDS)}")
+    canonical = forms.Canonical(overlay, loading.catalog()).data
+    data = dict(data)
+    if len(parts) == 1:
+        del data[parts[0]]
+    elif parts[0] == "protect" and len(parts) == 2:
+        data["protect"] = {name: setting for name, setting in data["protect"].items() if name != parts[1]}
+    merged, _ = forms.merge(data, canonical, {}, {})
+    return merged
+
+
+def _short(ref: ComponentRef) -> Any:
+    """Return a protection as a file says it: a bare value, true or its parameters."""
+    params = ref.params
+    shorthand = ref.component.shorthand
+    if shorthand is not None and list(params) == [shorthand] and not isinstance(params[shorthand], bool | dict | None):
+        return params[shorthand]
+    return params or True
+
+
+def _misfit(error: Exception) -> FieldError:
+    """Find the field that a message of `Policy` begins with."""
+    message = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    head = re.match(r"([a-z_]+)((?:\.[a-z0-9_]+)*): ", message)
+    if head is None or head[1] not in forms.FIELDS:
+        return FieldError((), message)
+    return FieldError((head[1], *head[2].split(".")[1:]), message[head.end() :])

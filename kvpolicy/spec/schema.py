@@ -1,0 +1,156 @@
+"""The JSON schema of policy files (draft 2020-12), with every registered component, those of third parties included."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Final
+
+from kvpolicy import loading
+from kvpolicy._catalog import POLICY_NAME, Catalog, ComponentEntry
+from kvpolicy.components import Component
+from kvpolicy.policy import Budget
+from kvpolicy.spec import forms
+from kvpolicy.spec.model import PolicySpec
+
+DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+
+_Schema = dict[str, Any]
+
+
+def json_schema() -> _Schema:
+    """Return the JSON schema of a policy file, for editors and other tools."""
+    catalog = loading.catalog()
+    definitions: _Schema = {}
+    # A file with `extends` may say only what differs, so component fields exist in a complete and a partial form.
+    complete = {kind: _reference(kind, catalog, definitions) for kind in (*forms.REFERENCES, "post")}
+    definitions |= complete
+    properties = {field: _described(field, schema) for field, schema in _fields(catalog, definitions).items()}
+    properties["extends"] = {
+        "type": "string",
+        "minLength": 1,
+        "description": "A policy to start from: its name, or the path of its file relative to this one.",
+    }
+    for kind in forms.REFERENCES:
+        partial = {"type": "object", "not": {"required": ["use"]}}
+        properties[kind] |= {"anyOf": [{"$ref": f"#/$defs/{kind}"}, partial]}
+    required = ["schema_version", "policy", "budget", "trigger", "importance"]
+    standing_alone = {
+        "required": required,
+        "properties": {kind: {"$ref": f"#/$defs/{kind}"} for kind in forms.REFERENCES},
+    }
+    return {
+        "$schema": DIALECT,
+        "title": "kvpolicy policy",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["schema_version", "policy"],
+        "properties": properties,
+        "if": {"required": ["extends"]},
+        "else": standing_alone,
+        "$defs": definitions,
+    }
+
+
+def _fields(catalog: Catalog, definitions: _Schema) -> _Schema:
+    """Return the schema of every field; the component fields are filled in later."""
+    plain: _Schema = {
+        "schema_version": {"const": 1},
+        "policy": {"type": "string", "pattern": f"^{POLICY_NAME.pattern}$"},
+        "description": {"type": "string"},
+        "paper": {"type": "string"},
+        "departures": {"type": "array", "items": {"type": "string"}},
+        "budget": _budget(),
+        "phase": {"enum": ["prefill", "decode", "both"], "default": "decode"},
+        "prefill_chunk": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None},
+        "backend": {"enum": ["auto", "torch", "triton"], "default": "auto"},
+        "protect": _protect(catalog, definitions),
+        "post": {"type": "array", "items": {"$ref": "#/$defs/post"}, "default": []},
+    }
+    return {field: plain.get(field, {}) for field in forms.FIELDS}
+
+
+def _described(field: str, schema: _Schema) -> _Schema:
+    return {**schema, "description": PolicySpec.model_fields[field].description or ""}
+
+
+def _budget() -> _Schema:
+    fields = Budget.model_json_schema()["properties"]
+    tokens = {"type": "integer", "minimum": 1, "description": fields["tokens"]["description"]}
+    fraction = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": fields["fraction"]["description"]}
+    either = [
+        {"type": "object", "additionalProperties": False, "required": [name], "properties": {name: schema}}
+        for name, schema in (("tokens", tokens), ("fraction", fraction))
+    ]
+    return {"anyOf": [*either, tokens, fraction]}
+
+
+def _reference(kind: str, catalog: Catalog, definitions: _Schema) -> _Schema:
+    """Return the schema of a reference to a component of one kind: its name, `use:` with parameters, or a shorthand."""
+    forms_of_all: list[_Schema] = []
+    entries = catalog.entries(kind)
+    for entry in entries:
+        parameters = _parameters(entry, definitions)
+        described = {"title": entry.name, "description": _summary(entry.component)}
+        forms_of_all.append({**described, **_with_use(entry.name, parameters)})
+        if not parameters.get("required"):
+            forms_of_all.append({**described, "const": entry.name})
+        if kind == "trigger":
+            forms_of_all.append(
+                {
+                    **described,
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": [entry.name],
+                    "properties": {
+                        entry.name: {
+                            **_setting(entry, parameters, switch=[True]),
+                            "description": described["description"],
+                        }
+                    },
+                }
+            )
+    return {"anyOf": forms_of_all} if forms_of_all else {"not": {}}
+
+
+def _with_use(name: str, parameters: _Schema) -> _Schema:
+    return {
+        **parameters,
+        "required": ["use", *parameters.get("required", [])],
+        "properties": {"use": {"const": name}, **parameters["properties"]},
+    }
+
+
+def _setting(entry: ComponentEntry, parameters: _Schema, switch: list[bool]) -> _Schema:
+    """Return the schema of what stands after a component's name: a switch, the shorthand's value or parameters."""
+    options = [{"enum": switch}, parameters]
+    if entry.component.shorthand is not None:
+        options.append(parameters["properties"][entry.component.shorthand])
+    return {"anyOf": options}
+
+
+def _protect(catalog: Catalog, definitions: _Schema) -> _Schema:
+    properties = {}
+    for entry in catalog.entries("protection"):
+        setting = _setting(entry, _parameters(entry, definitions), switch=[True, False])
+        properties[entry.name] = {**setting, "description": _summary(entry.component)}
+    return {"type": "object", "additionalProperties": False, "properties": properties, "default": {}}
+
+
+def _parameters(entry: ComponentEntry, definitions: _Schema) -> _Schema:
+    """Return the object schema of a component's parameters; the definitions in it move to the top under its name."""
+    prefix = f"{entry.kind}.{entry.name}"
+    schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
+    for name, definition in schema.pop("$defs", {}).items():
+        definitions[f"{prefix}.{name}"] = definition
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": schema.get("properties", {}),
+        **({"required": schema["required"]} if "required" in schema else {}),
+    }
+
+
+def _summary(component: type[Component]) -> str:
+    """Return the first paragraph of a component's own docstring."""
+    doc = inspect.cleandoc(component.__doc__ or "")
+    return " ".join(doc.split("\n\n")[0].split())
