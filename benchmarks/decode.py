@@ -1,8 +1,8 @@
 """Decode speed of a policy against transformers' DynamicCache, interleaved in one process.
 
 Both caches decode the same tokens in alternating blocks, so that a machine whose speed drifts does not favour either.
-By default every token up to `--tokens` is decoded by both; with `--every N` only one block in N tokens is decoded and timed,
-and the tokens between are given to both in pieces (as a decode step of many tokens), so that long runs end in minutes.
+By default every token up to `--tokens` is decoded by both; with `--every N` only one block in N tokens is decoded and
+timed, and the tokens between are given to both in pieces (decode steps of many tokens), so that long runs end in minutes.
 
     python benchmarks/decode.py                                      # batch 1, below and above the budget, 512 tokens
     python benchmarks/decode.py --batch 8 --tokens 4096 --budget 410 --every 512
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 import kvpolicy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
-
 
 _PIECE = 64  # tokens given at once between two timed blocks
 

@@ -170,7 +170,7 @@ class Catalog:
         there = f" Known: {', '.join(known)}." if known else f" No {kind} is registered."
         broken = "".join(f" Note: {failure.error}" for failure in self.failures)
         off = "".join(f" Note: plugin {origin.plugin!r} is turned off." for origin in self.disabled)
-        return UnknownComponentError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}{there}{broken}{off}")
+        return UnknownComponentError(f"unknown {kind} {shown(name)}.{did_you_mean(name, known)}{there}{broken}{off}")
 
 
 def shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.plan import Forward, plan_forward
 from kvpolicy.policy import Policy
 from kvpolicy.query_log import QueryLog, Window
+from kvpolicy.rows import Columns, Row
 from kvpolicy.stores import DenseStore, Shape
 from kvpolicy.types import KeepIndices
 from kvpolicy.view import CacheView, Rope
@@ -22,31 +23,6 @@ from kvpolicy.view import CacheView, Rope
 _OBSERVE_BLOCK = 32  # queries per call of `observe_attention`: bounds the weights to [B, H, G, 32, N]
 _UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
 _EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
-
-
-@dataclass
-class Row:
-    """Counters of one batch row; all per KV head and layer.
-
-    Attributes:
-        resident: entries held now.
-        seen: tokens seen, padding not counted.
-        prompt: tokens before the first decode step.
-        compactions: how often the row has been compacted.
-        floor: tokens seen at the last compaction; the cache cannot be cropped behind it.
-        peak: most entries ever held.
-        decoded: a decode step has been made, so that the prompt is complete.
-        shift: how far the rotation of new keys lies behind their original position (re-rotating policies).
-    """
-
-    resident: int = 0
-    seen: int = 0
-    prompt: int = 0
-    compactions: int = 0
-    floor: int = 0
-    peak: int = 0
-    shift: int = 0
-    decoded: bool = False
 
 
 @dataclass
@@ -92,11 +68,15 @@ class Engine:
         self.stores: dict[int, DenseStore] = {}
         self.facts: dict[int, LayerFacts] = {}
         self.log = QueryLog(self.policy.observed_queries, feeds_attention=bool(self._observers))
-        self.columns = 0
-        self.padding: Tensor | None = None
+        self._columns = Columns()
         self.decoding = False
         self.forward: Forward | None = None
         self._cropped = False
+
+    @property
+    def columns(self) -> int:
+        """Columns seen, padding included."""
+        return self._columns.total
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -124,6 +104,10 @@ class Engine:
                 f"the cache holds {len(self.rows)} rows but the forward pass has {batch}; "
                 "use one cache per batch, or batch_select_indices() first."
             )
+        if valid is not None and valid.shape[0] != batch:
+            raise CacheStateError(
+                f"attention_mask has {valid.shape[0]} rows but the forward pass has {batch}; give one row for each."
+            )
         is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
         chunk = self.policy.prefill_chunk
         if is_prefill and chunk is not None and columns > chunk and self.policy.phase != "decode":
@@ -140,7 +124,6 @@ class Engine:
             self.observe(leave=0 if columns > self.log.rollback else _UNOBSERVED_MOST // 3)
         self.decoding = not is_prefill
         self._cropped = False
-        self._note_padding(columns, host)
         forward = plan_forward(self.rows, columns, counts, host, device)
         for row, count in zip(self.rows, counts, strict=True):
             row.resident += count
@@ -149,7 +132,7 @@ class Engine:
             row.decoded = row.decoded or not is_prefill
             if not row.decoded:
                 row.prompt = row.seen
-        self.columns += columns
+        self._columns.add(columns, host, batch)
         if self.log.active:
             self.log.open(forward.query_positions, forward.query_valid, counts, ragged=host is not None)
         forward.pending = set(self.layers)
@@ -164,8 +147,8 @@ class Engine:
         forward = self.forward
         if forward is None or layer not in forward.pending:
             raise UnsupportedError(
-                "this cache is not attached to the model that uses it; call the model inside the cache's `with` block "
-                "(or before close()), with the model that the cache was made for."
+                "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
+                "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
             )
         store = self.stores.get(layer)
         if store is None:
@@ -328,11 +311,13 @@ class Engine:
         """Forget the last `columns` columns; possible back to the last compaction.
 
         Raises:
-            CacheStateError: a row has been compacted since, or has observed attention it cannot forget.
+            CacheStateError: a row has been compacted since, has observed attention that it cannot forget, or would lack
+                queries that its policy looks at.
         """
         if columns > self.columns:
             raise CacheStateError(f"crop: {columns} tokens are more than the {self.columns} that the cache has seen.")
-        for row, count in zip(self.rows, self._valid_in_last(columns), strict=True):
+        counts = self._columns.tokens_in_last(columns, len(self.rows))
+        for row, count in zip(self.rows, counts, strict=True):
             if row.seen - count < row.floor:
                 raise CacheStateError(
                     f"crop: {columns} tokens back lies before the last compaction, which was at token {row.floor} of "
@@ -343,7 +328,15 @@ class Engine:
                 f"crop: the accumulated attention of policy {self.policy.name!r} can be rolled back by "
                 f"{self.log.unobserved} tokens at present, not by {columns}; fork() the cache before going on."
             )
-        for row, count in zip(self.rows, self._valid_in_last(columns), strict=True):
+        left = self.log.left_after(columns, len(self.rows))
+        for row, count, queries in zip(self.rows, counts, left, strict=True):
+            if count and queries < min(self.policy.observed_queries, row.seen - count):
+                raise CacheStateError(
+                    f"crop: policy {self.policy.name!r} looks at the last {self.policy.observed_queries} queries, and "
+                    f"without {columns} tokens only {queries} of them are left; crop less, or fork() the cache before "
+                    "going on."
+                )
+        for row, count in zip(self.rows, counts, strict=True):
             row.resident -= count
             row.seen -= count
             row.prompt = min(row.prompt, row.seen)
@@ -351,9 +344,7 @@ class Engine:
             self.decoding = False
             for row in self.rows:
                 row.decoded = False
-        self.columns -= columns
-        if self.padding is not None:
-            self.padding = self.padding[:, : self.columns]
+        self._columns.cut(columns)
         self.log.crop(columns)
         self._cropped = True
 
@@ -366,9 +357,7 @@ class Engine:
         Raises:
             CacheStateError: padding has become real, or the row has been compacted since.
         """
-        known = torch.ones(len(self.rows), self.columns, dtype=torch.bool)
-        if self.padding is not None:
-            known[:, : self.padding.shape[1]] = self.padding
+        known = self._columns.valid(len(self.rows))
         if torch.equal(known, past):
             return
         if bool((past & ~known).any()):
@@ -391,16 +380,21 @@ class Engine:
                 for layer in store.layers:
                     store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
             row.resident, row.floor = slots.numel(), row.seen
-        self.padding = past.clone()
+        self._columns.replace(past)
 
     def take_rows(self, index: Tensor) -> None:
-        """Reorder, repeat or select rows; `index` int64 `[B']`."""
-        self.rows = [replace(self.rows[b]) for b in index.tolist()]
+        """Reorder, repeat or select rows; `index` int64 `[B']`. Raises CacheStateError for rows that there are not."""
+        chosen = index.tolist() if index.dim() == 1 else []
+        if self.rows and not (chosen and all(0 <= b < len(self.rows) for b in chosen)):
+            raise CacheStateError(
+                f"the cache holds {len(self.rows)} rows and cannot go on with rows {str(chosen)[:60]}; "
+                f"name at least one from 0 to {len(self.rows) - 1}."
+            )
+        self.rows = [replace(self.rows[b]) for b in chosen]
         for store in self._distinct_stores():
             store.rows(index)
         self.log.rows(index)
-        if self.padding is not None:
-            self.padding = self.padding.index_select(0, index.to("cpu"))
+        self._columns.take(index)
 
     def clone(self) -> Engine:
         """Return an independent copy."""
@@ -409,24 +403,9 @@ class Engine:
         copies = {id(store): store.clone() for store in self._distinct_stores()}
         twin.stores = {layer: copies[id(store)] for layer, store in self.stores.items()}
         twin.rows = [replace(row) for row in self.rows]
-        twin.log = self.log.clone()
+        twin.log, twin._columns = self.log.clone(), self._columns.clone()
         twin.facts = dict(self.facts)
         return twin
-
-    def _valid_in_last(self, columns: int) -> list[int]:
-        valid = [columns] * len(self.rows)
-        if self.padding is not None:
-            pads = (~self.padding[:, self.columns - columns :]).sum(1).tolist()
-            valid = [columns - int(n) for n in pads]
-        return valid
-
-    def _note_padding(self, columns: int, host: Tensor | None) -> None:
-        """Remember which columns were padding; nothing is stored while there is none behind them."""
-        if host is None:
-            return
-        old = self.padding if self.padding is not None else torch.ones(len(self.rows), 0, dtype=torch.bool)
-        gap = torch.ones(len(self.rows), self.columns - old.shape[1], dtype=torch.bool)
-        self.padding = torch.cat([old, gap, host.to(torch.bool)], 1)
 
     def _shifts(self, device: torch.device) -> Tensor:
         return torch.tensor([row.shift for row in self.rows], device=device)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvpolicy.rows import Row
 from kvpolicy.stores.dense import WritePlan
-
-if TYPE_CHECKING:
-    from kvpolicy.engine import Row
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _SLACK = 8  # records that may be forgotten are forgotten together, once in so many steps
+_STEPS_BACK = 16  # single tokens that can be taken back at any time
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Window:
 class QueryLog:
     """Keeps at least the last `observe` valid queries of each row, and every query that is still unobserved.
 
-    So many are left even when the last forward pass is taken back, `rollback` columns of it at most. Decode steps are kept
-    by reference: nothing is copied per token.
+    So many are left even when the last forward pass is taken back, `rollback` columns of it at most, or the last 16
+    tokens. Decode steps are kept by reference: nothing is copied per token.
     """
 
     def __init__(self, observe: int, *, feeds_attention: bool, rollback: int = 64) -> None:
@@ -107,7 +108,7 @@ class QueryLog:
             positions, valid = positions[:, columns - width :], valid[:, columns - width :]
         held = [int(n) for n in valid.sum(1).tolist()] if ragged else [width] * len(counts)
         self.records.append(Record(columns, width, held, positions, valid, width if self.feeds_attention else 0))
-        if len(self.records) > self.observe + _SLACK:
+        if len(self.records) > self.observe + _STEPS_BACK + _SLACK:
             self._trim()
         return width
 
@@ -119,8 +120,9 @@ class QueryLog:
 
     def _trim(self) -> None:
         """Forget records that neither the window nor the observation still needs."""
-        # What the last forward pass may lose again does not count.
-        later = [-min(self.records[-1].span, self.rollback)] * len(self.records[-1].counts)
+        # What may be taken back again does not count.
+        back = max(min(self.records[-1].span, self.rollback), _STEPS_BACK)
+        later = [-back] * len(self.records[-1].counts)
         for i in range(len(self.records) - 1, -1, -1):
             if i < len(self.records) - 1 and min(later) >= self.observe and self.records[i].unobserved == 0:
                 del self.records[: i + 1]
@@ -148,8 +150,17 @@ class QueryLog:
         index = window.index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
         return queries.gather(2, index)
 
+    def left_after(self, columns: int, batch: int) -> list[int]:
+        """Return how many valid queries of each row would be left without the last `columns` columns."""
+        left = [0] * batch
+        for r in reversed(self.records):
+            kept = r.without(columns).counts if 0 < columns < r.span else r.counts if columns == 0 else [0] * batch
+            columns = max(columns - r.span, 0)
+            left = [a + b for a, b in zip(left, kept, strict=True)]
+        return left
+
     def crop(self, columns: int) -> None:
-        """Forget the last `columns` columns. The caller has checked that all of them are still unobserved or unneeded."""
+        """Forget the last `columns` columns. The caller has checked that none of them has been observed."""
         while columns and self.records:
             last = self.records[-1]
             if last.span > columns:

@@ -73,8 +73,8 @@ def find(name: str | os.PathLike[str], catalog: Catalog, search: Search = (), fo
         SpecError: the path is not a readable text file.
     """
     text = os.fspath(name)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise SpecError(f"{text!r} is not the name or path of a policy.")
+    if not isinstance(text, str) or not text or "\0" in text or (isinstance(name, str) and not name.isprintable()):
+        raise SpecError(f"{shown(text)} is not the name or path of a policy.")
     is_path = not isinstance(name, str) or "/" in text or os.sep in text or text.endswith(SUFFIXES)
     if is_path:
         return Found.of_path((folder or Path()) / Path(text).expanduser())
@@ -84,7 +84,11 @@ def find(name: str | os.PathLike[str], catalog: Catalog, search: Search = (), fo
     listed = in_folders(search)
     if text in listed:
         return Found.of_path(listed[text])
-    if Path(text).is_file():
+    try:
+        is_file = Path(text).is_file()
+    except OSError:  # too long for a name
+        is_file = False
+    if is_file:
         return Found.of_path(Path(text))
     raise catalog.unknown("policy", text, {*registered, *listed})
 

@@ -106,6 +106,8 @@ class Canonical:
         if setting is True:
             return {}
         if isinstance(setting, Mapping):
+            if "use" in setting:
+                raise FieldError((*at, "use"), f"the component is {name!r} already; remove `use`.")
             self._copy(at, to)
             return plain(dict(setting), at)  # type: ignore[no-any-return]
         try:

@@ -33,7 +33,8 @@ class FieldError(Exception):
 
 def dotted(path: KeyPath) -> str:
     """Write a path as users do: ``protect.recent.count``."""
-    return ".".join(str(part) for part in path)
+    parts = [str(part) if str(part).isprintable() else repr(part)[1:-1] for part in path]
+    return ".".join(part if len(part) <= 60 else f"{part[:57]}..." for part in parts)
 
 
 def shown(value: Any) -> str:

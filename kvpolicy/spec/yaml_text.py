@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,6 +19,7 @@ from kvpolicy.errors import SpecError
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
+_LONGEST_PATH: Final = 300
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of a file down to a value."""
@@ -113,17 +115,21 @@ _Writer.add_representer(str, _represent_text)
 
 def read_file(path: Path) -> str:
     """Return the text of a file; raises SpecError for what is not a readable text file of a sane size."""
-    if path.is_dir():
-        raise SpecError(f"{path}: is a directory; give one policy file.")
-    if not path.exists():
-        raise SpecError(f"{path}: there is no such file.")
-    if not path.is_file():
-        raise SpecError(f"{path}: is not an ordinary file; give a YAML file.")
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        mode = path.stat().st_mode
+        raw = b""
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SpecError(f"{path}: there is no such file.") from None
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror}).") from None
+        name = str(path) if len(str(path)) <= _LONGEST_PATH else f"{str(path)[:_LONGEST_PATH]}..."
+        raise SpecError(f"{name}: cannot be read ({error.strerror}).") from None
+    if stat.S_ISDIR(mode):
+        raise SpecError(f"{path}: is a directory; give one policy file.")
+    if not stat.S_ISREG(mode):
+        raise SpecError(f"{path}: is not an ordinary file; give a YAML file.")
     if len(raw) > MAX_BYTES:
         raise SpecError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; that is not a policy file.")
     try:
@@ -213,7 +219,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, source: str, marks: dict[Key
         if not isinstance(key, str):
             raise SpecError(f"{mark}: the key {str(key)[:40]} is not text; put it in quotes.")
         if key in result:
-            raise SpecError(f"{mark}: {key!r} is given twice, first in line {marks[*path, key].line}; remove one.")
+            raise SpecError(f"{mark}: {key[:60]!r} is given twice, first in line {marks[*path, key].line}; remove one.")
         marks[*path, key] = mark
         result[key] = _value(value_node, (*path, key), source, marks)
     return result

@@ -661,3 +661,15 @@ def test_any_value_in_any_field_is_taken_or_refused_in_a_sentence(field, value):
         assert PolicySpec.from_yaml(changed.to_yaml()) == changed
     else:
         assert message.startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("sinks: 4", "sinks: {use: recent}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
+        ("sinks: 4", "sinks: {use: 3}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
+        ("{every: 16}", "{every: {use: each_step}}", "p.yaml:4:19: trigger.every.use: the component is 'every' already"),
+    ],
+)
+def test_a_component_is_named_once(old, new, where):
+    assert error_of(GOOD.replace(old, new)) == f"{where}; remove `use`."

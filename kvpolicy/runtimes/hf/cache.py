@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.components import NEEDS
 from kvpolicy.engine import Engine
-from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf.attention import announce, attach, attention_modules
 from kvpolicy.runtimes.hf.layer import EvictingLayer
@@ -39,7 +39,7 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.announced: tuple[int, Tensor | None] | None = None
-        self.prefilling = False
+        self.prompt_end = 0  # columns that are known to belong to a prompt, whatever length they come in
         self.unattended: int | None = None
 
     def begin(self, keys: Tensor) -> None:
@@ -59,7 +59,8 @@ class Session:
             self.announced = None
             if columns != keys.shape[2]:
                 raise UnsupportedError(f"the mask was made for {columns} tokens but {keys.shape[2]} arrived.")
-            self.engine.open(keys.shape[0], columns, valid, keys.device, prefill=self.prefilling)
+            prefill = self.engine.columns < self.prompt_end
+            self.engine.open(keys.shape[0], columns, valid, keys.device, prefill=prefill)
 
 
 class PolicyCache(Cache):
@@ -92,6 +93,7 @@ class PolicyCache(Cache):
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
+        refuse_implementation(getattr(model.generation_config, "cache_implementation", None), "generation_config")
         modules = attention_modules(model)
         layers = DynamicCache(config=model.config).layers
         evictable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -152,8 +154,12 @@ class PolicyCache(Cache):
         self.engine.reset()
         session = self._session
         session.announced = session.unattended = None
+        session.prompt_end = 0
         self._unchecked.clear()
-        self._others("reset")
+        # New ones for the layers that are not ours: in transformers 5.2 their reset() only zeroes them.
+        for i, layer in enumerate(DynamicCache(config=self.model.config).layers):
+            if not isinstance(self.layers[i], EvictingLayer):
+                self.layers[i] = layer
 
     def fork(self) -> PolicyCache:
         """Return an independent copy that is attached to the same model, for several continuations of one prompt."""
@@ -161,6 +167,7 @@ class PolicyCache(Cache):
             raise CacheStateError("this cache is closed; fork() it before its `with` block ends.")
         twin = PolicyCache(self.policy, self.model)
         twin._session.engine = self.engine.clone()
+        twin._session.prompt_end = self._session.prompt_end
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, EvictingLayer):
                 twin.layers[i] = copy.deepcopy(layer)
@@ -243,6 +250,20 @@ class PolicyCache(Cache):
         """False: the cache decides on the host when to compact."""
         return False
 
+    def activate_past_recording(self) -> None:
+        """Prepare for crops, as assisted decoding asks before it starts (transformers 5.23).
+
+        Raises:
+            UnsupportedError: something has been seen, and would be fed again.
+        """
+        # On Apple's GPUs generate() asks the same after every prefill, for a rollback of its own.
+        if self.engine.columns and self.model.device.type != "mps":
+            raise UnsupportedError(
+                f"assisted decoding passes the whole text again although the cache has seen {self.engine.columns} tokens "
+                "of it; use it with a new cache and without chunks of the prompt."
+            )
+        super().activate_past_recording()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows, as beam search asks."""
         self.engine.take_rows(beam_idx)
@@ -250,12 +271,19 @@ class PolicyCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (int64 `[B']`, or bool `[B]`)."""
+        if indices.dtype == torch.bool and indices.shape != (len(self.engine.rows),):
+            raise CacheStateError(
+                f"batch_select_indices: a mask of shape {list(indices.shape)} does not fit the "
+                f"{len(self.engine.rows)} rows of the cache; give one boolean per row."
+            )
         index = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self.engine.take_rows(index)
         self._others("batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place of itself."""
+        if repeats < 1:
+            raise CacheStateError(f"batch_repeat_interleave: {repeats} makes no sense; repeat rows at least once.")
         self.engine.take_rows(torch.arange(len(self.engine.rows)).repeat_interleave(repeats))
         self._others("batch_repeat_interleave", repeats)
 
@@ -271,6 +299,7 @@ class PolicyCache(Cache):
         """
         columns = max(self.engine.columns - tokens, 0) if tokens > 0 else -tokens
         self.engine.crop(columns)
+        self._session.prompt_end = min(self._session.prompt_end, self.engine.columns)
         self._others("crop", tokens)
 
     def _others(self, method: str, *args: Any) -> None:
@@ -303,17 +332,14 @@ class PolicyCache(Cache):
                 f"input_ids: the cache has already seen {seen} tokens and the prompt has {length}; pass the whole text."
             )
         first = length - ((length - seen - 1) // size) * size
-        self._session.prefilling = True
-        try:
-            for end in range(first, length, size):
-                mask = None if attention_mask is None else attention_mask[:, :end]
-                self.model(
-                    input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
-                    past_key_values=self, use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
-                seen = end
-        finally:
-            self._session.prefilling = False
+        self._session.prompt_end = length
+        for end in range(first, length, size):
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            self.model(
+                input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
+                past_key_values=self, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            seen = end
 
     def stats(self) -> CacheStats:
         """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""
@@ -342,6 +368,15 @@ class PolicyCache(Cache):
         self.engine.settle()
 
 
+def refuse_implementation(name: str | None, place: str) -> None:
+    """Raise UnsupportedError if another cache (quantised, offloaded, static, ...) is asked for by name."""
+    if name not in (None, "dynamic", "hybrid"):  # the last two say nothing about a cache that is given
+        raise UnsupportedError(
+            f"{place}: cache_implementation {name!r} is another cache, and entries of a quantised, offloaded or static "
+            "cache cannot be evicted; leave it out."
+        )
+
+
 def _positions(mask: Tensor | None, start: int, end: int) -> Tensor | None:
     """Return position ids `[B, end - start]` as generate() makes them from a mask."""
     if mask is None:
@@ -357,5 +392,9 @@ def resolve(policy: Policy | PolicySpec | str | Path) -> Policy:
         from kvpolicy.spec import load
 
         policy = load(policy)
-    built: Policy = policy.build()
-    return built
+    build: Callable[[], Policy] | None = getattr(policy, "build", None)
+    if build is None:
+        raise SpecError(
+            f"policy: {type(policy).__name__} is not a policy; give a name, a path, a PolicySpec or a Policy."
+        )
+    return build()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy import Policy
-from kvpolicy.runtimes.hf.cache import PolicyCache
+from kvpolicy.runtimes.hf.cache import PolicyCache, refuse_implementation
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
@@ -32,12 +33,18 @@ def generate(
         model: a decoder of transformers.
         inputs: ``input_ids`` `[B, P]` and usually ``attention_mask`` `[B, P]`, as a tokenizer returns them.
         policy: a policy, specification, name or path; or a `PolicyCache` that holds earlier turns.
-        num_return_sequences, num_beams, kwargs: passed on to ``model.generate``.
+        num_return_sequences: passed on to ``model.generate``.
+        num_beams: passed on to ``model.generate``.
+        **kwargs: passed on to ``model.generate``.
 
     Returns:
         What ``model.generate`` returns, and the cache. A cache made here is detached from the model; its numbers can
         still be read.
     """
+    refuse_implementation(kwargs.get("cache_implementation"), "generate")
+    if "past_key_values" in kwargs:
+        other = type(kwargs["past_key_values"]).__name__
+        raise UnsupportedError(f"past_key_values: a {other} follows no policy; give a PolicyCache as `policy` instead.")
     cache = policy if isinstance(policy, PolicyCache) else PolicyCache(policy, model)
     more = max(num_return_sequences, num_beams)
     repeated = {

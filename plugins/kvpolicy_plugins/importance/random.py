@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,10 @@ class Random(ImportanceScorer):
     shorthand: ClassVar[str | None] = "seed"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    laws_not_applicable: ClassVar[Mapping[str, str]] = {
+        "permuting_heads": "each head draws its own numbers",
+        "permuting_entries": "the draw belongs to the position, whatever lies there",
+    }
 
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Another seed is another draw."""

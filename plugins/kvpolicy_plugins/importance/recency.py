@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from kvpolicy.components import ImportanceScorer
@@ -18,6 +19,7 @@ class Recency(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2309.17453"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    laws_not_applicable: ClassVar[Mapping[str, str]] = {"permuting_entries": "the position is the score"}
 
     def score(self, view: CacheView) -> Scores:
         return view.positions.float().masked_fill(~view.valid, 0.0)

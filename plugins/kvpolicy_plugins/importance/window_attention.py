@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,14 @@ from kvpolicy.components import ImportanceScorer
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
+
+
+class _UnlessSmooth:
+    """`laws_not_applicable` of a scorer whose smoothing mixes neighbours."""
+
+    def __get__(self, scorer: WindowAttention | None, owner: type[WindowAttention]) -> Mapping[str, str]:
+        mixes = scorer is not None and scorer.smooth > 1
+        return {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"} if mixes else {}
 
 
 class WindowAttention(ImportanceScorer):
@@ -23,6 +32,7 @@ class WindowAttention(ImportanceScorer):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
     paper: ClassVar[str] = "arXiv:2404.14469 (SnapKV), arXiv:2505.24133 (R-KV)"
     comparable_across_heads: ClassVar[bool] = True
+    laws_not_applicable = _UnlessSmooth()
 
     observe: int = Field(default=8, ge=1)
     """Number of last queries to look at; fewer when the row is shorter."""

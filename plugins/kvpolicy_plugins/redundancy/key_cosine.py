@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -20,6 +21,17 @@ class _NeedsRope:
         return frozenset({"rope"}) if scorer is not None and scorer.rope == "pre" else frozenset()
 
 
+class _Oldest:
+    """`laws_not_applicable` of a scorer that may spare others than the newest of similar keys."""
+
+    def __get__(self, scorer: KeyCosine | None, owner: type[KeyCosine]) -> Mapping[str, str]:
+        if scorer is not None and scorer.spare == "own":
+            return {"newest_twin_spared": "equations 5 and 6 of the paper spare the keys that have a newer twin"}
+        if scorer is not None and scorer.index_zero:
+            return {"newest_twin_spared": "the accidental sink of the released code spares the oldest key"}
+        return {}
+
+
 class KeyCosine(RedundancyScorer):
     """Softmax over the entries of each key's mean cosine to the others, with the newest of similar keys spared.
 
@@ -30,6 +42,7 @@ class KeyCosine(RedundancyScorer):
     needs = _NeedsRope()
     paper: ClassVar[str] = "arXiv:2505.24133"
     comparable_across_heads: ClassVar[bool] = True
+    laws_not_applicable = _Oldest()
 
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Cosine above which two keys count as similar."""

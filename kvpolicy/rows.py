@@ -1,0 +1,86 @@
+"""Counters of batch rows, and which columns of the batch were padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Row:
+    """Counters of one batch row; all per KV head and layer.
+
+    Attributes:
+        resident: entries held now.
+        seen: tokens seen, padding not counted.
+        prompt: tokens before the first decode step.
+        compactions: how often the row has been compacted.
+        floor: tokens seen at the last compaction; the cache cannot be cropped behind it.
+        peak: most entries ever held.
+        decoded: a decode step has been made, so that the prompt is complete.
+        shift: how far the rotation of new keys lies behind their original position (re-rotating policies).
+    """
+
+    resident: int = 0
+    seen: int = 0
+    prompt: int = 0
+    compactions: int = 0
+    floor: int = 0
+    peak: int = 0
+    shift: int = 0
+    decoded: bool = False
+
+
+class Columns:
+    """The columns that a batch has seen. Nothing is stored while there is no padding among them.
+
+    Attributes:
+        total: columns seen, padding included: what transformers calls the length of a cache.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._valid: Tensor | None = None
+
+    def add(self, columns: int, valid: Tensor | None, batch: int) -> None:
+        """Note a forward pass; `valid` is bool `[B, columns]` on the CPU, or None when no token is padding."""
+        if valid is not None:
+            self._valid = torch.cat([self.valid(batch), valid.to(torch.bool)], 1)
+        self.total += columns
+
+    def valid(self, batch: int) -> Tensor:
+        """Return which columns were tokens, bool `[B, total]` on the CPU."""
+        known = torch.ones(batch, self.total, dtype=torch.bool)
+        if self._valid is not None:
+            known[:, : self._valid.shape[1]] = self._valid
+        return known
+
+    def replace(self, valid: Tensor) -> None:
+        """Set which columns count as tokens from now on, bool `[B, total]`."""
+        self._valid = valid.clone()
+
+    def tokens_in_last(self, columns: int, batch: int) -> list[int]:
+        """Return how many of the last `columns` columns were tokens, per row."""
+        if self._valid is None:
+            return [columns] * batch
+        padding = (~self._valid[:, self.total - columns :]).sum(1).tolist()
+        return [columns - int(n) for n in padding]
+
+    def cut(self, columns: int) -> None:
+        """Forget the last `columns` columns."""
+        self.total -= columns
+        if self._valid is not None:
+            self._valid = self._valid[:, : self.total]
+
+    def take(self, index: Tensor) -> None:
+        """Reorder, repeat or select rows; `index` int64 `[B']`."""
+        if self._valid is not None:
+            self._valid = self._valid.index_select(0, index.to("cpu"))
+
+    def clone(self) -> Columns:
+        """Return an independent copy; the tensor is shared, for nobody writes into it."""
+        twin = Columns()
+        twin.total, twin._valid = self.total, self._valid
+        return twin

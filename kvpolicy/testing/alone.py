@@ -1,0 +1,245 @@
+"""Does every row of a batch behave as if it were alone?
+
+`as_if_alone` runs prompts one by one, then left-padded in one batch on the same tokens, and compares every compaction
+and all logits. Where a batch decides a near-tie the other way, the row follows the single run, so that one such case
+does not hide what comes after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.loading import catalog
+from kvpolicy.policy import Policy
+from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.testing.oracle import TOLERANCE
+from kvpolicy.types import KeepIndices, Scores
+from kvpolicy.view import CacheView
+
+
+@dataclass
+class AloneReport:
+    """What a comparison found.
+
+    Attributes:
+        decisions: how many times a head of a row of the batch was compacted.
+        mismatches: decisions that differ from the single run's.
+        accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
+        slack: largest difference of scores among the accepted ones.
+        logit_error: largest absolute difference of logits.
+        tokens: what each prompt was continued with.
+        resident: most entries per head that any row held.
+    """
+
+    decisions: int = 0
+    mismatches: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)
+    slack: float = 0.0
+    logit_error: float = 0.0
+    tokens: list[list[int]] = field(default_factory=list)
+    resident: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """All decisions agree, and logits are within 1e-3."""
+        return not self.mismatches and self.logit_error < 1e-3
+
+    def __str__(self) -> str:
+        more = f"; first: {self.mismatches[0]}" if self.mismatches else ""
+        return (
+            f"{self.decisions} decisions, {len(self.mismatches)} mismatches, {len(self.accepted)} accepted "
+            f"(slack {self.slack:.1e}), logits within {self.logit_error:.1e}{more}"
+        )
+
+
+@dataclass
+class _Decision:
+    """One compaction of one row: how much it had seen, and the positions `[H, K]` that each layer kept."""
+
+    seen: int
+    kept: list[Tensor]
+
+
+class _Watched(Policy):
+    """A policy that notes its decisions by row, and follows those of an earlier run if it is given them."""
+
+    rows: range
+    made: dict[int, list[_Decision]]
+    reference: list[list[_Decision]] | None
+    report: AloneReport
+
+    def select(self, views: Sequence[CacheView], budget: Sequence[int]) -> list[KeepIndices]:
+        """Decide, note, compare."""
+        keeps = super().select(views, budget)
+        for b, row in enumerate(self.rows):
+            seen = int(views[0].seen[b])
+            if self.reference is not None:
+                self._compare(views, keeps, b, row, seen)
+            kept = [
+                view.positions[b].gather(-1, keep.indices[b, :, : int(keep.lengths[b, 0])])
+                for view, keep in zip(views, keeps, strict=True)
+            ]
+            self.made.setdefault(row, []).append(_Decision(seen, kept))
+        return keeps
+
+    def _compare(self, views: Sequence[CacheView], keeps: list[KeepIndices], b: int, row: int, seen: int) -> None:
+        assert self.reference is not None
+        number = len(self.made.get(row, []))
+        expected = self.reference[row][number] if number < len(self.reference[row]) else None
+        where = f"row {row}, compaction {number} at {seen} tokens"
+        if expected is None or expected.seen != seen:
+            at = "none" if expected is None else f"one at {expected.seen}"
+            self.report.mismatches.append(f"{where}: alone there is {at}")
+            return
+        scores: list[Scores] | None = None
+        for n, (view, keep) in enumerate(zip(views, keeps, strict=True)):
+            self.report.decisions += view.shape[1]
+            count = int(keep.lengths[b, 0])
+            ours, theirs = view.positions[b].gather(-1, keep.indices[b, :, :count]), expected.kept[n]
+            if torch.equal(ours, theirs):
+                continue
+            if scores is None:
+                masks = [self.masks(v) for v in views]
+                scores = [self.retention(v) for v in views]
+                scores = self._share(scores, [m[0] for m in masks], [m[1] for m in masks])[0]
+            for h in (h for h in range(len(ours)) if not torch.equal(ours[h], theirs[h])):
+                place = f"{where}, layer {view.layer_idx}, head {h}"
+                self._judge(view, scores[n][b, h], b, h, ours[h], theirs[h], place)
+                slots = torch.isin(view.positions[b, h], theirs[h]) & view.valid[b, h]
+                keep.indices[b, h, :count] = slots.nonzero()[:, 0]
+
+    def _judge(self, view: CacheView, score: Tensor, b: int, h: int, ours: Tensor, theirs: Tensor, where: str) -> None:
+        extra, missing = ours[~torch.isin(ours, theirs)].tolist(), theirs[~torch.isin(theirs, ours)].tolist()
+        at = dict(zip(view.positions[b, h][view.valid[b, h]].tolist(), score[view.valid[b, h]].tolist(), strict=True))
+        if len(extra) != len(missing) or not set(missing) <= set(at):
+            self.report.mismatches.append(f"{where}: {len(ours)} entries, alone {len(theirs)}")
+            return
+        slack = max(at[p] for p in extra) - min(at[p] for p in missing)
+        near = self._nearest_cosine(view, b, h)
+        text = f"{where}: keeps {extra}, alone {missing} (scores differ by {slack:.1e}, nearest cosine {near:.1e})"
+        allowed = TOLERANCE * max(1.0, *(abs(at[p]) for p in extra + missing))
+        if slack > -allowed and (slack < allowed or near < TOLERANCE):
+            self.report.accepted.append(text)
+            self.report.slack = max(self.report.slack, slack)
+        else:
+            self.report.mismatches.append(text)
+
+    def _nearest_cosine(self, view: CacheView, b: int, h: int) -> float:
+        p: Any = self.redundancy
+        if not self.mixer.uses_redundancy or catalog().name_of(type(p)) != "key_cosine" or p.rope != "post":
+            return math.inf
+        unit = torch.nn.functional.normalize(view.keys[b, h][view.valid[b, h]].double(), dim=-1)
+        return float((unit @ unit.T - p.threshold).abs().min())
+
+
+def _watched(policy: Policy, report: AloneReport, reference: list[list[_Decision]] | None = None) -> _Watched:
+    twin = _Watched(**{f.name: getattr(policy, f.name) for f in fields(policy)})
+    for name, value in (("made", {}), ("report", report), ("reference", reference), ("rows", range(0))):
+        object.__setattr__(twin, name, value)
+    return twin
+
+
+def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
+    """Let the policy know which rows a compaction is for, which no view says."""
+    engine: Any = cache.engine
+    compact: Callable[[slice], None] = engine._compact  # noqa: SLF001
+
+    def compact_rows(part: slice) -> None:
+        object.__setattr__(policy, "rows", range(len(engine.rows))[part])
+        compact(part)
+
+    engine._compact = compact_rows  # noqa: SLF001
+
+
+@torch.no_grad()
+def as_if_alone(
+    model: PreTrainedModel,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    steps: int,
+    *,
+    choose: Callable[[Tensor, int], int] | None = None,
+    pad: int = 0,
+) -> AloneReport:
+    """Run prompts alone and as a left-padded batch on the same tokens, and compare.
+
+    Args:
+        model: a decoder in fp32.
+        policy: what to run; its `prefill_chunk` is honoured.
+        prompts: token ids; of different lengths, to mean something.
+        steps: tokens that each prompt is continued with.
+        choose: takes logits `[V]` and the number of the step, returns the next token; the most likely one by default.
+        pad: token id of the padding.
+    """
+    report = AloneReport()
+    references, logits = [], []
+    for prompt in prompts:
+        watched = _watched(policy, report)
+        with PolicyCache(watched, model) as cache:
+            _tell_rows(cache, watched)
+            ids = torch.tensor([list(prompt)], device=model.device)
+            rows, tokens = _run(model, cache, ids, None, steps, choose)
+            final = _kept(cache)
+        report.tokens.append(tokens[0])
+        references.append((watched.made.get(0, []), final[0]))
+        logits.append(rows[0])
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    watched = _watched(policy, report, [made for made, _ in references])
+    with PolicyCache(watched, model) as cache:
+        _tell_rows(cache, watched)
+        rows, _ = _run(model, cache, ids, mask, steps, None, report.tokens)
+        final = _kept(cache)
+        report.resident = cache.stats().peak_resident
+    for b, (made, kept) in enumerate(references):
+        report.logit_error = max(report.logit_error, float((rows[b] - logits[b]).abs().max()))
+        if len(watched.made.get(b, [])) != len(made):
+            report.mismatches.append(f"row {b}: {len(watched.made.get(b, []))} compactions, alone {len(made)}")
+        if final[b] != kept:
+            report.mismatches.append(f"row {b}: holds something else at the end")
+    return report
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: PolicyCache,
+    ids: Tensor,
+    mask: Tensor | None,
+    steps: int,
+    choose: Callable[[Tensor, int], int] | None,
+    forced: list[list[int]] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """Prefill and decode; return logits `[B, steps + 1, V]` and the tokens of each row."""
+    cache.prefill(ids, mask)
+    seen = cache.get_seq_length()
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(ids[:, seen:], attention_mask=mask, position_ids=positions[:, seen:], past_key_values=cache)
+    history, tokens = [output.logits[:, -1].float()], [[] for _ in ids]  # type: list[Tensor], list[list[int]]
+    for step in range(steps):
+        for b, row in enumerate(tokens):
+            if forced is not None:
+                row.append(forced[b][step])
+            else:
+                row.append(int(history[-1][b].argmax()) if choose is None else choose(history[-1][b], step))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        new = torch.tensor([[row[-1]] for row in tokens], device=ids.device)
+        places = mask.sum(1, keepdim=True) - 1
+        output = model(new, attention_mask=mask, position_ids=places, past_key_values=cache)
+        history.append(output.logits[:, -1].float())
+    return torch.stack(history, 1), tokens
+
+
+def _kept(cache: PolicyCache) -> list[list[list[int]]]:
+    """Positions by row, then by layer and head."""
+    engine = cache.engine
+    heads = [(layer, h) for layer in engine.layers for h in range(engine.stores[layer].shape.heads)]
+    return [[cache.kept(layer, h, b) for layer, h in heads] for b in range(len(engine.rows))]

@@ -1,0 +1,405 @@
+"""The engine once more, in plain Python: which positions every head of every row holds after each forward pass.
+
+`compare` replays a `Trace` under a policy's parameters and says where the recorded cache holds something else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.loading import catalog
+from kvpolicy.policy import Policy
+from kvpolicy.testing import oracle_scores as scores
+from kvpolicy.testing.events import Crop, Pass, Rows, Settled, Trace
+
+TOLERANCE = 1e-6
+"""Gap of scores (relative to scores above 1), or distance of a cosine to its threshold, that fp32 need not resolve."""
+
+Sets = list[list[int]]
+"""Positions by head."""
+
+
+@dataclass
+class Report:
+    """What a comparison found.
+
+    Attributes:
+        decisions: how many times a head was compacted.
+        evictions: entries that these compactions dropped.
+        mismatches: places where the recorded cache holds something else than the oracle says.
+        accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
+        slack: largest difference of scores among the accepted ones.
+        output_error: largest absolute difference of recorded and recomputed attention outputs.
+    """
+
+    decisions: int = 0
+    evictions: int = 0
+    mismatches: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)
+    slack: float = 0.0
+    output_error: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Nothing differs that may not differ."""
+        return not self.mismatches
+
+    def __str__(self) -> str:
+        more = f"; first: {self.mismatches[0]}" if self.mismatches else ""
+        return (
+            f"{self.decisions} decisions, {self.evictions} evictions, {len(self.mismatches)} mismatches, "
+            f"{len(self.accepted)} accepted (slack {self.slack:.1e}), output error {self.output_error:.1e}{more}"
+        )
+
+
+@dataclass
+class _Row:
+    """One row. Lists are indexed by position, `held` and the like by layer and head."""
+
+    keys: dict[int, list[Tensor]]
+    values: dict[int, list[Tensor]]
+    queries: dict[int, list[Tensor]]
+    held: dict[int, Sets]
+    turned: dict[int, list[dict[int, int]]]
+    received: dict[int, list[dict[int, float]]]
+    columns: list[bool] = field(default_factory=list)
+    prompt: int = 0
+    compactions: int = 0
+    observed: int = 0
+    shift: int = 0
+    decoded: bool = False
+
+    @property
+    def seen(self) -> int:
+        return sum(self.columns)
+
+    @staticmethod
+    def empty(heads: dict[int, int]) -> _Row:
+        """Return a row that has seen nothing; `heads` says how many each layer has."""
+        return _Row(
+            keys={i: [] for i in heads},
+            values={i: [] for i in heads},
+            queries={i: [] for i in heads},
+            held={i: [[] for _ in range(count)] for i, count in heads.items()},
+            turned={i: [{} for _ in range(count)] for i, count in heads.items()},
+            received={i: [{} for _ in range(count)] for i, count in heads.items()},
+        )
+
+    def copy(self) -> _Row:
+        def each(table: dict[int, Any]) -> dict[int, Any]:
+            return {layer: [x if isinstance(x, Tensor) else x.copy() for x in row] for layer, row in table.items()}
+
+        return _Row(
+            each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
+            each(self.received), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
+            self.decoded,
+        )  # fmt: skip
+
+
+class Oracle:
+    """Replays a trace under one policy.
+
+    Args:
+        trace: what was recorded.
+        policy: only names and parameters of its components are used.
+        scorers: further scorers by registered name, for components of other packages.
+    """
+
+    def __init__(self, trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> None:
+        self.trace = trace
+        self.policy = policy
+        self.importance = {**scores.IMPORTANCE, **(scorers or {})}[_name(policy.importance)]
+        self.redundancy = {**scores.REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
+        self.mixer = scores.MIXERS[_name(policy.mixer)]
+        self.trigger = _name(policy.trigger)
+        self.rerotates = [_name(post) for post in policy.post] == ["rerotate"]
+        if (_name(policy.allocator), _name(policy.selector)) != ("uniform", "top_k"):
+            raise NotImplementedError("the oracle knows the allocator uniform and the selector top_k")
+        self.rows: list[_Row] = []
+        self.layers = sorted(trace.layers)
+        self.prefill = True
+        self.report = Report()
+
+    def run(self) -> Report:
+        """Replay every event."""
+        for number, event in enumerate(self.trace.events):
+            if isinstance(event, Pass):
+                self._forward(event, f"event {number}")
+            elif isinstance(event, Settled):
+                for b, row in enumerate(self.rows):
+                    self._compact_if_due(row, 1, {i: event.held[i][b] for i in self.layers}, f"event {number}, row {b}")
+            elif isinstance(event, Rows):
+                self.rows = [self.rows[b].copy() for b in event.index]
+            elif isinstance(event, Crop):
+                for row in self.rows:
+                    self._crop(row, event.columns)
+                if all(row.seen == row.prompt for row in self.rows):  # only the prompt is left
+                    self.prefill = True
+                    for row in self.rows:
+                        row.decoded = False
+        return self.report
+
+    # -- one forward pass ---------------------------------------------------------------------------------------------
+
+    def _forward(self, event: Pass, where: str) -> None:
+        valid = event.valid.tolist()
+        if not self.rows:
+            self.rows = [_Row.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
+        for b, row in enumerate(self.rows):
+            recorded = {}
+            for i in self.layers:
+                noted = event.layers[i]
+                held = noted.held[b, :, : noted.lengths[b]].tolist()
+                recorded[i] = [[p for p in positions if p < row.seen] for positions in held]
+                new = list(range(row.seen, row.seen + sum(valid[b])))
+                if any(positions[len(positions) - len(new) :] != new for positions in held):
+                    self.report.mismatches.append(f"{where}, row {b}, layer {i}: the new tokens are not at the end")
+            self._compact_if_due(row, sum(valid[b]), recorded, f"{where}, row {b}")
+            self._append(row, b, event, valid[b])
+            self._check_outputs(row, b, event, valid[b])
+        self.prefill = event.prefill
+
+    def _append(self, row: _Row, b: int, event: Pass, valid: list[bool]) -> None:
+        for column, real in enumerate(valid):
+            if not real:
+                continue
+            for i in self.layers:
+                noted, info = event.layers[i], self.trace.layers[i]
+                if noted.queries is None:
+                    raise ValueError("the trace lacks queries: a forward pass stopped half-way")
+                row.keys[i].append(noted.keys[b, :, column])
+                row.values[i].append(noted.values[b, :, column])
+                row.queries[i].append(noted.queries[b, :, column].unflatten(0, (info.heads, info.groups)))
+                for h in range(info.heads):
+                    position = len(row.keys[i]) - 1
+                    row.held[i][h].append(position)
+                    row.turned[i][h][position] = position - row.shift
+                    row.received[i][h][position] = 0.0
+        row.columns.extend(valid)
+        row.decoded = row.decoded or not event.prefill
+        if not row.decoded:
+            row.prompt = row.seen
+
+    def _crop(self, row: _Row, columns: int) -> None:
+        if columns == 0:
+            return
+        del row.columns[len(row.columns) - columns :]
+        for i in self.layers:
+            for history in (row.keys[i], row.values[i], row.queries[i]):
+                del history[row.seen :]
+            row.held[i] = [[p for p in held if p < row.seen] for held in row.held[i]]
+        row.prompt = min(row.prompt, row.seen)
+
+    # -- compaction ---------------------------------------------------------------------------------------------------
+
+    def _entries(self, row: _Row) -> int:
+        """Entries to hold after a compaction."""
+        budget = self.policy.budget
+        if budget.tokens is not None:
+            return budget.tokens
+        reserved = sum(
+            row.prompt if name == "prompt" else getattr(part, "count", 0) for name, part in self._protections()
+        )
+        return min(row.seen, max(math.ceil((budget.fraction or 0) * row.seen - 1e-9), reserved, 1))
+
+    def _protections(self) -> list[tuple[str, Any]]:
+        return [(_name(part), part) for part in self.policy.protections]
+
+    def _due(self, row: _Row, incoming: int) -> bool:
+        phase = "prefill" if self.prefill else "decode"
+        if incoming == 0 or not row.columns or self.policy.phase not in ("both", phase):
+            return False
+        resident, entries = len(row.held[self.layers[0]][0]), self._entries(row)
+        if self.trigger == "each_step":
+            return resident > entries
+        p: Any = self.policy.trigger
+        if resident <= entries or resident + incoming <= entries + max(p.interval, incoming):
+            return False
+        # Waiting for the multiple is only possible while the buffer of interval + align - 1 entries lasts.
+        if resident + incoming > entries + max(p.interval + p.align - 1, incoming):
+            return True
+        return row.seen % int(p.align) == 0
+
+    def _compact_if_due(self, row: _Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
+        if not self._due(row, incoming):
+            for i in self.layers:
+                if recorded[i] != row.held[i]:
+                    self.report.mismatches.append(f"{where}, layer {i}: compacted when no compaction was due")
+                    self._adopt(row, recorded)
+                    return
+            return
+        heads = {(i, h): self._head(row, i, h) for i in self.layers for h in range(self.trace.layers[i].heads)}
+        retention = {key: self._retention(head) for key, head in heads.items()}
+        protected = {key: self._protected(row, head.positions) for key, head in heads.items()}
+        received = {key: head.received() for key, head in heads.items()} if self._accumulates else {}
+        for group in self._shared():
+            score = self._reduced([retention[key] for key in group], group)
+            positions = heads[group[0]].positions
+            safe = [any(protected[key][n] for key in group) for n in range(len(positions))]
+            count = min(self._entries(row), len(positions))
+            order = sorted((not safe[n], -value, n) for n, value in enumerate(score.tolist()))
+            kept = sorted(positions[n] for _, _, n in order[:count])
+            for i, h in group:
+                self.report.decisions += 1
+                self.report.evictions += len(positions) - count
+                if recorded[i][h] != kept:
+                    self._differs(kept, recorded[i][h], heads[i, h], score, f"{where}, layer {i}, head {h}")
+        for (i, h), state in received.items():
+            row.received[i][h] = dict(zip(heads[i, h].positions, state.tolist(), strict=True))
+        self._adopt(row, recorded)
+        row.compactions += 1
+        row.observed = row.seen
+        if self.rerotates:
+            for i in self.layers:
+                row.turned[i] = [{position: n for n, position in enumerate(held)} for held in row.held[i]]
+            row.shift = row.seen - len(row.held[self.layers[0]][0])
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.importance is scores.accumulated_attention
+
+    @staticmethod
+    def _adopt(row: _Row, recorded: dict[int, Sets]) -> None:
+        row.held = {i: [list(held) for held in sets] for i, sets in recorded.items()}
+
+    def _shared(self) -> list[list[tuple[int, int]]]:
+        """Group the (layer, head) pairs that keep the same set."""
+        pairs = [[(i, h) for h in range(self.trace.layers[i].heads)] for i in self.layers]
+        if self.policy.selector.scope == "head":
+            return [[pair] for layer in pairs for pair in layer]
+        return pairs if self.policy.selector.scope == "layer" else [[pair for layer in pairs for pair in layer]]
+
+    def _reduced(self, retention: list[Tensor], group: list[tuple[int, int]]) -> Tensor:
+        how = self.policy.selector.reduce
+
+        def over(rows: list[Tensor]) -> Tensor:
+            stacked = torch.stack(rows)
+            if how == "max":
+                return stacked.max(0).values
+            return stacked.mean(0) if how == "mean" else stacked.sum(0)
+
+        layers = sorted({i for i, _ in group})
+        # First over the heads of each layer, then over layers: the means differ where layers have different heads.
+        return over([over([r for r, (i, _) in zip(retention, group, strict=True) if i == layer]) for layer in layers])
+
+    def _head(self, row: _Row, i: int, h: int) -> scores.HeadView:
+        info, held = self.trace.layers[i], row.held[i][h]
+        places = [row.turned[i][h][p] for p in held]
+        keys = torch.stack([row.keys[i][p][h].double() for p in held])
+        first = max(0, row.seen - max(self.policy.observed_queries, 1))
+        queries = torch.stack([row.queries[i][p][h].double() for p in range(first, row.seen)])
+        sinks = None if info.attention_sinks is None else info.attention_sinks[h].double()
+        view = scores.HeadView(
+            positions=list(held),
+            keys=scores.turn(keys, info, [place - p for place, p in zip(places, held, strict=True)]),
+            values=torch.stack([row.values[i][p][h].double() for p in held]),
+            turned_to=places,
+            queries=self._turned_queries(queries, i, row),
+            query_positions=list(range(first, row.seen)),
+            received=lambda: self._received(row, i, h, view),
+            info=info,
+            layer=i,
+            head=h,
+            sinks=sinks,
+            compactions=row.compactions,
+        )
+        return view
+
+    def _turned_queries(self, queries: Tensor, i: int, row: _Row) -> Tensor:
+        flat = queries.flatten(0, 1)
+        return scores.turn(flat, self.trace.layers[i], [-row.shift] * len(flat)).view_as(queries)
+
+    def _received(self, row: _Row, i: int, h: int, view: scores.HeadView) -> Tensor:
+        """Attention up to the last compaction, and of every query since then: nothing has been evicted in between."""
+        total = torch.tensor([row.received[i][h][p] for p in view.positions], dtype=torch.float64)
+        for position in range(row.observed, row.seen):
+            query = self._turned_queries(row.queries[i][position][None, h].double(), i, row)[0]
+            visible = [p <= position for p in view.positions]
+            for g, line in enumerate(scores.logits_of(query, view.keys, view.info)):
+                total += scores.softmax_among(line, visible, None if view.sinks is None else float(view.sinks[g]))
+        return total
+
+    def _retention(self, head: scores.HeadView) -> Tensor:
+        zero = torch.zeros(len(head.positions), dtype=torch.float64)
+        mixer = self.policy.mixer
+        importance = self.importance(self.policy.importance, head) if mixer.uses_importance else zero
+        redundancy = self.redundancy(self.policy.redundancy, head) if mixer.uses_redundancy else zero
+        return self.mixer(mixer, importance, redundancy)
+
+    def _protected(self, row: _Row, positions: list[int]) -> list[bool]:
+        limit = {"sinks": 0, "prompt": 0}
+        newest: list[int] = []
+        for name, part in self._protections():
+            if name == "sinks":
+                limit["sinks"] = part.count
+            elif name == "prompt":
+                limit["prompt"] = row.prompt
+            elif name == "recent":
+                newest = positions[max(len(positions) - part.count, 0) :]
+            elif name != "pads":
+                raise NotImplementedError(f"the oracle does not know the protection {name}")
+        return [p < max(limit.values()) or p in newest for p in positions]
+
+    def _differs(self, kept: list[int], recorded: list[int], head: scores.HeadView, score: Tensor, where: str) -> None:
+        ours, theirs = sorted(set(kept) - set(recorded)), sorted(set(recorded) - set(kept))
+        text = f"{where}: the oracle keeps {ours}, the cache {theirs}"
+        known = {*kept, *recorded} <= set(head.positions)
+        if len(ours) != len(theirs) or len(kept) != len(recorded) or not known:
+            self.report.mismatches.append(f"{where}: {len(kept)} entries expected, {len(recorded)} recorded; {text}")
+            return
+        value = dict(zip(head.positions, score.tolist(), strict=True))
+        slack = max(value[p] for p in ours) - min(value[p] for p in theirs)
+        allowed = TOLERANCE * max(1.0, *(abs(value[p]) for p in ours + theirs))
+        near = math.inf
+        if self.redundancy is scores.key_cosine and self.policy.mixer.uses_redundancy:
+            p: Any = self.policy.redundancy
+            distance = (scores.cosines(p, head) - p.threshold).abs()
+            near = float(distance.min()) if distance.numel() else math.inf
+        text = f"{text} (scores differ by {slack:.1e}, nearest cosine {near:.1e})"
+        # A clearly negative slack is no near-tie: something else, such as a protection, decided.
+        if slack > -allowed and (slack < allowed or near < TOLERANCE):
+            self.report.accepted.append(text)
+            self.report.slack = max(self.report.slack, slack)
+        else:
+            self.report.mismatches.append(text)
+
+    # -- attention outputs --------------------------------------------------------------------------------------------
+
+    def _check_outputs(self, row: _Row, b: int, event: Pass, valid: list[bool]) -> None:
+        """Recompute what the attention must return over the entries that are held."""
+        for i in self.layers:
+            output, info = event.layers[i].output, self.trace.layers[i]
+            if output is None or not any(valid):
+                continue
+            for h in range(info.heads):
+                view = self._head(row, i, h)
+                position = row.seen - sum(valid)
+                for column in (c for c, real in enumerate(valid) if real):
+                    query = self._turned_queries(row.queries[i][position][None, h].double(), i, row)[0]
+                    visible = [p <= position for p in view.positions]
+                    for g, line in enumerate(scores.logits_of(query, view.keys, info)):
+                        sink = None if view.sinks is None else float(view.sinks[g])
+                        expected = scores.softmax_among(line, visible, sink) @ view.values
+                        error = float((output[b, column, h * info.groups + g].double() - expected).abs().max())
+                        self.report.output_error = max(self.report.output_error, error)
+                    position += 1
+
+
+def _name(component: Any) -> str:
+    return catalog().name_of(type(component))
+
+
+def compare(trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> Report:
+    """Replay a trace under a policy and report where the recorded cache holds something else than the oracle says.
+
+    Args:
+        trace: of a `TracedCache`.
+        policy: its policy.
+        scorers: oracle scorers for components that are not bundled, by registered name.
+    """
+    return Oracle(trace, policy, scorers).run()

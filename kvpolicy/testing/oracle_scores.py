@@ -1,0 +1,214 @@
+"""The bundled components once more, one KV head at a time, dense and in float64, with loops.
+
+Nothing here uses `kvpolicy.ops` except the counter-based random number, which is its own definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy import ops
+from kvpolicy.testing.events import LayerInfo
+
+
+@dataclass
+class HeadView:
+    """What one KV head of one row holds, in order of position.
+
+    Attributes:
+        positions: original positions.
+        keys: float64 `[n, D]`, as cached (turned to their present rotary positions).
+        values: float64 `[n, Dv]`.
+        turned_to: the rotary position of each key.
+        queries: float64 `[t, G, D]`, the row's last `t` queries, turned as the keys are.
+        query_positions: their original positions.
+        received: attention that each entry has received so far, `[n]`.
+        info: facts of the layer.
+        layer, head: which head this is.
+        sinks: `[G]` sink logits or None.
+        compactions: how many the row has had.
+    """
+
+    positions: list[int]
+    keys: Tensor
+    values: Tensor
+    turned_to: list[int]
+    queries: Tensor
+    query_positions: list[int]
+    received: Callable[[], Tensor]
+    info: LayerInfo
+    layer: int
+    head: int
+    sinks: Tensor | None
+    compactions: int
+
+
+Scorer = Callable[[Any, HeadView], Tensor]
+"""(parameters, head) -> float64 `[n]`."""
+
+
+def turn(vectors: Tensor, info: LayerInfo, by: list[int]) -> Tensor:
+    """Turn float64 vectors `[n, D]` by so many positions each."""
+    if not any(by):
+        return vectors
+    if info.inv_freq is None:
+        raise ValueError("the trace knows no rotary embedding")
+    half = info.inv_freq.numel()
+    angle = torch.tensor(by, dtype=torch.float64)[:, None] * info.inv_freq.double()
+    first = slice(0, 2 * half, 2) if info.interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if info.interleaved else slice(half, 2 * half)
+    a, b = vectors[:, first], vectors[:, second]
+    result = vectors.clone()
+    result[:, first] = a * angle.cos() - b * angle.sin()
+    result[:, second] = b * angle.cos() + a * angle.sin()
+    return result
+
+
+def logits_of(query: Tensor, keys: Tensor, info: LayerInfo) -> Tensor:
+    """Scaled, soft-capped logits of queries `[..., D]` over keys `[n, D]`."""
+    logits = query @ keys.T * info.scale
+    return logits if info.softcap is None else info.softcap * torch.tanh(logits / info.softcap)
+
+
+def softmax_among(logits: Tensor, chosen: list[bool], sink: float | None) -> Tensor:
+    """Softmax of `[n]` logits among the chosen ones, 0 elsewhere; a sink logit joins the denominator."""
+    mask = torch.tensor(chosen)
+    if not bool(mask.any()):
+        return torch.zeros_like(logits)
+    inside = logits[mask] if sink is None else torch.cat([logits[mask], torch.tensor([sink], dtype=logits.dtype)])
+    result = torch.zeros_like(logits)
+    result[mask] = torch.softmax(inside, 0)[: int(mask.sum())]
+    return result
+
+
+def window_attention(p: Any, head: HeadView) -> Tensor:
+    """What the last `observe` queries attend to."""
+    queries, at = head.queries[-p.observe :], head.query_positions[-p.observe :]
+    candidate = [position < at[0] for position in head.positions]
+    rows = []
+    for query, position in zip(queries, at, strict=True):
+        visible = candidate if p.softmax_over == "candidates" else [place <= position for place in head.positions]
+        logits = logits_of(query, head.keys, head.info)  # [G, n]
+        sinks = [None] * len(logits) if head.sinks is None else head.sinks.tolist()
+        if p.group_stage == "logits":
+            sink = None if head.sinks is None else float(_over(p.group, head.sinks[:, None])[0])
+            row = softmax_among(_over(p.group, logits), visible, sink)
+        else:
+            each = [softmax_among(line, visible, sink) for line, sink in zip(logits, sinks, strict=True)]
+            row = _over(p.group, torch.stack(each))
+        row = torch.where(torch.tensor(candidate), row, 0.0)
+        rows.append(_smooth(row, candidate, p.smooth, p.smooth_kind) if p.smooth_stage == "query" else row)
+    score = torch.stack(rows).mean(0)
+    if p.smooth_stage == "mean":
+        score = _smooth(score, candidate, p.smooth, p.smooth_kind)
+    best = max((float(s) for s, c in zip(score, candidate, strict=True) if c), default=0.0)
+    return torch.tensor([float(s) if c else best for s, c in zip(score, candidate, strict=True)], dtype=torch.float64)
+
+
+def _over(how: str, tensor: Tensor) -> Tensor:
+    return tensor.max(0).values if how == "max" else tensor.mean(0)
+
+
+def _smooth(row: Tensor, candidate: list[bool], size: int, kind: str) -> Tensor:
+    where = [i for i, yes in enumerate(candidate) if yes]
+    result = torch.zeros_like(row)
+    for rank, slot in enumerate(where):
+        inside = where[max(rank - size // 2, 0) : rank + (size - 1) // 2 + 1]
+        values = [float(row[i]) for i in inside]
+        if kind == "max":
+            result[slot] = max(values)
+        else:
+            result[slot] = sum(values) / (len(values) if kind == "mean" else size)
+    return result
+
+
+def accumulated_attention(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+    """Attention received since an entry was written."""
+    return head.received()
+
+
+def key_norm(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+    """Minus the norm of the key."""
+    return -head.keys.pow(2).sum(-1).sqrt()
+
+
+def value_norm(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+    """The norm of the value."""
+    return head.values.pow(2).sum(-1).sqrt()
+
+
+def random(p: Any, head: HeadView) -> Tensor:
+    """The counter-based random number."""
+    drawn = ops.counter_uniform(
+        p.seed, head.layer, torch.tensor(head.head), torch.tensor(head.positions), torch.tensor(head.compactions)
+    )
+    return drawn.double()
+
+
+def recency(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+    """The position."""
+    return torch.tensor(head.positions, dtype=torch.float64)
+
+
+def nothing(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+    """Zero."""
+    return torch.zeros(len(head.positions), dtype=torch.float64)
+
+
+def cosines(p: Any, head: HeadView) -> Tensor:
+    """All cosines `[m, m]` of the entries that take part in `key_cosine`, the diagonal 0."""
+    count = max(len(head.positions) - p.window, 0)
+    keys = head.keys[:count]
+    if p.rope == "pre":
+        keys = turn(keys, head.info, [-place for place in head.turned_to[:count]])
+    unit = keys / keys.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=1e-15)
+    return unit @ unit.T * (1 - torch.eye(count, dtype=torch.float64))
+
+
+def key_cosine(p: Any, head: HeadView) -> Tensor:
+    """Softmax of the mean cosine, each key's newest twins exempted."""
+    similarity = cosines(p, head)
+    count = len(similarity)
+    result = torch.zeros(len(head.positions), dtype=torch.float64)
+    if count == 0:
+        return result
+    left = similarity.clone()
+    for i in range(count):
+        similar = (similarity[i] > p.threshold).nonzero()[:, 0].tolist()  # never i, for the diagonal is 0
+        if p.index_zero and not similar:
+            similar = [0]
+        for j in similar[-p.beta :] if p.beta else []:
+            left[i, j] = 0.0
+    # Rows pick. The mean over the pickers spares the newest twin, the mean over a row spares the picker itself.
+    mean = left.sum(0 if p.spare == "newest" else 1) / count
+    result[:count] = torch.softmax(mean, 0)
+    return result
+
+
+def linear(p: Any, importance: Tensor, redundancy: Tensor) -> Tensor:
+    """Weighted difference."""
+    share = float(p.weight)
+    return share * importance - (1 - share) * redundancy
+
+
+def importance_only(p: Any, importance: Tensor, redundancy: Tensor) -> Tensor:  # noqa: ARG001
+    """The importance."""
+    return importance
+
+
+IMPORTANCE: dict[str, Scorer] = {
+    "window_attention": window_attention,
+    "accumulated_attention": accumulated_attention,
+    "key_norm": key_norm,
+    "value_norm": value_norm,
+    "random": random,
+    "recency": recency,
+    "none": nothing,
+}
+REDUNDANCY: dict[str, Scorer] = {"key_cosine": key_cosine, "none": nothing}
+MIXERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {"linear": linear, "importance_only": importance_only}
