@@ -201,7 +201,7 @@ class Engine:
         if self.forward is None or self.policy.phase not in ("both", "decode" if self.decoding else "prefill"):
             return
         due = [b for b, (row, new) in enumerate(zip(self.rows, incoming, strict=True)) if new and self._fires(row, new)]
-        if not due or (self.policy.observed_queries and not self.log.records):  # a deep crop took all queries back
+        if not due:
             return
         if self._observers:
             self.observe()
@@ -307,8 +307,8 @@ class Engine:
 
     # -- rows and rollback --------------------------------------------------------------------------------------------
 
-    def crop(self, columns: int) -> None:
-        """Forget the last `columns` columns; possible back to the last compaction.
+    def check_crop(self, columns: int) -> list[int]:
+        """Return how many tokens each row would lose with the last `columns` columns.
 
         Raises:
             CacheStateError: a row has been compacted since, has observed attention that it cannot forget, or would lack
@@ -336,7 +336,11 @@ class Engine:
                     f"without {columns} tokens only {queries} of them are left; crop less, or fork() the cache before "
                     "going on."
                 )
-        for row, count in zip(self.rows, counts, strict=True):
+        return counts
+
+    def crop(self, columns: int) -> None:
+        """Forget the last `columns` columns; possible back to the last compaction. Raises as `check_crop`."""
+        for row, count in zip(self.rows, self.check_crop(columns), strict=True):
             row.resident -= count
             row.seen -= count
             row.prompt = min(row.prompt, row.seen)

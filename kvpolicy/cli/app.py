@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.checking import check
 from kvpolicy.cli.explaining import explain
 from kvpolicy.cli.scaffolding import new
 
@@ -168,5 +169,6 @@ def generate(
     )
 
 
+app.command()(check)
 app.command()(explain)
 app.add_typer(new, name="new")

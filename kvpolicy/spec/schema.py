@@ -31,7 +31,8 @@ def json_schema() -> _Schema:
         "description": "A policy to start from: its name, or the path of its file relative to this one.",
     }
     for kind in forms.REFERENCES:
-        partial = {"type": "object", "not": {"required": ["use"]}}
+        overlays = [_overlay(entry, definitions) for entry in catalog.entries(kind)]
+        partial = {"type": "object", "not": {"required": ["use"]}, "anyOf": overlays}
         properties[kind] |= {"anyOf": [{"$ref": f"#/$defs/{kind}"}, partial]}
     required = ["schema_version", "policy", "budget", "trigger", "importance"]
     standing_alone = {
@@ -91,7 +92,7 @@ def _reference(kind: str, catalog: Catalog, definitions: _Schema) -> _Schema:
     for entry in entries:
         parameters = _parameters(entry, definitions)
         described = {"title": entry.name, "description": _summary(entry.component)}
-        forms_of_all.append({**described, **_with_use(entry.name, parameters)})
+        forms_of_all.append({**described, **_with_use(entry.name, described["description"], parameters)})
         if not parameters.get("required"):
             forms_of_all.append({**described, "const": entry.name})
         if kind == "trigger":
@@ -112,12 +113,17 @@ def _reference(kind: str, catalog: Catalog, definitions: _Schema) -> _Schema:
     return {"anyOf": forms_of_all} if forms_of_all else {"not": {}}
 
 
-def _with_use(name: str, parameters: _Schema) -> _Schema:
+def _with_use(name: str, description: str, parameters: _Schema) -> _Schema:
     return {
         **parameters,
         "required": ["use", *parameters.get("required", [])],
-        "properties": {"use": {"const": name}, **parameters["properties"]},
+        "properties": {"use": {"const": name, "description": description}, **parameters["properties"]},
     }
+
+
+def _overlay(entry: ComponentEntry, definitions: _Schema) -> _Schema:
+    """Return the schema of some of a component's parameters, as a file with `extends` names them without `use:`."""
+    return {key: value for key, value in _parameters(entry, definitions).items() if key != "required"}
 
 
 def _setting(entry: ComponentEntry, parameters: _Schema, switch: list[bool]) -> _Schema:

@@ -220,7 +220,10 @@ FIELDS = {
     "name": (
         "policy: p",
         "policy: My Policy",
-        "p.yaml:2:1: policy: should be a name of at most 64 small letters, digits, dots, dashes and underscores, got 'My Policy'.",
+        (
+            "p.yaml:2:1: policy: should be a name of at most 64 small letters, digits, dots, dashes and underscores, "
+            "got 'My Policy'."
+        ),
     ),
     "mixer missing": (
         "mixer: {use: linear, weight: 0.1}\n",
@@ -668,7 +671,11 @@ def test_any_value_in_any_field_is_taken_or_refused_in_a_sentence(field, value):
     [
         ("sinks: 4", "sinks: {use: recent}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
         ("sinks: 4", "sinks: {use: 3}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
-        ("{every: 16}", "{every: {use: each_step}}", "p.yaml:4:19: trigger.every.use: the component is 'every' already"),
+        (
+            "{every: 16}",
+            "{every: {use: each_step}}",
+            "p.yaml:4:19: trigger.every.use: the component is 'every' already",
+        ),
     ],
 )
 def test_a_component_is_named_once(old, new, where):

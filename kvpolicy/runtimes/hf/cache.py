@@ -103,7 +103,7 @@ class PolicyCache(Cache):
             unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
             what = unseen or "it has no layer to evict from"
             raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
-        ropes = layer_ropes(model, modules, evictable) if "rope" in self.policy.needs else {}
+        ropes = layer_ropes(model, evictable) if "rope" in self.policy.needs else {}
         groups: dict[object, list[int]] = {}
         for i in evictable:
             first = next(modules[i].parameters())
@@ -259,8 +259,8 @@ class PolicyCache(Cache):
         # On Apple's GPUs generate() asks the same after every prefill, for a rollback of its own.
         if self.engine.columns and self.model.device.type != "mps":
             raise UnsupportedError(
-                f"assisted decoding passes the whole text again although the cache has seen {self.engine.columns} tokens "
-                "of it; use it with a new cache and without chunks of the prompt."
+                f"assisted decoding passes the whole text again although the cache has seen {self.engine.columns} "
+                "tokens of it; use it with a new cache and without chunks of the prompt."
             )
         super().activate_past_recording()
 
@@ -295,12 +295,19 @@ class PolicyCache(Cache):
                 is the length to cut back to (transformers 5.2).
 
         Raises:
-            CacheStateError: the cut lies before the last compaction.
+            CacheStateError: the cut lies before the last compaction, or a layer that keeps a window cannot go back.
         """
         columns = max(self.engine.columns - tokens, 0) if tokens > 0 else -tokens
+        self.engine.check_crop(columns)
+        try:
+            self._others("crop", tokens)
+        except (ValueError, RuntimeError) as error:
+            raise CacheStateError(
+                f"crop: a layer that is not kvpolicy's refused to take tokens back ({error}); fork() the cache before "
+                "going on, or use a newer transformers."
+            ) from error
         self.engine.crop(columns)
         self._session.prompt_end = min(self._session.prompt_end, self.engine.columns)
-        self._others("crop", tokens)
 
     def _others(self, method: str, *args: Any) -> None:
         for layer in self.layers:

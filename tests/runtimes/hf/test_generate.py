@@ -314,6 +314,25 @@ def test_the_smallest_chunks_are_still_a_prompt(chunk, tiny, compose, random_pro
     assert compare(cache.trace, policy).ok
 
 
+def test_prompt_lookup_beside_layers_with_a_window(tiny, compose):
+    """Transformers 5.2 cannot take tokens back from a full window, with its own caches neither."""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 5 + [5, 6]])
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": [300]}
+    model = tiny("gemma3")
+    try:
+        model.generate(ids, max_new_tokens=40, do_sample=False, **lookup)
+    except ValueError:
+        with PolicyCache(compose(), model) as cache, pytest.raises(CacheStateError, match="not kvpolicy's refused"):
+            model.generate(ids, max_new_tokens=40, do_sample=False, past_key_values=cache, **lookup)
+        return
+    with TracedCache(compose(), model, outputs=True) as cache:
+        model.generate(ids, max_new_tokens=40, do_sample=False, past_key_values=cache, **lookup)
+        cache.settled()
+    report = compare(cache.trace, cache.policy)
+    assert report.ok, report
+    assert report.output_error < 1e-5
+
+
 def test_prompt_lookup_below_the_budget_gives_the_greedy_text(tiny, compose, full):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 5 + [5, 6]])
     wanted = full({"input_ids": ids}, do_sample=False, max_new_tokens=40)
@@ -457,16 +476,20 @@ def test_crop_into_the_prompt(tiny, compose, random_prompts):
 
 
 @torch.no_grad()
-def test_a_deep_crop_before_a_long_turn_still_works(tiny, compose, random_prompts):
-    """Nothing is left of the queries that the importance observes, so that compaction waits for new ones."""
+def test_a_crop_never_leaves_a_policy_without_the_queries_it_looks_at(tiny, compose, random_prompts):
+    """Sixteen steps can be taken back at any time; deeper, the importance would be that of fewer queries."""
     ids = torch.tensor(random_prompts(120))
     policy = compose(trigger={"every": 40})
-    with PolicyCache(policy, tiny()) as cache:
+    with TracedCache(policy, tiny()) as cache:
         tiny()(ids[:, :20], past_key_values=cache)
         for n in range(20, 60):
             tiny()(ids[:, n : n + 1], past_key_values=cache)
-        cache.crop(-30)
-        tiny()(ids[:, 30:90], past_key_values=cache)
+        with pytest.raises(CacheStateError, match="looks at the last 8 queries"):
+            cache.crop(-35)
+        cache.crop(-16)
+        tiny()(ids[:, 44:90], past_key_values=cache)
         tiny()(ids[:, 90:91], past_key_values=cache)
-        cache.crop(0)
-        assert len(cache.kept(0, 0)) <= 90
+        cache.settled()
+    report = compare(cache.trace, policy)
+    assert report.ok, report
+    assert report.decisions > 0

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2VLForConditionalGeneration
 
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.testing.alone import as_if_alone
 from kvpolicy.testing.oracle import compare
 from kvpolicy.testing.tiny import FAMILIES, tiny_model
 from kvpolicy.testing.trace import TracedCache
@@ -20,7 +22,14 @@ def _attentions(family: str) -> list[str]:
     return ["eager"] if family in EAGER_ONLY else ["eager", "sdpa"]
 
 
-CASES = [(family, attention) for family in FAMILIES for attention in _attentions(family)]
+def _served(family: str) -> bool:
+    """Before transformers 5.3 or so, models with linear attention bring a cache of their own and are refused."""
+    return family != "qwen3_next" or any(
+        "Linear" in type(layer).__name__ for layer in DynamicCache(config=tiny_model(family).config).layers
+    )
+
+
+CASES = [(family, attention) for family in FAMILIES if _served(family) for attention in _attentions(family)]
 
 
 @pytest.mark.parametrize(("family", "attention"), CASES)
@@ -65,7 +74,7 @@ def test_accumulated_attention_honours_sinks_soft_caps_and_scales(family, tiny, 
     assert report.decisions > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gpt_oss", "glm4", "smollm3"])
 def test_keys_are_turned_as_the_model_turns_them(family, tiny, compose, random_prompts, padded):
     policy = compose(redundancy={"use": "key_cosine", "rope": "pre"}, post=["rerotate"])
     model = tiny(family, "eager")
@@ -77,9 +86,12 @@ def test_keys_are_turned_as_the_model_turns_them(family, tiny, compose, random_p
     assert report.output_error < 1e-4
 
 
-def test_turned_keys_give_what_a_fresh_text_of_the_kept_tokens_gives(tiny, compose, random_prompts):
+@pytest.mark.parametrize("family", ["llama", "glm4", "gpt_oss", "without positions"])
+def test_turned_keys_give_what_a_fresh_text_of_the_kept_tokens_gives(family, tiny, compose, random_prompts):
     """Keys of a first layer depend on nothing but their token: the cache equals a new text of the tokens it holds."""
-    model = tiny("llama", num_hidden_layers=1)
+    options = {"gpt_oss": {"layer_types": ["full_attention"]}, "without positions": {"no_rope_layers": [0]}}
+    name = "smollm3" if family == "without positions" else family
+    model = tiny_model(name, num_hidden_layers=1, **options.get(family, {}))
     policy = compose(
         budget=12, trigger="each_step", importance="recency", mixer="importance_only", post=["rerotate"],
         protect={"sinks": 4}, phase="both",
@@ -96,12 +108,47 @@ def test_turned_keys_give_what_a_fresh_text_of_the_kept_tokens_gives(tiny, compo
             assert cache.kept(0, 0) == [p for p in held if p != n - 8]
 
 
+def test_a_rotation_that_is_not_known_is_refused(compose, monkeypatch):
+    """What the configuration says about frequencies is held against what the model does."""
+    model = tiny_model("llama")
+    rotary = type(model.model.rotary_emb)
+    forward = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda self, x, position_ids: forward(self, x, position_ids * 3))
+    with pytest.raises(UnsupportedError, match="turns the keys of layer 0 in a way that kvpolicy does not know"):
+        PolicyCache(compose(post=["rerotate"]), model)
+    PolicyCache(compose(), model).close()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, {"importance": "accumulated_attention"}, {"importance": "recency"}])
+def test_half_precision_keeps_what_the_oracle_keeps(dtype, fields, compose, random_prompts, padded):
+    """Scores are computed in fp32 from what the cache holds."""
+    model = tiny_model("llama").to(dtype)
+    policy = compose(**fields)
+    with TracedCache(policy, model) as cache:
+        model.generate(**padded(random_prompts(20, 31)), do_sample=True, max_new_tokens=30, past_key_values=cache)
+        cache.settled()
+        assert cache.layers[0].keys.dtype == dtype
+    report = compare(cache.trace, policy)
+    assert report.ok, report
+    assert report.decisions > 0
+
+
 def test_layers_that_forget_anyway_are_left_alone(tiny, compose, random_prompts):
     model = tiny("gemma3")
     with TracedCache(compose(), model) as cache:
         model.generate(torch.tensor(random_prompts(20)), do_sample=False, max_new_tokens=30, past_key_values=cache)
         assert [layer.layer_idx for layer in cache.stats().layers] == [1, 3]
         assert cache.layers[0].keys.shape[2] == 11  # the sliding window, less the token to come
+
+
+def test_a_row_of_a_batch_behaves_as_if_alone_beside_other_kinds_of_layers(tiny, compose, random_prompts):
+    for family in ("gemma3", "gpt_oss", "qwen3_next"):
+        if _served(family):
+            report = as_if_alone(tiny(family), compose(), random_prompts(5, 31, 18, 40), 30)
+            assert report.ok, (family, report)
+            assert report.decisions > 0
 
 
 def test_a_mask_that_no_layer_uses_does_no_harm(compose, random_prompts):

@@ -1,0 +1,71 @@
+"""`kvpolicy show --diff`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from rich.markup import escape
+from rich.table import Table
+
+import kvpolicy
+from kvpolicy.cli.terminal import output
+
+_WORDS: Final = ("description", "paper", "departures")
+
+
+def print_difference(first: str, second: str) -> None:
+    """Print the fields and parameters in which two policies differ; raises KVPolicyError when one is not valid."""
+    left, right = kvpolicy.load(first), kvpolicy.load(second)
+    console = output()
+    rows = list(differences(left.to_data(), right.to_data()))
+    if rows:
+        table = Table("field", escape(left.policy), escape(right.policy), box=None, pad_edge=False, header_style="bold")
+        for field, one, other in rows:
+            table.add_row(field, escape(one), escape(other))
+        console.print(table)
+    else:
+        console.print(f"{escape(left.policy)} and {escape(right.policy)} do the same.")
+    words = [field for field in _WORDS if getattr(left, field) != getattr(right, field)]
+    if words:
+        console.print(f"Other words in: {', '.join(words)}.")
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (dotted field, one value, other value) in the order of a file; what one side lacks is a dash."""
+    one, other = dict(_flat(left)), dict(_flat(right))
+    order = list(left)
+    fields = sorted({**one, **other}, key=lambda field: order.index(field.partition(".")[0]))
+    for field in fields:
+        if one.get(field) != other.get(field) or (field in one) != (field in other):
+            yield field, _shown(one, field), _shown(other, field)
+
+
+def _flat(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for field, value in data.items():
+        if field in ("policy", *_WORDS):
+            continue
+        if field == "post":
+            named = {str(reference["use"]): {k: v for k, v in reference.items() if k != "use"} for reference in value}
+            yield from _leaves(field, named)
+        else:
+            yield from _leaves(field, value)
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}", item)
+    elif isinstance(value, Mapping):
+        if "." in path:  # a component without parameters is there or not
+            yield path, True
+    else:
+        yield path, value
+
+
+def _shown(side: Mapping[str, Any], field: str) -> str:
+    if field not in side:
+        return "-"
+    value = side[field]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

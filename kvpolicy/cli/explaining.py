@@ -1,0 +1,176 @@
+"""`kvpolicy explain`: a policy in words, and the memory it takes."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvpolicy.cli.memory import ModelShape
+    from kvpolicy.policy import Policy
+    from kvpolicy.spec import ComponentRef, PolicySpec
+
+LONGEST: Final = 1 << 22
+_PHASES: Final = {
+    "prefill": "After the steps of the prompt, not while decoding.",
+    "decode": "While decoding, never within the prompt.",
+    "both": "After the steps of the prompt and while decoding.",
+}
+_SCOPES: Final = {
+    "head": "Each KV head keeps its own set.",
+    "layer": "All heads of a layer keep the same set.",
+    "model": "All layers and heads keep the same set.",
+}
+
+
+def explain(
+    spec: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A policy's name or file.")],
+    *,
+    model_config: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="A model folder, a config.json, or an id on the hub.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Instead: full-attention layers of the model,")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="its KV heads per layer")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="and the size of a head.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as configured by default.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="N", help="Entries per head (256), or a share (0.1).")] = None,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row, its prompt included.")] = 8192,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of its prompt; 128 or the whole length.")] = None,
+) -> None:
+    """Say in words what a policy keeps and when, and how much memory it takes for a model, a batch and a length."""
+    import kvpolicy
+    from kvpolicy.cli.generating import budget_of
+    from kvpolicy.cli.terminal import output
+    from kvpolicy.errors import KVPolicyError
+
+    for option, value in (("--batch", batch), ("--length", length), ("--prompt", prompt)):
+        if value is not None and not 1 <= value <= LONGEST:
+            raise KVPolicyError(f"{option}: {value} makes no sense; write a whole number from 1 to {LONGEST:,}.")
+    prompt = min(128, length) if prompt is None else prompt
+    if prompt > length:
+        raise KVPolicyError(f"--prompt: {prompt} tokens are more than the --length of {length}, which includes them.")
+    shape = _shape(model_config, layers, kv_heads, head_dim, dtype)
+    found = kvpolicy.load(spec, budget=budget_of(budget))
+    policy = found.build()
+    sections = words(found, policy), memory(policy, shape, batch, length, prompt)
+    lines: list[str] = []
+    for section in sections:
+        lines += ["", *(_wrapped(label, text) for label, text in section)]
+    output().file.write("\n".join([f"{found.policy}: {found.description}".rstrip(": "), *lines]) + "\n")
+
+
+def _wrapped(label: str, text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=f"{label:<12}", subsequent_indent=" " * 12, break_on_hyphens=False)
+
+
+def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
+    """Yield labels and sentences that say what is kept, when, and how it is chosen."""
+    if policy.budget.fraction == 1.0:
+        yield "keeps", "Everything: the budget is the text itself."
+        return
+    tokens = policy.budget.tokens
+    kept = f"{tokens:,} entries" if tokens is not None else f"{policy.budget.fraction:.4g} of the tokens seen so far,"
+    yield "keeps", f"{kept} per KV head and layer after a compaction, protected ones included."
+    yield "when", _PHASES[spec.phase]
+    yield "", _said(spec.trigger)
+    yield "", f"Between two compactions up to {policy.trigger.buffer():,} more may be held."
+    if spec.prefill_chunk is not None:
+        yield "", f"The prompt comes in chunks of {spec.prefill_chunk:,} tokens, counted from its end."
+    for ref in spec.protect:
+        stays = getattr(ref.component, "effect", "keep") == "keep"
+        yield "protected" if stays else "dropped", _said(ref)
+    if not spec.protect:
+        yield "protected", "Nothing."
+    if policy.mixer.uses_importance:
+        yield "important", _said(spec.importance)
+    if policy.mixer.uses_redundancy:
+        yield "redundant", _said(spec.redundancy)
+    yield "score", f"{_said(spec.mixer)} The higher, the sooner an entry stays."
+    yield "chosen", f"{_said(spec.selector)} {_SCOPES[policy.selector.scope]}"
+    yield "split", _said(spec.allocator)
+    for ref in spec.post:
+        yield "then", _said(ref)
+    from kvpolicy.components import NEEDS
+
+    for need in sorted(policy.needs):
+        yield "needs", f"{need}: {NEEDS[need]}."
+
+
+def _said(ref: ComponentRef) -> str:
+    from kvpolicy.cli.listing import summary
+
+    text = summary(type(ref.component))
+    return f"{ref}: {text}." if text else f"{ref}."
+
+
+def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: int) -> Iterator[tuple[str, str]]:
+    """Yield labels and sentences with the bytes of keys and values, beside those of the full cache."""
+    from kvpolicy.cli.memory import simulate
+
+    course = simulate(policy, length, prompt)
+    each = shape.bytes_per_token
+    full, held, peak = (n * each * batch for n in (course.seen, course.resident, course.peak))
+    what = f"{shape.layers} layers x {shape.kv_heads} KV heads x (key {shape.head_dim} + value {shape.head_dim})"
+    yield "model", f"{shape.source}: {what}, {shape.dtype}."
+    if shape.others:
+        yield "", f"{shape.others} further layers keep a window or a state of their own and are not counted."
+    yield "per token", f"{size(each)} for one row."
+    turns = f"{course.compactions:,} compaction{'' if course.compactions == 1 else 's'}"
+    yield "text", f"batch {batch:,}, {length:,} tokens each, {prompt:,} of them the prompt: {turns}."
+    bound = policy.bound
+    if bound is None:
+        yield "at most", "No bound while decoding: the budget is a share of the text, or only the prompt is compacted."
+    else:
+        yield "at most", f"{bound:,} entries per KV head and layer while decoding, {size(bound * each * batch)}."
+        if prompt > bound:
+            yield "", f"More while a prompt of more than {bound:,} tokens comes in."
+    yield "peak", f"{course.peak:,} entries, {size(peak)}."
+    yield "at the end", f"{course.resident:,} entries, {size(held)}."
+    yield "full cache", f"{course.seen:,} entries, {size(full)}."
+    yield "saved", f"{size(full - held)} at the end ({1 - held / full:.1%})."
+    yield "", f"{size(full - peak)} at the peak ({1 - peak / full:.1%})."
+    state = sum(s.dtype.itemsize for s in policy.slot_states)
+    notes = 4 + state + (4 if any(p.changes == "positions" for p in policy.post) else 0)
+    yield "besides", f"{notes} bytes per entry, KV head and layer for positions and slot state."
+
+
+def size(count: int) -> str:
+    """Write bytes for people and exactly: ``1.50 MiB (1,572,864 bytes)``."""
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count:,} bytes" if unit == "bytes" else f"{value:,.2f} {unit} ({count:,} bytes)"
+
+
+def _shape(
+    place: str | None, layers: int | None, kv_heads: int | None, head_dim: int | None, dtype: str | None
+) -> ModelShape:
+    from kvpolicy.cli.memory import ModelShape, dtype_name, shape_from_config
+    from kvpolicy.errors import KVPolicyError
+
+    given = {"--layers": layers, "--kv-heads": kv_heads, "--head-dim": head_dim}
+    named = [option for option, value in given.items() if value is not None]
+    if place is not None:
+        if named:
+            raise KVPolicyError(f"{named[0]}: --model-config says it already; give one of them.")
+        return shape_from_config(place, dtype)
+    if not named:
+        # An 8-billion-parameter decoder of the kind that reasons, so that there is something to see.
+        return ModelShape(36, 8, 128, dtype_name(dtype or "bfloat16"), source="an example (Qwen3-8B)")
+    missing = [option for option, value in given.items() if value is None]
+    if missing:
+        raise KVPolicyError(f"{missing[0]}: is missing; --layers, --kv-heads and --head-dim go together.")
+    for option, value in given.items():
+        if value is None or not 1 <= value <= 1 << 20:
+            raise KVPolicyError(f"{option}: {value} makes no sense; write a whole number above 0.")
+    assert layers is not None
+    assert kv_heads is not None
+    assert head_dim is not None
+    return ModelShape(layers, kv_heads, head_dim, dtype_name(dtype or "bfloat16"), source="as given")

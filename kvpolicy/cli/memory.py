@@ -1,0 +1,211 @@
+"""How much memory a policy takes for a model, a batch and a length: the counters of the engine without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, Final
+
+from kvpolicy.components import Counters
+from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.policy import Policy
+
+DTYPES: Final = {
+    **dict.fromkeys(("float32", "fp32"), ("float32", 4)),
+    **dict.fromkeys(("bfloat16", "bf16"), ("bfloat16", 2)),
+    **dict.fromkeys(("float16", "fp16", "half"), ("float16", 2)),
+}
+"""What people call a dtype -> its name and its bytes."""
+
+# Caches of these models are not layers x heads x head dim, so the arithmetic below would be wrong.
+_UNUSUAL: Final = ("kv_lora_rank", "num_kv_shared_layers", "num_global_key_value_heads", "global_head_dim")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the size of a cache depends on.
+
+    Attributes:
+        layers: layers that a policy works on.
+        kv_heads: KV heads of a layer.
+        head_dim: size of a key and of a value.
+        dtype: its name.
+        others: layers that keep a window or a state of their own, which no policy touches.
+        source: where the numbers come from.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    others: int = 0
+    source: str = ""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token of one row, over all these layers."""
+        return self.layers * self.kv_heads * 2 * self.head_dim * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one row holds per KV head and layer while a text grows.
+
+    Attributes:
+        seen: tokens seen.
+        resident: entries held at the end, when what is due has been compacted.
+        peak: most entries ever held.
+        compactions: how many took place.
+    """
+
+    seen: int
+    resident: int
+    peak: int
+    compactions: int
+
+
+def simulate(policy: Policy, length: int, prompt: int) -> Course:
+    """Follow one row from a prompt of so many tokens to `length` tokens, one by one; raises BudgetError as a run would.
+
+    Args:
+        policy: whose budget, trigger and phase count.
+        length: tokens seen at the end, the prompt included.
+        prompt: tokens of the prompt.
+    """
+    resident = seen = peak = compactions = 0
+    phase = ""
+    for incoming, next_phase in chain(_passes(policy, prompt), repeat((1, "decode"), length - prompt), [(1, "")]):
+        known = min(seen, prompt)
+        entries = policy.entries(seen, known) if seen else 0
+        counters = Counters(resident, entries, incoming, seen, known)
+        if policy.phase in ("both", phase) and resident > entries and policy.trigger.fires(counters):
+            if policy.reserved(known) > entries:
+                raise BudgetError(
+                    f"budget: {entries} entries per head are fewer than the {policy.reserved(known)} that are "
+                    f"protected with a prompt of {prompt} tokens; raise the budget or give a shorter --prompt."
+                )
+            resident, compactions = entries, compactions + 1
+        if next_phase:
+            resident, seen, phase = resident + incoming, seen + incoming, next_phase
+            peak = max(peak, resident)
+    return Course(seen, resident, peak, compactions)
+
+
+def _passes(policy: Policy, prompt: int) -> Iterator[tuple[int, str]]:
+    """Yield the forward passes that a prompt comes in, counted from its end as `PolicyCache.prefill` does."""
+    size = policy.prefill_chunk or prompt
+    first = prompt - (prompt - 1) // size * size
+    yield first, "prefill"
+    for _ in range(first, prompt, size):
+        yield size, "prefill"
+
+
+def shape_from_config(place: str, dtype: str | None) -> ModelShape:
+    """Read a model's folder, its config.json or an id on the hub; raises KVPolicyError in one sentence.
+
+    Args:
+        place: where the configuration is.
+        dtype: instead of the one that the configuration names.
+    """
+    config = _read(place)
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    for field in _UNUSUAL:
+        if text.get(field):
+            raise KVPolicyError(
+                f"--model-config: {place} has `{field}`, and its cache is not layers x heads x head dim; "
+                "give --layers, --kv-heads and --head-dim instead."
+            )
+    if config.get("is_encoder_decoder"):
+        raise KVPolicyError(f"--model-config: {place} is an encoder-decoder model; only decoders are supported.")
+    layers, heads = _number(text, place, "num_hidden_layers"), _number(text, place, "num_attention_heads")
+    kv_heads = heads if text.get("num_key_value_heads") is None else _number(text, place, "num_key_value_heads")
+    if text.get("head_dim") is None:
+        hidden = _number(text, place, "hidden_size")
+        if hidden % heads:
+            raise KVPolicyError(f"--model-config: {place} has hidden_size {hidden} for {heads} heads; add head_dim.")
+        head_dim = hidden // heads
+    else:
+        head_dim = _number(text, place, "head_dim")
+    evictable = _full_attention(text, layers)
+    if not evictable:
+        raise KVPolicyError(f"--model-config: {place} has no full-attention layer, so there is nothing to evict from.")
+    named = dtype or text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    return ModelShape(
+        evictable, kv_heads, head_dim, dtype_name(str(named or "float32").removeprefix("torch.")), layers - evictable,
+        str(config.get("model_type") or place),
+    )  # fmt: skip
+
+
+def dtype_name(dtype: str) -> str:
+    """Return the full name of a dtype; raises KVPolicyError."""
+    if dtype not in DTYPES:
+        raise KVPolicyError(f"--dtype: {dtype[:40]!r} is not one of float32, bfloat16, float16 (fp32, bf16, fp16).")
+    return DTYPES[dtype][0]
+
+
+def _read(place: str) -> dict[str, Any]:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise KVPolicyError(f"--model-config: {place} holds no config.json; give a model folder.")
+    local = path.is_file()
+    if not local and (place.startswith((".", "/", "~")) or place.endswith(".json")):
+        raise KVPolicyError(f"--model-config: there is no file or folder {place!r}; give a model folder or a hub id.")
+    plain = _read_json(path) if local else None
+    if plain is not None and not plain.get("model_type"):
+        return plain
+    return _through_transformers(place, path if local else None, plain)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 1 << 22:
+            raise KVPolicyError(f"--model-config: {path} is larger than 4 MiB; that is not a config.json.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KVPolicyError(f"--model-config: {path} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError):
+        raise KVPolicyError(f"--model-config: {path} is not JSON; give a model folder or its config.json.") from None
+    if not isinstance(data, dict):
+        raise KVPolicyError(f"--model-config: {path} is not a JSON object; give a model folder or its config.json.")
+    return data
+
+
+def _through_transformers(place: str, path: Path | None, plain: dict[str, Any] | None) -> dict[str, Any]:
+    """Let transformers fill in the defaults of a known kind of model; without it, take the file as it is."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        if plain is not None:
+            return plain
+        raise KVPolicyError("--model-config: a hub id needs transformers; give a folder or a config.json.") from None
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(path or place).get_text_config(decoder=True).to_dict()
+    except Exception as error:  # whatever a configuration class makes of a broken file
+        if plain is not None and "num_hidden_layers" in plain:
+            return plain
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise KVPolicyError(f"--model-config: {place!r} cannot be read: {reason.rstrip('.:')[:200]}.") from error
+    kept = {key: plain[key] for key in ("dtype", "torch_dtype") if key in plain} if plain is not None else {}
+    return {**found, **{key: value for key, value in kept.items() if not found.get("dtype")}}
+
+
+def _full_attention(text: dict[str, Any], layers: int) -> int:
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list):
+        return sum(kind == "full_attention" for kind in kinds)
+    window = text.get("sliding_window")
+    return 0 if window and text.get("use_sliding_window", True) else layers
+
+
+def _number(text: dict[str, Any], place: str, field: str) -> int:
+    value = text.get(field)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
+        got = "is missing" if value is None else f"is {str(value)[:40]!r}"
+        raise KVPolicyError(f"--model-config: `{field}` of {place} {got}; it should be a whole number above 0.")
+    return value

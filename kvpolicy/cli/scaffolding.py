@@ -1,0 +1,92 @@
+"""`kvpolicy new plugin`: a package with a scorer, an allocator, a policy and tests, ready to install."""
+
+from __future__ import annotations
+
+import keyword
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+new = typer.Typer(help="Write a skeleton to start from.", no_args_is_help=True)
+
+
+@new.callback()
+def _only_subcommands() -> None:
+    """Make `plugin` a command of its own although it is the only one."""
+
+
+@new.command()
+def plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the package, such as my-plugin.")],
+    *,
+    into: Annotated[Path, typer.Option(help="Folder in which the new folder is made.")] = Path(),
+) -> None:
+    """Write a package NAME with an importance scorer, a budget allocator, a policy and tests into a new folder."""
+    folder = write_plugin(name, into)
+    typer.echo(f"{folder}: written. Next:")
+    typer.echo(f"  pip install -e {folder}")
+    typer.echo(f"  pytest {folder}")
+    typer.echo(f"  kvpolicy explain {name}")
+
+
+def write_plugin(name: str, into: Path) -> Path:
+    """Write the package and return its folder; raises KVPolicyError in one sentence and leaves nothing behind."""
+    from kvpolicy.errors import KVPolicyError
+
+    check_name(name)
+    folder = into / name
+    if folder.exists() or folder.is_symlink():
+        raise KVPolicyError(f"NAME: {folder} exists already; choose another name or remove it first.")
+    if not into.is_dir():
+        raise KVPolicyError(f"--into: there is no folder {into}; make it first.")
+    try:
+        for path, text in rendered(name).items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KVPolicyError(f"NAME: {folder} cannot be written ({error.strerror}); choose another folder.") from None
+    return folder
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a package, a module and a component alike; raises KVPolicyError."""
+    from kvpolicy.errors import KVPolicyError
+
+    if len(name) > 64 or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise KVPolicyError(
+            f"NAME: {name[:80]!r} is not a name for a plugin; use small letters, digits and single dashes, such as "
+            "my-plugin."
+        )
+    module = module_of(name)
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names:
+        raise KVPolicyError(f"NAME: {name!r} is a word of Python itself; choose another name, such as {name}-plugin.")
+    if module in ("kvpolicy", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_registry", "tests"):
+        raise KVPolicyError(f"NAME: {name!r} is taken by kvpolicy or its tools; choose another name.")
+
+
+def module_of(name: str) -> str:
+    """Return the name of the module: dashes become underscores."""
+    return name.replace("-", "_")
+
+
+def rendered(name: str) -> dict[str, str]:
+    """Return the files of the package by relative path."""
+    from kvpolicy.cli.skeleton import FILES
+
+    module = module_of(name)
+    words = {
+        "@@name@@": name,
+        "@@module@@": module,
+        "@@Class@@": "".join(part.capitalize() for part in name.split("-")),
+    }
+
+    def filled(text: str) -> str:
+        for mark, word in words.items():
+            text = text.replace(mark, word)
+        return text
+
+    return {filled(path): filled(text) for path, text in FILES.items()}
