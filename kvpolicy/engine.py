@@ -203,6 +203,7 @@ class Engine:
         due = [b for b, (row, new) in enumerate(zip(self.rows, incoming, strict=True)) if new and self._fires(row, new)]
         if not due:
             return
+        self._check_window(due)
         if self._observers:
             self.observe()
         parts = [slice(0, len(self.rows))] if len(due) == len(self.rows) else [slice(b, b + 1) for b in due]
@@ -213,6 +214,16 @@ class Engine:
         for store in self._distinct_stores():
             if bound is not None and store.capacity > bound >= longest + max(incoming):
                 store.resize(bound, longest)
+
+    def _check_window(self, due: Sequence[int]) -> None:
+        """Refuse to score with fewer queries than a policy looks at, which a deep crop may have left for some steps."""
+        wanted, left = self.policy.observed_queries, self.log.left_after(0, len(self.rows))
+        for b in due:
+            if left[b] < min(wanted, self.rows[b].seen):
+                raise CacheStateError(
+                    f"policy {self.policy.name!r} looks at the last {wanted} queries, but a crop has left only {left[b]} "
+                    f"of them; decode {wanted - left[b]} more tokens one by one before giving many at once, or crop less."
+                )
 
     def _fires(self, row: Row, incoming: int) -> bool:
         entries = self._fixed or self.policy.entries(row.seen, row.prompt)
@@ -311,8 +322,7 @@ class Engine:
         """Return how many tokens each row would lose with the last `columns` columns.
 
         Raises:
-            CacheStateError: a row has been compacted since, has observed attention that it cannot forget, or would lack
-                queries that its policy looks at.
+            CacheStateError: a row has been compacted since, or has observed attention that it cannot forget.
         """
         if columns > self.columns:
             raise CacheStateError(f"crop: {columns} tokens are more than the {self.columns} that the cache has seen.")
@@ -328,14 +338,6 @@ class Engine:
                 f"crop: the accumulated attention of policy {self.policy.name!r} can be rolled back by "
                 f"{self.log.unobserved} tokens at present, not by {columns}; fork() the cache before going on."
             )
-        left = self.log.left_after(columns, len(self.rows))
-        for row, count, queries in zip(self.rows, counts, left, strict=True):
-            if count and queries < min(self.policy.observed_queries, row.seen - count):
-                raise CacheStateError(
-                    f"crop: policy {self.policy.name!r} looks at the last {self.policy.observed_queries} queries, and "
-                    f"without {columns} tokens only {queries} of them are left; crop less, or fork() the cache before "
-                    "going on."
-                )
         return counts
 
     def crop(self, columns: int) -> None:

@@ -476,16 +476,36 @@ def test_crop_into_the_prompt(tiny, compose, random_prompts):
 
 
 @torch.no_grad()
-def test_a_crop_never_leaves_a_policy_without_the_queries_it_looks_at(tiny, compose, random_prompts):
-    """Sixteen steps can be taken back at any time; deeper, the importance would be that of fewer queries."""
+def test_a_deep_crop_is_forgotten_after_a_few_steps(tiny, compose, random_prompts):
+    """A crop may leave fewer queries than a policy looks at; they are there again before the next compaction."""
     ids = torch.tensor(random_prompts(120))
     policy = compose(trigger={"every": 40})
     with TracedCache(policy, tiny()) as cache:
         tiny()(ids[:, :20], past_key_values=cache)
         for n in range(20, 60):
             tiny()(ids[:, n : n + 1], past_key_values=cache)
-        with pytest.raises(CacheStateError, match="looks at the last 8 queries"):
-            cache.crop(-35)
+        cache.crop(-35)
+        for n in range(25, 90):
+            tiny()(ids[:, n : n + 1], past_key_values=cache)
+        cache.settled()
+    report = compare(cache.trace, policy)
+    assert report.ok, report
+    assert report.decisions > 0
+
+
+@torch.no_grad()
+def test_a_compaction_never_looks_at_fewer_queries_than_the_policy_says(tiny, compose, random_prompts):
+    """Sixteen steps can be taken back before a step of many tokens; deeper, some must be decoded one by one first."""
+    ids = torch.tensor(random_prompts(120))
+    policy = compose(trigger={"every": 40})
+    with TracedCache(policy, tiny()) as cache:
+        tiny()(ids[:, :20], past_key_values=cache)
+        for n in range(20, 60):
+            tiny()(ids[:, n : n + 1], past_key_values=cache)
+        with cache.fork() as deep:
+            deep.crop(-35)
+            with pytest.raises(CacheStateError, match="looks at the last 8 queries"):
+                tiny()(ids[:, 25:90], past_key_values=deep)
         cache.crop(-16)
         tiny()(ids[:, 44:90], past_key_values=cache)
         tiny()(ids[:, 90:91], past_key_values=cache)
