@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types bench
+.PHONY: help setup demo test test-slow lint types check bench
 
 BIN := .venv/bin
 
@@ -35,6 +35,9 @@ lint: setup ## ruff and the direction of imports
 
 types: setup ## mypy --strict
 	$(BIN)/mypy
+
+check: setup ## the laws, on everything that is registered
+	$(BIN)/kvpolicy check --all --profile quick
 
 bench: setup ## decode speed and memory beside DynamicCache
 	$(BIN)/python -P benchmarks/decode.py

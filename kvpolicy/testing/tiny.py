@@ -54,6 +54,17 @@ def _gpt_oss(**changes: Any) -> PreTrainedModel:
     return model
 
 
+def _qwen3_next(**changes: Any) -> PreTrainedModel:
+    """Layers of linear attention between those of full attention."""
+    fields = {
+        "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    }  # fmt: skip
+    config = transformers.Qwen3NextConfig(**{**_COMMON, **fields, **changes})
+    return transformers.Qwen3NextForCausalLM(config)
+
+
 def _qwen2_vl(**changes: Any) -> PreTrainedModel:
     text = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
@@ -70,8 +81,11 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "phi3": _plain("Phi3"),
     "gemma2": _plain("Gemma2", layer_types=["full_attention"] * 3, attn_logit_softcapping=4.0),
     "gemma3": _gemma3,
+    "glm4": _plain("Glm4", partial_rotary_factor=0.5),  # neighbours are turned, half of the dimensions
+    "smollm3": _plain("SmolLM3", no_rope_layer_interval=2),  # every second layer without positions
     "gpt_oss": _gpt_oss,
     "qwen2_vl": _qwen2_vl,
+    "qwen3_next": _qwen3_next,
 }
 """Family -> function that makes a model; keyword arguments change the text configuration."""
 

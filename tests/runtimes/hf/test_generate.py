@@ -315,12 +315,13 @@ def test_the_smallest_chunks_are_still_a_prompt(chunk, tiny, compose, random_pro
 
 
 def test_prompt_lookup_beside_layers_with_a_window(tiny, compose):
-    """Transformers 5.2 cannot take tokens back from a full window, with its own caches neither."""
+    """Transformers 5.2 cannot take tokens back from a full window, of its own cache neither."""
     ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 5 + [5, 6]])
     lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": [300]}
     model = tiny("gemma3")
     try:
-        model.generate(ids, max_new_tokens=40, do_sample=False, **lookup)
+        native = DynamicCache(config=model.config)
+        model.generate(ids, max_new_tokens=40, do_sample=False, past_key_values=native, **lookup)
     except ValueError:
         with PolicyCache(compose(), model) as cache, pytest.raises(CacheStateError, match="not kvpolicy's refused"):
             model.generate(ids, max_new_tokens=40, do_sample=False, past_key_values=cache, **lookup)

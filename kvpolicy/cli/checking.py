@@ -1,0 +1,186 @@
+"""`kvpolicy check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvpolicy.testing.checking import ProfileName, Result, Subject
+
+_MARKS = {"passed": "[green]✓[/]", "failed": "[bold red]✗[/]", "not applicable": "[dim]–[/]"}
+_FEW = 4  # subjects that get a column each, under their names
+
+
+def check(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SPEC|COMPONENT|PACKAGE]...",
+            help="A policy's name or file, a component (key_norm, importance.none, my_package.module:MyScorer), "
+            "or an installed package.",
+        ),
+    ] = None,
+    *,
+    all_: Annotated[bool, typer.Option("--all", help="Everything that is registered.")] = False,
+    profile: Annotated[
+        str, typer.Option(metavar="quick|thorough", help="20 examples per law, always the same; or 1000 new ones.")
+    ] = "quick",
+    law: Annotated[list[str] | None, typer.Option(help="Only this law; may be given several times.")] = None,
+) -> None:
+    """Check components and policies against the laws (docs/laws.md); exit code 1 if one does not hold."""
+    chosen = _profile(profile)
+    if bool(targets) == all_:
+        raise typer.BadParameter("name a policy, a component or a package, or write --all.", param_hint="check")
+    from kvpolicy.testing.checking import subjects_of_package
+
+    subjects = subjects_of_package(None) if all_ else [s for target in targets or [] for s in _subjects(target)]
+    if _report(_run(subjects, chosen, law or [])):
+        raise typer.Exit(1)
+
+
+def _profile(name: str) -> ProfileName:
+    known: tuple[Literal["quick"], Literal["thorough"]] = ("quick", "thorough")
+    for profile in known:
+        if name == profile:
+            return profile
+    raise typer.BadParameter(f"{name!r} is not a profile; write quick or thorough.", param_hint="--profile")
+
+
+def _subjects(target: str) -> list[Subject]:
+    """Find what a name means: all policies, components and packages that are called so, a file, or a class."""
+    import kvpolicy
+    from kvpolicy.components import KINDS
+    from kvpolicy.errors import KVPolicyError, did_you_mean
+    from kvpolicy.testing.checking import subject_of, subjects_of_package
+
+    if ":" in target and not Path(target).exists():
+        return [_class(target)]
+    catalog = kvpolicy.catalog()
+    kind, _, name = target.rpartition(".")
+    found = [
+        subject_of(entry.component, f"{entry.kind}.{entry.name}")
+        for entry in catalog.entries()
+        if entry.name == target or (entry.kind, entry.name) == (kind, name)
+    ]
+    policies = {entry.name for entry in catalog.policies()}
+    if target in policies or "/" in target or target.endswith((".yaml", ".yml")):
+        found.append(subject_of(kvpolicy.load(target), target))
+    packages = {e.origin.distribution for e in catalog.entries()} | {p.origin.distribution for p in catalog.policies()}
+    if any(target.lower().replace("_", "-") == p.lower().replace("_", "-") for p in packages):
+        found += subjects_of_package(target)
+    if found:
+        return found
+    try:
+        return [subject_of(kvpolicy.load(target), target)]  # a file in one of the policy folders
+    except KVPolicyError:
+        names = {entry.name for entry in catalog.entries()} | policies | packages
+        near = did_you_mean(target, names)
+        ask = f" Kinds are {', '.join(KINDS)}." if kind else ""
+        raise typer.BadParameter(
+            f"{target!r} is no registered policy or component, no policy file and no installed package that registers "
+            f"any.{near}{ask} See kvpolicy list.",
+            param_hint="check",
+        ) from None
+
+
+def _class(target: str) -> Subject:
+    """Import ``module:Class``."""
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.testing.checking import subject_of
+
+    module, _, name = target.partition(":")
+    try:
+        return subject_of(getattr(import_module(module), name), name)
+    except (ImportError, AttributeError, TypeError, KVPolicyError) as error:
+        raise typer.BadParameter(f"{target!r} cannot be checked: {error}", param_hint="check") from None
+
+
+def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str]) -> list[Result]:
+    """Check all subjects with a progress bar on standard error."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kvpolicy.cli.terminal import messages
+    from kvpolicy.errors import did_you_mean
+    from kvpolicy.testing.checking import check as check_subject
+    from kvpolicy.testing.laws import LAWS
+
+    for name in names:
+        if name not in LAWS:
+            raise typer.BadParameter(f"there is no law {name!r}.{did_you_mean(name, LAWS)}", param_hint="--law")
+    chosen = {s.name: [law for law in s.laws if not names or law.name in names] for s in subjects}
+    results: list[Result] = []
+    console = messages()
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(len(laws) for laws in chosen.values()))
+        for subject in subjects:
+            progress.update(task, description=subject.name)
+            results += check_subject(
+                subject, profile, laws=chosen[subject.name], done=lambda _result: progress.advance(task)
+            )
+    return results
+
+
+def _report(results: Sequence[Result]) -> bool:
+    """Print the table, the failures and a summary; return whether there are failures."""
+    from rich.markup import escape
+
+    from kvpolicy.cli.terminal import output
+
+    console = output()
+    subjects = list(dict.fromkeys(r.subject for r in results))
+    laws = list(dict.fromkeys(r.law for r in results))
+    found = {(r.law, r.subject): r for r in results}
+    console.print(_by_law(laws, subjects, found) if len(subjects) <= _FEW else _by_subject(laws, subjects, found))
+    if len(subjects) > _FEW:
+        for number, law in enumerate(laws, 1):
+            console.print(f"[dim]{number:>3}[/] {law:<28}", end="\n" if number % 3 == 0 else "")
+        console.print("\n" if len(laws) % 3 else "")
+    failed = [r for r in results if r.status == "failed"]
+    for result in failed:
+        console.rule(f"[bold red]{escape(result.subject)} · {escape(result.law)}")
+        console.print(escape(str(result)), soft_wrap=True)
+    counts = {status: sum(r.status == status for r in results) for status in _MARKS}
+    seconds = sum(r.seconds for r in results)
+    console.print(
+        f"{len(subjects)} checked against {len(laws)} laws: {counts['passed']} passed, {counts['failed']} failed, "
+        f"{counts['not applicable']} not applicable; {seconds:.0f} s."
+    )
+    return bool(failed)
+
+
+def _mark(result: Result | None) -> str:
+    return "" if result is None else _MARKS[result.status]
+
+
+def _by_law(laws: Sequence[str], subjects: Sequence[str], found: dict[tuple[str, str], Result]) -> Table:
+    """Return a table with a row per law, a column per subject, and why a law does not apply."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("law", *[escape(s) for s in subjects], "", box=None, pad_edge=False, header_style="bold")
+    for law in laws:
+        results = [found.get((law, subject)) for subject in subjects]
+        why = dict.fromkeys(r.reason for r in results if r is not None and r.reason)
+        table.add_row(law, *map(_mark, results), f"[dim]{escape('; '.join(why))}[/]")
+    return table
+
+
+def _by_subject(laws: Sequence[str], subjects: Sequence[str], found: dict[tuple[str, str], Result]) -> Table:
+    """Return a table with a row per subject and a numbered column per law."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    for number in range(1, len(laws) + 1):
+        table.add_column(f"{number // 10 or ' '}\n{number % 10}", justify="center")
+    for subject in subjects:
+        table.add_row(escape(subject), *(_mark(found.get((law, subject))) for law in laws))
+    return table

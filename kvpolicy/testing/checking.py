@@ -1,0 +1,315 @@
+"""Checks components, policies and packages against the laws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import isabstract
+from typing import Any, Final, Literal
+
+from kvpolicy.testing._extra import require_hypothesis
+
+require_hypothesis()
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, reject, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
+from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
+
+import kvpolicy  # noqa: E402
+from kvpolicy.components import Component, kind_of  # noqa: E402
+from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean  # noqa: E402
+from kvpolicy.policy import Policy  # noqa: E402
+from kvpolicy.spec import PolicySpec  # noqa: E402
+from kvpolicy.testing.laws import LAWS, Law, UndecidedError, exceptions_of  # noqa: E402
+from kvpolicy.testing.laws.machine import latest_steps  # noqa: E402
+from kvpolicy.testing.parameters import components  # noqa: E402
+from kvpolicy.testing.scaling import small_policy  # noqa: E402
+from kvpolicy.testing.source import pasteable_test, tensors_of  # noqa: E402
+
+ProfileName = Literal["quick", "thorough"]
+PROFILES: Final[Mapping[str, int]] = {"quick": 20, "thorough": 1000}
+"""Profile -> examples per law and subject. `quick` draws the same examples every time, `thorough` others every time."""
+
+_STEPS = {"quick": 12, "thorough": 50}  # of the state machine
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a law does not hold.
+
+    Attributes:
+        message: what went wrong, in a sentence or two.
+        example: the smallest example found, readable; "" when there was nothing to draw.
+        test: source of a test that fails for the same reason; "" when drawing already failed.
+    """
+
+    message: str
+    example: str = ""
+    test: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One law and one subject.
+
+    Attributes:
+        law: name of the law.
+        subject: name of the component or policy.
+        status: ``passed``, ``failed`` or ``not applicable``.
+        reason: why it does not apply.
+        failure: details of a failure.
+        seconds: wall time.
+    """
+
+    law: str
+    subject: str
+    status: Literal["passed", "failed", "not applicable"]
+    reason: str = ""
+    failure: Failure | None = None
+    seconds: float = 0.0
+
+    def expect(self) -> None:
+        """Raise AssertionError with all details if the law does not hold."""
+        if self.failure is not None:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        if self.failure is None:
+            return f"{self.subject}: {self.law} {self.status}{': ' + self.reason if self.reason else ''}"
+        law = LAWS.get(self.law)
+        parts = [f"{self.subject} breaks the law {self.law}: {self.failure.message}"]
+        if law is not None:
+            parts.append(f"The law: {law.text}\nWhy: {law.reason}")
+        if self.failure.example:
+            parts.append(f"Smallest example:\n{self.failure.example}")
+        if self.failure.test:
+            parts.append(f"As a test:\n{self.failure.test}")
+        return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A component class, a component or a policy under the name it has in tables.
+
+    Attributes:
+        name: for tables.
+        kind: kind of component, or ``policy``.
+        what: what is checked.
+    """
+
+    name: str
+    kind: str
+    what: type[Component] | Component | Policy
+
+    @property
+    def laws(self) -> list[Law]:
+        """The laws about this kind."""
+        return [law for law in LAWS.values() if self.kind in law.kinds]
+
+    def drawn(self) -> st.SearchStrategy[Any]:
+        """Draw instances: of a class with drawn parameters, else always the same one."""
+        return components(self.what) if isinstance(self.what, type) else st.just(self.what)
+
+
+def subject_of(what: Any, name: str | None = None) -> Subject:
+    """Return the subject for a component class or instance, a policy, a specification, or a policy's name or file.
+
+    Policies are made small (`kvpolicy.testing.scaling`): few slots must show what thousands would.
+    """
+    if isinstance(what, str):
+        what = kvpolicy.load(what)
+    if isinstance(what, PolicySpec):
+        what = what.build()
+    if isinstance(what, Policy):
+        return Subject(name or what.name, "policy", small_policy(what))
+    cls = what if isinstance(what, type) else type(what)
+    kind = kind_of(cls)
+    if isabstract(cls):
+        raise UnsupportedError(
+            f"{cls.__name__} is abstract; implement {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}."
+        )
+    return Subject(name or cls.__name__, kind, what)
+
+
+def check_component(
+    component: type[Component] | Component, profile: ProfileName = "quick", name: str | None = None
+) -> list[Result]:
+    """Check a component class (with drawn parameters) or an instance against every law about its kind."""
+    return check(subject_of(component, name), profile)
+
+
+def check_policy(policy: Policy | PolicySpec | str, profile: ProfileName = "quick") -> list[Result]:
+    """Check a policy, made small, against every law about policies."""
+    return check(subject_of(policy), profile)
+
+
+def check_package(distribution: str, profile: ProfileName = "quick") -> list[Result]:
+    """Check all components and policies that an installed distribution registers; raises KVPolicyError if none."""
+    return [result for subject in subjects_of_package(distribution) for result in check(subject, profile)]
+
+
+def subjects_of_package(distribution: str | None) -> list[Subject]:
+    """Return what a distribution registers, or all that is registered; raises KVPolicyError if there is nothing."""
+
+    def wanted(entry: Any) -> bool:
+        return distribution is None or _normal(entry.origin.distribution) == _normal(distribution)
+
+    found = kvpolicy.catalog()
+    subjects = [subject_of(e.component, f"{e.kind}.{e.name}") for e in found.entries() if wanted(e)]
+    subjects += [subject_of(kvpolicy.load(e.name), e.name) for e in found.policies() if wanted(e)]
+    if not subjects:
+        entries: list[Any] = [*found.entries(), *found.policies()]
+        names = sorted({e.origin.distribution for e in entries})
+        failed = "".join(f" Note: {failure.error}" for failure in found.failures)
+        raise KVPolicyError(
+            f"package {distribution!r} registers no component and no policy.{did_you_mean(distribution or '', names)} "
+            f"Packages that do: {', '.join(names)}.{failed}"
+        )
+    return subjects
+
+
+def _normal(distribution: str) -> str:
+    return distribution.lower().replace("_", "-").replace(".", "-")
+
+
+def check(
+    subject: Subject,
+    profile: ProfileName = "quick",
+    *,
+    laws: Iterable[Law] | None = None,
+    shrink: bool = True,
+    done: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Check one subject.
+
+    Args:
+        subject: what to check.
+        profile: how many examples, see `PROFILES`.
+        laws: only these.
+        shrink: look for the smallest failing example.
+        done: called with each result, for progress bars.
+    """
+    results = [*_unknown_exceptions(subject)]
+    for law in subject.laws if laws is None else laws:
+        start = time.perf_counter()
+        result = _Trial(law, subject, profile, shrink).result()
+        results.append(replace(result, seconds=time.perf_counter() - start))
+        if done is not None:
+            done(results[-1])
+    return results
+
+
+def _unknown_exceptions(subject: Subject) -> list[Result]:
+    """Refuse exceptions that are no laws, or that come without a reason."""
+    what = subject.what
+    declared = dict(what.laws_not_applicable if isinstance(what, type) else exceptions_of(what))
+    wrong = []
+    for name, reason in declared.items():
+        if name not in LAWS:
+            message = f"laws_not_applicable names {name!r}, which is no law.{did_you_mean(name, LAWS)}"
+            wrong.append(Result(name, subject.name, "failed", failure=Failure(message)))
+        elif not str(reason).strip():
+            message = f"laws_not_applicable gives no reason for {name!r}; say in a sentence why it cannot hold."
+            wrong.append(Result(name, subject.name, "failed", failure=Failure(message)))
+    return wrong
+
+
+class _Trial:
+    """One law and one subject; remembers the last failing example, which after shrinking is the smallest."""
+
+    def __init__(self, law: Law, subject: Subject, profile: ProfileName, shrink: bool) -> None:
+        self.law, self.subject, self.profile = law, subject, profile
+        self.excused: set[str] = set()
+        self.checked = self.undecided = 0
+        self.failing: tuple[Any, dict[str, Any], Exception] | None = None
+        quick = profile == "quick"
+        examples = max(1, round(PROFILES[profile] * law.effort)) if law.effort else 1
+        self.settings = settings(
+            max_examples=examples,
+            stateful_step_count=_STEPS[profile],
+            derandomize=quick,
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )
+
+    def result(self) -> Result:
+        """Run the law."""
+        made = partial(Result, self.law.name, self.subject.name)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._machine() if self.law.machine is not None else self._search()
+        except Unsatisfiable:
+            pass
+        except Exception as error:  # noqa: BLE001  # a broken component may raise anything
+            return made("failed", failure=self._failure(error))
+        finally:
+            torch.set_num_threads(threads)
+        if not self.checked:
+            return made("not applicable", reason="; ".join(sorted(self.excused)) or "no example could be decided")
+        return made("passed")
+
+    def _excuse(self, made: Any) -> str | None:
+        if isinstance(made, Policy) and made.allocator.counts != "equal" and self.law.theme in ("engine", "machine"):
+            return "its allocator gives heads or layers different counts, which the dense store cannot hold"
+        why = self.law.unless(made) if self.law.unless is not None else None
+        return why or exceptions_of(made).get(self.law.name)
+
+    def _search(self) -> None:
+        @self.settings
+        @given(st.data())
+        def trial(data: st.DataObject) -> None:
+            made = data.draw(self.subject.drawn())
+            excuse = self._excuse(made)
+            if excuse is not None:
+                self.excused.add(excuse)
+                reject()
+            drawn = data.draw(self.law.draws(made)) if self.law.draws is not None else {}
+            try:
+                self.law.statement(made, **drawn)
+                self.checked += 1
+            except UndecidedError:
+                self.undecided += 1
+                # A subject that rounding always decides must not make hypothesis search for one that it does not.
+                if self.undecided < self.settings.max_examples:
+                    reject()
+            except Exception as error:
+                self.failing = (made, drawn, error)
+                raise
+
+        trial()
+
+    def _machine(self) -> None:
+        made = self.subject.what
+        excuse = self._excuse(made)
+        if excuse is not None:
+            self.excused.add(excuse)
+            return
+        assert self.law.machine is not None
+        try:
+            run_state_machine_as_test(self.law.machine(made), settings=self.settings)
+        except Exception as error:
+            self.failing = (made, {"steps": latest_steps()}, error)
+            raise
+        self.checked += 1
+
+    def _failure(self, error: Exception) -> Failure:
+        if self.failing is None:
+            return Failure(f"while an example was drawn: {_said(error)}")
+        made, drawn, cause = self.failing
+        lines = [f"subject: {made!r}"] if isinstance(made, Component) else []
+        for name, value in drawn.items():
+            lines += tensors_of(value, name if name != "case" else "")
+        return Failure(_said(cause), "\n".join(lines), pasteable_test(self.law.name, _said(cause), made, drawn))
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip()
+    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"

@@ -1,0 +1,238 @@
+"""A cache beside its books: an engine, and what it must hold, kept in plain Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import InstanceOf
+from torch import Tensor
+
+from kvpolicy.components import Counters, SlotState, Trigger
+from kvpolicy.engine import Engine, LayerFacts
+from kvpolicy.errors import CacheStateError
+from kvpolicy.policy import Policy
+from kvpolicy.testing.laws._base import broken
+from kvpolicy.types import Weights
+from kvpolicy.view import CacheView, Rope
+
+_LAYERS, _HEADS, _GROUP = 2, 2, 2
+_FACTS = LayerFacts(groups=_GROUP, scale=0.5)
+LONGEST_PROMPT = 4
+
+Step = tuple[Any, ...]
+"""("append", counts) | ("rows", index) | ("crop", columns) | ("settle",) | ("observe",) | ("fork",) | ("reset",)"""
+
+
+class _Needs:
+    """The needs of the wrapped trigger, and attention."""
+
+    def __get__(self, trigger: Tagged | None, _owner: type[Tagged]) -> frozenset[str]:
+        return frozenset({"attention"}) | (trigger.inner.needs if trigger is not None else frozenset())
+
+
+class Tagged(Trigger):
+    """A trigger that also keeps slot state: whose entry this is, and how many queries have seen it."""
+
+    needs = _Needs()
+
+    inner: InstanceOf[Trigger]
+    """Decides when."""
+
+    def slot_state(self) -> tuple[SlotState, ...]:
+        """Declare the tags, besides what the trigger keeps."""
+        return (*self.inner.slot_state(), SlotState("law_owner", fill=-1.0), SlotState("law_visits"))
+
+    def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
+        """Note the owner once, by its value, and count the queries."""
+        owner, visits = view.state["law_owner"], view.state["law_visits"]
+        seen = (weights > 0).any(2).sum(2)
+        noted = torch.where((owner < 0) & (seen > 0), view.values[..., 0].float(), owner)
+        return {"law_owner": noted, "law_visits": visits + seen}
+
+    def fires(self, counters: Counters) -> bool:
+        """Ask the wrapped trigger."""
+        return self.inner.fires(counters)
+
+    def buffer(self) -> int:
+        """Ask the wrapped trigger."""
+        return self.inner.buffer()
+
+
+@dataclass
+class _Row:
+    """What one row must hold.
+
+    Attributes:
+        uids: the token at each position.
+        columns: for each column since the beginning, whether it was a token of this row.
+        held: by layer and head, positions in order.
+        compactions: how many the engine counted at the last look.
+    """
+
+    uids: list[int] = field(default_factory=list)
+    columns: list[bool] = field(default_factory=list)
+    held: list[list[int]] = field(default_factory=lambda: [[] for _ in range(_LAYERS * _HEADS)])
+    compactions: int = 0
+
+
+def _content(uid: int, layer: int, head: int) -> list[float]:
+    return [uid / 1024, layer / 8, head / 8, 0.25]
+
+
+class Book:
+    """Applies steps to an engine and to lists, and compares them after each."""
+
+    def __init__(self, policy: Policy) -> None:
+        tokens = policy.budget.tokens
+        if tokens is not None:
+            least = policy.reserved(LONGEST_PROMPT) + 2
+            policy = replace(policy, budget=policy.budget.model_copy(update={"tokens": max(tokens, least)}))
+        self.policy = replace(policy, trigger=Tagged(inner=policy.trigger))
+        rope = Rope(torch.tensor([1.0, 0.25]))
+        ropes = dict.fromkeys(range(_LAYERS), rope) if "rope" in policy.needs else {}
+        self.engine = Engine(self.policy, [tuple(range(_LAYERS))], _LAYERS, ropes)
+        self.changes = {post.changes for post in policy.post}
+        self.rows: list[_Row] = []
+        self.uid = 0
+
+    def apply(self, step: Step) -> None:
+        """Apply one step to both and compare; raises LawBrokenError."""
+        name, *arguments = step
+        if name != "append" and not self.rows:
+            return
+        getattr(self, f"_{name}")(*arguments)
+        self.compare(f"after {step}")
+
+    def _append(self, counts: tuple[int, ...]) -> None:
+        prompt = not self.rows
+        if prompt:
+            self.rows = [_Row() for _ in counts]
+            counts = tuple(max(1, n) for n in counts)
+        elif not self.engine.decoding and not self.engine.rows[0].decoded:
+            counts = tuple(min(n, 1) for n in counts)  # the first decode step ends the prompt
+        counts = (*counts, *[1] * len(self.rows))[: len(self.rows)]
+        if not any(counts):
+            counts = (1,) * len(self.rows)
+        columns = max(counts)
+        valid = torch.tensor([[False] * (columns - n) + [True] * n for n in counts])
+        whole = bool(valid.all())
+        self.engine.open(len(self.rows), columns, None if whole else valid, torch.device("cpu"), prefill=prompt)
+        for row, count in zip(self.rows, counts, strict=True):
+            row.columns += [False] * (columns - count) + [True] * count
+            for _ in range(count):
+                for held in row.held:
+                    held.append(len(row.uids))
+                row.uids.append(self.uid)
+                self.uid += 1
+        for layer in range(_LAYERS):
+            keys = self._new(counts, columns, layer, _HEADS)
+            self.engine.append(layer, keys, keys.clone())
+            self.engine.record(layer, self._new(counts, columns, layer, _HEADS * _GROUP), _FACTS)
+
+    def _new(self, counts: tuple[int, ...], columns: int, layer: int, heads: int) -> Tensor:
+        new = torch.full((len(self.rows), heads, columns, 4), float("nan"))
+        for b, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            for i, uid in enumerate(row.uids[len(row.uids) - count :]):
+                for h in range(heads):
+                    new[b, h, columns - count + i] = torch.tensor(_content(uid, layer, h))
+        return new
+
+    def _rows(self, index: tuple[int, ...]) -> None:
+        order = [i % len(self.rows) for i in index]
+        self.engine.take_rows(torch.tensor(order))
+        self.rows = [deepcopy(self.rows[i]) for i in order]
+
+    def _crop(self, columns: int) -> None:
+        columns = min(columns, len(self.rows[0].columns) - 1)
+        try:
+            self.engine.crop(columns)
+        except CacheStateError:  # behind a compaction, or observed: refused, and nothing has changed
+            return
+        for row in self.rows:
+            lost = sum(row.columns[len(row.columns) - columns :])
+            row.columns = row.columns[: len(row.columns) - columns]
+            row.uids = row.uids[: len(row.uids) - lost]
+            row.held = [[p for p in held if p < len(row.uids)] for held in row.held]
+
+    def _settle(self) -> None:
+        self.engine.settle()
+
+    def _observe(self) -> None:
+        self.engine.observe()
+
+    def _fork(self) -> None:
+        twin = copy(self)
+        twin.engine, twin.rows = self.engine.clone(), deepcopy(self.rows)
+        for _ in range(3):
+            twin.apply(("append", (1,) * len(self.rows)))
+
+    def _reset(self) -> None:
+        self.engine.reset()
+        self.rows = []
+
+    def compare(self, when: str) -> None:
+        """Compare the engine with the lists; what was evicted is taken over from it, everything else must agree."""
+        observed = self.engine.log.unobserved == 0
+        for b, row in enumerate(self.rows):
+            counters = self.engine.rows[b]
+            if counters.seen != len(row.uids):
+                raise broken(f"{when}, row {b}: the engine has seen {counters.seen} tokens instead of {len(row.uids)}.")
+            part = slice(b, b + 1)
+            for layer in range(_LAYERS):
+                view = self.engine.view(layer, part, self.engine.log.window())
+                for h in range(_HEADS):
+                    where = f"{when}, row {b}, layer {layer}, head {h}"
+                    place = layer * _HEADS + h
+                    may_evict = counters.compactions > row.compactions
+                    self._compare_head(where, view, row, (layer, h), may_evict=may_evict, observed=observed)
+                    if len(row.held[place]) != counters.resident:
+                        raise broken(f"{where}: {len(row.held[place])} entries, {counters.resident} are counted.")
+                self._compare_queries(f"{when}, row {b}, layer {layer}", view, row, layer)
+            row.compactions = counters.compactions
+
+    def _compare_head(
+        self, where: str, view: CacheView, row: _Row, at: tuple[int, int], *, may_evict: bool, observed: bool
+    ) -> None:
+        layer, h = at
+        place = layer * _HEADS + h
+        slots = view.valid[0, h].nonzero()[:, 0]
+        now = view.positions[0, h, slots].tolist()
+        expected = row.held[place]
+        if now != (sorted(set(now) & set(expected)) if may_evict else expected):
+            raise broken(f"{where}: holds positions {now}, and {expected} was there before.")
+        row.held[place] = now
+        content = torch.tensor([_content(row.uids[p], layer, h) for p in now]).reshape(-1, 4)
+        stored = [("values", view.values, "values" not in self.changes)]
+        stored.append(("keys", view.keys, not self.changes))
+        for name, tensor, comparable in stored:
+            if comparable and not torch.equal(tensor[0, h, slots], content):
+                raise broken(f"{where}: the {name} are not those of positions {now}.")
+        owners = view.state["law_owner"][0, h, slots]
+        if "values" not in self.changes and bool(((owners != content[:, 0]) & (owners >= 0)).any()):
+            raise broken(f"{where}: slot state is not that of positions {now}.")
+        if not observed:
+            return
+        visits = view.state["law_visits"][0, h, slots].tolist()
+        if visits != [len(row.uids) - p for p in now]:
+            raise broken(f"{where}: slot state {visits} instead of {[len(row.uids) - p for p in now]} queries seen.")
+        if bool((owners < 0).any()):
+            raise broken(f"{where}: slot state {owners.tolist()} has been reset.")
+
+    def _compare_queries(self, where: str, view: CacheView, row: _Row, layer: int) -> None:
+        if view.queries is None or view.query_positions is None or view.query_valid is None or self.changes:
+            return
+        asked = view.query_positions[0][view.query_valid[0]].tolist()
+        wanted = min(self.policy.observed_queries, len(row.uids))
+        last = list(range(len(row.uids) - wanted, len(row.uids)))
+        if sorted(asked) != last:
+            raise broken(f"{where}: shows the queries of positions {asked} instead of {last}.")
+        for h in range(_HEADS):
+            for g in range(_GROUP):
+                got = view.queries[0, h, g][view.query_valid[0]]
+                content = torch.tensor([_content(row.uids[p], layer, h * _GROUP + g) for p in asked]).reshape(-1, 4)
+                if not torch.equal(got, content):
+                    raise broken(f"{where}: the queries of head {h}, group {g} are not those of positions {asked}.")

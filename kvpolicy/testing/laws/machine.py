@@ -1,0 +1,110 @@
+"""The stateful law: any sequence of cache operations, against a model in Python lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from kvpolicy.policy import Policy
+from kvpolicy.testing.laws._base import law
+from kvpolicy.testing.laws._book import LONGEST_PROMPT, Book, Step
+
+_PROMPTS = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=3).map(tuple)
+_COUNTS = st.lists(st.integers(0, 2), min_size=3, max_size=3).map(tuple)
+
+
+def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901  # one method for each operation
+    """Return a state machine that drives `policy`; its list `steps` repeats a run without hypothesis."""
+
+    class CacheMachine(RuleBasedStateMachine):
+        """Appends, evicts, reorders, crops, forks and resets."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.book = Book(policy)
+            self.steps: list[Step] = []
+            _latest[:] = [self.steps]
+
+        def _do(self, *step: Any) -> None:
+            self.steps.append(step)
+            self.book.apply(step)
+
+        @initialize(prompts=_PROMPTS)
+        def start(self, prompts: tuple[int, ...]) -> None:
+            """Read prompts into an empty cache."""
+            self._do("append", prompts)
+
+        @rule(counts=_COUNTS, times=st.integers(1, 5))
+        def append(self, counts: tuple[int, ...], times: int) -> None:
+            """Append up to two tokens per row, some rows padded, and again."""
+            for _ in range(times):
+                self._do("append", counts)
+
+        @rule(times=st.integers(1, 8))
+        def decode(self, times: int) -> None:
+            """Append one token to every row, and again."""
+            for _ in range(times):
+                self._do("append", (1, 1, 1))
+
+        @rule(index=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple), observed=st.booleans())
+        def rows(self, index: tuple[int, ...], *, observed: bool) -> None:
+            """Reorder, repeat or select rows, sometimes right after attention has been observed."""
+            if observed:
+                self._do("observe")
+            self._do("rows", index)
+
+        @rule(columns=st.integers(1, 3))
+        def crop(self, columns: int) -> None:
+            """Take columns back."""
+            self._do("crop", columns)
+
+        @rule()
+        def fork(self) -> None:
+            """Continue on a copy."""
+            self._do("fork")
+
+        @rule()
+        def settle(self) -> None:
+            """Compact what is due."""
+            self._do("settle")
+
+        @rule()
+        def observe(self) -> None:
+            """Feed waiting queries to the scorers that accumulate attention."""
+            self._do("observe")
+
+        @rule(prompts=_PROMPTS)
+        def reset(self, prompts: tuple[int, ...]) -> None:
+            """Forget everything and read other prompts."""
+            self._do("reset")
+            self._do("append", prompts)
+
+    return CacheMachine
+
+
+_latest: list[list[Step]] = []
+
+
+def latest_steps() -> list[Step]:
+    """Return the steps of the machine that was made last."""
+    return list(_latest[0]) if _latest else []
+
+
+@law(
+    "Scores that stay behind when their entries move rank the wrong entries from then on.",
+    ("policy",),
+    machine=cache_machine,
+    effort=0.6,
+)
+def state_moves_with_slots(subject: Policy, steps: list[Step]) -> None:
+    """Keys, values, positions, queries and slot state stay together through any sequence of cache operations.
+
+    Appends (with padding), evictions, reordering of rows, crops, forks and resets, against a model of Python lists:
+    what a head holds is a sorted part of what it held before plus what came, each entry with its own key, value and
+    state.
+    """
+    book = Book(subject)
+    for step in steps:
+        book.apply(step)

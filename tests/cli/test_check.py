@@ -1,0 +1,65 @@
+"""`kvpolicy check`: what it finds, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpolicy.cli import main
+
+
+def run(capsys, *arguments):
+    code = main(["check", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, " ".join(err.replace("│", " ").split())
+
+
+def test_a_component_a_class_and_a_policy_file(capsys, tmp_path):
+    import kvpolicy
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(kvpolicy.load("knorm").replace("policy", "mine").to_yaml())
+    code, out, _ = run(capsys, "importance.none", str(file), "uniform", "--law", "row_alone")
+    assert code == 0
+    assert "row_alone" in out
+    assert "importance.none" in out
+    assert "3 checked against 1 laws: 3 passed, 0 failed" in out
+
+
+def test_a_name_stands_for_all_that_is_called_so(capsys):
+    code, out, _ = run(capsys, "random", "--law", "permuting_rows")
+    assert code == 0
+    assert "importance.random" in out
+    assert "2 checked" in out
+
+
+def test_a_failure_is_printed_with_its_test(capsys):
+    code, out, _ = run(capsys, "kvpolicy.testing.mutants.scorers:BySlot", "--law", "left_padding", "--law", "row_alone")
+    assert code == 1
+    assert "BySlot breaks the law left_padding" in out
+    assert "layers[0].view.keys: float32" in out
+    assert "def test_left_padding():" in out
+    assert "2 failed" in out
+
+
+def test_a_package(capsys):
+    code, out, _ = run(capsys, "kvpolicy", "--law", "trigger_is_pure", "--law", "exact_total")
+    assert code == 0
+    assert "trigger.every" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "name a policy, a component or a package, or write --all"),
+        (("rkv", "--all"), "name a policy, a component or a package, or write --all"),
+        (("rkw",), "Did you mean 'rkv'?"),
+        (("rkv", "--profile", "slow"), "'slow' is not a profile; write quick or thorough"),
+        (("rkv", "--law", "row_allone"), "there is no law 'row_allone'. Did you mean 'row_alone'?"),
+        (("no_such_module:Thing",), "'no_such_module:Thing' cannot be checked: No module named"),
+        (("kvpolicy.components:Trigger",), "Trigger is abstract"),
+    ],
+)
+def test_wrong_usage_ends_with_2(capsys, arguments, told):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert told in err
