@@ -2,7 +2,7 @@
 
 Both caches decode the same tokens in alternating blocks, so that a machine whose speed drifts does not favour either.
 By default every token up to `--tokens` is decoded by both; with `--every N` only one block in N tokens is decoded and
-timed, and the tokens between are given to both in pieces (decode steps of many tokens), so that long runs end in minutes.
+timed, and the tokens between are given to both in pieces, so that long runs end in minutes.
 
     python benchmarks/decode.py                                      # batch 1, below and above the budget, 512 tokens
     python benchmarks/decode.py --batch 8 --tokens 4096 --budget 410 --every 512
