@@ -222,8 +222,8 @@ class Engine:
             if left[b] < min(wanted, self.rows[b].seen):
                 raise CacheStateError(
                     f"policy {self.policy.name!r} looks at the last {wanted} queries, but a crop has left only "
-                    f"{left[b]} of them; decode {wanted - left[b]} more tokens one by one before giving many at once, or "
-                    "crop less."
+                    f"{left[b]} of them; decode {wanted - left[b]} more tokens one by one before giving many at once, "
+                    "or crop less."
                 )
 
     def _fires(self, row: Row, incoming: int) -> bool:
