@@ -85,9 +85,14 @@ def test_below_the_budget_every_policy_writes_the_text_of_the_full_cache(registe
     assert cache.stats().evicted == 0
 
 
+def _budget(name):
+    """A policy that compresses the prompt alone needs less than the shortest prompt to have anything to decide."""
+    return 24 if kvpolicy.load(name).phase == "prefill" else 96
+
+
 @pytest.mark.slow
 def test_a_row_of_a_batch_behaves_as_if_alone_under_every_policy(registered, smollm2, prompts, small):
-    policy = small(registered, 96, 32)
+    policy = small(registered, _budget(registered), 32)
     report = as_if_alone(smollm2[0], policy, prompts, 300)
     print(registered, report)
     assert report.ok, report
@@ -96,7 +101,7 @@ def test_a_row_of_a_batch_behaves_as_if_alone_under_every_policy(registered, smo
 
 @pytest.mark.slow
 def test_every_policy_keeps_what_the_oracle_keeps(registered, smollm2, prompts, small):
-    policy = small(registered, 96, 32)
+    policy = small(registered, _budget(registered), 32)
     with TracedCache(policy, smollm2[0]) as cache:
         generate(
             smollm2[0], {"input_ids": torch.tensor([prompts[2]])}, cache, do_sample=False, max_new_tokens=100,
