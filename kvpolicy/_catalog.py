@@ -220,7 +220,7 @@ def policy_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin
     except OSError:  # a name that is too long
         there = False
     if not there:
-        # Of a long path the end says most.
         text = str(path)
-        raise PluginError(f"policy {name!r}: there is no file {text if len(text) <= 200 else '...' + text[-197:]!r}.")
+        both_ends = text if len(text) <= 200 else f"{text[:60]}...{text[-137:]}"
+        raise PluginError(f"policy {name!r}: there is no file {both_ends!r}.")
     return PolicyEntry(name, origin, path=path)
