@@ -236,6 +236,6 @@ MUTANTS = (
     Mutant("trigger one step late", "buffer exceeded", OneStepLate),
     Mutant("trigger fires at the budget", "R-KV permutes at n == B", FiresAtBudget),
     Mutant("re-rotation by slot", "positions rolled wrongly", PositionsBySlot),
-    Mutant("post-operation in place", "inputs written", WritesInPlace),
+    Mutant("post-operation in place", "inputs written", WritesInPlace, laws=("inputs_untouched",)),
     Mutant("merge takes padding in", "CAM: pads merged", MergesPads),
 )

@@ -226,7 +226,7 @@ MUTANTS = (
     Mutant("returns scores in the cache's dtype", "R-KV: bf16 scores tie", CacheDtype),
     Mutant("returns double precision", "wrong dtype", DoublePrecision),
     Mutant("divides by the norm of a zero key", "zero keys", ZeroKeyDivides),
-    Mutant("writes to the keys", "AdaKV press: scores in place", WritesKeys),
+    Mutant("writes to the keys", "AdaKV press: scores in place", WritesKeys, laws=("inputs_untouched",)),
     Mutant("assumes contiguous keys", "kernels and view()", AssumesContiguous),
     Mutant(
         "leaves one slot of torch.empty unwritten",

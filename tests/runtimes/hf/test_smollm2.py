@@ -64,7 +64,14 @@ def test_the_oracle_agrees(smollm2, prompts, small):
     policy = small("rkv", 48, 16)
     with TracedCache(policy, smollm2[0]) as cache:
         ids = torch.tensor([prompts[2]])
-        smollm2[0].generate(ids, do_sample=False, max_new_tokens=48, min_new_tokens=48, past_key_values=cache)
+        smollm2[0].generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=48,
+            min_new_tokens=48,
+            past_key_values=cache,
+        )
         cache.settled()
     report = compare(cache.trace, policy)
     print(report)
@@ -119,7 +126,14 @@ def test_rkv_over_1100_tokens(smollm2, prompts):
     policy = kvpolicy.load("rkv", budget=256, trigger__interval=128).build()
     with TracedCache(policy, smollm2[0]) as cache:
         ids = torch.tensor([prompts[2]])
-        smollm2[0].generate(ids, do_sample=False, max_new_tokens=1100, min_new_tokens=1100, past_key_values=cache)
+        smollm2[0].generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=1100,
+            min_new_tokens=1100,
+            past_key_values=cache,
+        )
         cache.settled()
         stats = cache.stats()
     assert stats.peak_resident == 384
