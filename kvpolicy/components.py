@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Int32
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from kvpolicy.types import Counts, KeepIndices, Mask, Scores, Weights
+from kvpolicy.types import Counts, KeepIndices, Lengths, Mask, Positions, Queries, Scores, Weights
 from kvpolicy.view import CacheView
 
 NEEDS: Mapping[str, str] = {
     "queries": "the queries of the last steps (the field `observe` says how many)",
     "attention": "the attention weights of every query, fed to `observe_attention`",
+    "query_stream": "every query, fed to `observe_queries`",
     "rope": "the rotary embedding, to un-rotate or re-rotate keys",
-    "hidden_states": "hidden states of the last steps",
-    "weights": "module weights such as the output projection",
-    "query_statistics": "streaming mean and covariance of the queries",
-    "token_ids": "the token ids of the row",
-    "modality": "a mask of image tokens",
-    "calibration": "a calibration table for the model",
+    "weights": "the output projection of the attention, `extras['output_projection']`",
+    "query_statistics": "mean and covariance of the un-rotated queries so far, `extras['query_mean']` and its siblings",
+    "modality": "a mask of image tokens, `extras['modality']`",
 }
 """Everything a component can ask a runtime for, beyond keys, values, positions and validity."""
 
@@ -55,6 +54,9 @@ class Component(BaseModel, ABC):
         shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
         paper: where the method comes from.
         laws_not_applicable: law name -> reason, for `kvpolicy.testing`.
+        phases: the phases in which the component makes sense; a policy with another phase is refused.
+
+    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -63,6 +65,7 @@ class Component(BaseModel, ABC):
     shorthand: ClassVar[str | None] = None
     paper: ClassVar[str] = ""
     laws_not_applicable: ClassVar[Mapping[str, str]] = {}
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
 
     def slot_state(self) -> tuple[SlotState, ...]:
         """Declare the slot-aligned memory that this component keeps; none by default."""
@@ -102,6 +105,25 @@ class ImportanceScorer(Component):
             The new slot state by name, `[B, H, N]` each.
         """
         raise TypeError(f"{type(self).__name__} needs no attention and must not be asked to observe it.")
+
+    def observe_queries(
+        self, view: CacheView, queries: Queries, positions: Int32[Tensor, "B Q"], valid: Bool[Tensor, "B Q"]
+    ) -> Mapping[str, Tensor]:
+        """Fold some queries into the slot state; called for every query exactly once, in order, in blocks.
+
+        Only for components that declare the need ``query_stream``. All keys of the queries' forward pass are in the
+        view already, those of later tokens too.
+
+        Args:
+            view: the cache, with the present slot state in `view.state`.
+            queries: `[B, H, G, Q, D]`, rotated as the keys are.
+            positions: int32 `[B, Q]`, original positions.
+            valid: bool `[B, Q]`, False for padding.
+
+        Returns:
+            The new slot state by name, `[B, H, N]` each.
+        """
+        raise TypeError(f"{type(self).__name__} needs no queries and must not be asked to observe them.")
 
 
 class RedundancyScorer(Component):
@@ -164,10 +186,17 @@ class BudgetAllocator(Component):
     Class attributes:
         scores_needed: ``none``, ``layer`` (one layer's scores, heads pooled) or ``model`` (all layers' scores, pooled).
         counts: ``equal`` (every head and layer the same), ``per_layer`` or ``per_head``.
+
+    An allocator that makes pooled scores comparable itself says so in `normalises`.
     """
 
     scores_needed: ClassVar[Literal["none", "layer", "model"]] = "none"
     counts: ClassVar[Literal["equal", "per_layer", "per_head"]] = "per_head"
+
+    @property
+    def normalises(self) -> bool:
+        """Whether scores that are not comparable across heads (or layers) may be pooled all the same."""
+        return False
 
     @abstractmethod
     def allocate(self, request: AllocationRequest) -> list[Counts]:
@@ -198,12 +227,38 @@ class Protection(Component):
         return 0
 
 
+@dataclass(frozen=True)
+class Slots:
+    """What a selector may know about the slots beside their scores.
+
+    Attributes:
+        positions: int32 `[B, H, N]`, original positions, increasing over the valid slots.
+        prompt_length: int `[B]`, tokens of the prompt.
+        seen: int `[B]`, tokens seen so far.
+        compaction: int `[B]`, how many compactions the row has had (the counter for random numbers).
+        layer_idx: index of the layer; of the first one when all layers share a set.
+    """
+
+    positions: Positions
+    prompt_length: Lengths
+    seen: Lengths
+    compaction: Lengths
+    layer_idx: int
+
+    @staticmethod
+    def of(view: CacheView) -> Slots:
+        """Read them off a view."""
+        return Slots(view.positions, view.prompt_length, view.seen, view.compaction, view.layer_idx)
+
+
 class Selector(Component):
     """Turns scores and counts into slots.
 
     Class attributes:
-        scopes: the values of `scope` that the selector supports.
+        exact: the selector keeps exactly `counts`; False when these are upper limits (thresholds).
     """
+
+    exact: ClassVar[bool] = True
 
     scope: Literal["head", "layer", "model"] = "head"
     """`head`: each KV head keeps its own set; `layer`: all heads of a layer share one; `model`: all layers do."""
@@ -211,14 +266,17 @@ class Selector(Component):
     """How scores are reduced over the heads (and layers) that share one set."""
 
     @abstractmethod
-    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask) -> KeepIndices:
+    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
         """Return strictly increasing slot indices, exactly `counts[b, h]` of them, for each head.
+
+        A selector that is not `exact` may return fewer, but never fewer than are protected.
 
         Args:
             scores: retention, fp32 `[B, H, N]`; higher = keep.
             counts: int64 `[B, H]`, `protected.sum(-1) <= counts <= valid.sum(-1)`.
             protected: bool `[B, H, N]`, slots that must be among the kept ones.
             valid: bool `[B, H, N]`, slots that may be kept. Ties go to the lowest slot.
+            slots: positions and counters. What heads (or layers) share is the same for all of them, scores too.
         """
 
 

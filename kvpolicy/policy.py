@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from kvpolicy.components import (
     Protection,
     RedundancyScorer,
     Selector,
+    Slots,
     SlotState,
     Trigger,
 )
@@ -106,6 +107,7 @@ class Policy:
                 f"({parts}); "
                 "raise the budget or protect less."
             )
+        self._check_phase()
         self._check_comparable()
         names = [state.name for state in self.slot_states]
         for name in names:
@@ -114,9 +116,26 @@ class Policy:
                     f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one."
                 )
 
+    def _check_phase(self) -> None:
+        wanted = {"prefill", "decode"} if self.phase == "both" else {self.phase}
+        for component in self.components:
+            if not wanted <= component.phases:
+                only = " and ".join(sorted(component.phases))
+                raise SpecError(
+                    f"phase: {self.phase!r} does not fit {type(component).__name__}, which works at {only} only; "
+                    f"write `phase: {only}` or choose another component."
+                )
+
     def _check_comparable(self) -> None:
-        pooled = self.allocator.scores_needed
-        if pooled == "none":
+        pooled, scope, counts = self.allocator.scores_needed, self.selector.scope, self.allocator.counts
+        if (scope == "model" and counts != "equal") or (scope == "layer" and counts == "per_head"):
+            who = "head" if counts == "per_head" else "layer"
+            raise SpecError(
+                f"selector.scope: {scope!r} lets {'heads' if scope == 'layer' else 'layers'} share one set, but "
+                f"{type(self.allocator).__name__} gives every {who} its own count; write `scope: head` or "
+                "`allocator: uniform`."
+            )
+        if pooled == "none" or self.allocator.normalises:
             return
         scorers: list[tuple[str, ImportanceScorer | RedundancyScorer]] = []
         if self.mixer.uses_importance:
@@ -140,13 +159,19 @@ class Policy:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """All components whose result is used, in the order of the pipeline."""
+        """All components whose result is used, in the order of the pipeline, each before those it is made of."""
         parts: list[Component] = [self.trigger]
         if self.mixer.uses_importance:
             parts.append(self.importance)
         if self.mixer.uses_redundancy:
             parts.append(self.redundancy)
-        return (*parts, self.mixer, self.allocator, *self.protections, self.selector, *self.post)
+        parts += [self.mixer, self.allocator, *self.protections, self.selector, *self.post]
+        return tuple(member for part in parts for member in _members(part))
+
+    @property
+    def counts(self) -> Literal["equal", "per_layer", "per_head"]:
+        """Whether a compaction leaves every head of every layer with as many entries."""
+        return self.allocator.counts if self.selector.exact else "per_head"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -216,25 +241,34 @@ class Policy:
             BudgetError: more entries are protected than the budget holds.
             ScoreError: a component returned a wrong shape or dtype, or scores that are not finite.
         """
-        scores = [self.retention(view) for view in views]
-        masks = [self.masks(view) for view in views]
-        protected, allowed = [m[0] for m in masks], [m[1] for m in masks]
+        scores, protected, allowed, slots = [], [], [], []
+        for view in views:  # one after the other: a runtime may make them on the way
+            scores.append(self.retention(view))
+            stays, may_stay = self.masks(view)
+            protected.append(stays)
+            allowed.append(may_stay)
+            slots.append(Slots.of(view))
+            num_layers = view.num_layers
         scores, protected, allowed = self._share(scores, protected, allowed)
         valid_counts = [mask.sum(-1) for mask in allowed]
         protected_counts = [mask.sum(-1) for mask in protected]
         rows = torch.tensor(list(budget), dtype=torch.int64)
-        self._check(views, scores, allowed, protected_counts, rows)
+        layers = [each.layer_idx for each in slots]
+        self._check(layers, scores, allowed, protected_counts, rows)
         request = AllocationRequest(
-            budget=rows.to(views[0].device),
+            budget=rows.to(scores[0].device),
             valid=valid_counts,
             protected=protected_counts,
             scores=scores,
             masks=allowed,
-            layers=[view.layer_idx for view in views],
-            num_layers=views[0].num_layers,
+            layers=layers,
+            num_layers=num_layers,
         )
         counts = self.allocator.allocate(request)
-        return [self.selector.select(s, c, p, a) for s, c, p, a in zip(scores, counts, protected, allowed, strict=True)]
+        if self.selector.scope == "model":
+            slots = [replace(each, layer_idx=layers[0]) for each in slots]
+        parts = zip(scores, counts, protected, allowed, slots, strict=True)
+        return [self.selector.select(*part) for part in parts]
 
     def _share(
         self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]
@@ -263,7 +297,7 @@ class Policy:
 
     def _check(
         self,
-        views: Sequence[CacheView],
+        layers: list[int],
         scores: list[Scores],
         allowed: list[Mask],
         protected: list[Tensor],
@@ -280,10 +314,10 @@ class Policy:
             ).to("cpu", non_blocking=False)
             for s, a, p in zip(scores, allowed, protected, strict=True)
         ]
-        for view, (bad, excess, most) in zip(views, torch.stack(facts).tolist(), strict=True):
+        for layer, (bad, excess, most) in zip(layers, torch.stack(facts).tolist(), strict=True):
             if bad:
                 raise ScoreError(
-                    f"policy {self.name!r}: the retention scores of layer {view.layer_idx} are not finite; "
+                    f"policy {self.name!r}: the retention scores of layer {layer} are not finite; "
                     "look for NaN or infinity in that layer's keys and values, or in the scorer."
                 )
             if excess > 0:
@@ -291,6 +325,15 @@ class Policy:
                     f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {self.name!r} "
                     "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
                 )
+
+
+def _members(component: Component) -> Iterator[Component]:
+    """Yield a component and those that its fields hold."""
+    yield component
+    for name in type(component).model_fields:
+        value = getattr(component, name)
+        if isinstance(value, Component):
+            yield from _members(value)
 
 
 def _checked(scores: Tensor, view: CacheView, component: Component) -> Scores:

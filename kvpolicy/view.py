@@ -54,7 +54,12 @@ class CacheView:
         prompt_length: int `[B]`, tokens of the prompt.
         seen: int `[B]`, tokens seen by the row so far.
         compaction: int `[B]`, how many compactions the row has had (the counter for random numbers).
-        extras: tensors that were declared as a need (``hidden_states``, ``token_ids``, ...), by that name.
+        budget: int `[B]`, entries per head that the row keeps on average; None outside a compaction.
+        extras: what was declared as a need, by name. ``query_statistics``: `query_mean` fp32 `[B, H, G, D]`,
+            `query_covariance` fp32 `[B, H, G, D, D]` and `query_count` int `[B]` of the queries without their rotary
+            embedding, from position 4 on. ``weights``: `output_projection` `[H, G, Dv, M]`, the rows of the attention's
+            output projection that each query head's values meet. ``modality``: `modality` bool `[B, H, N]`, True for
+            image tokens.
     """
 
     keys: Keys
@@ -75,6 +80,7 @@ class CacheView:
     attention_sinks: Float[Tensor, "H G"] | None = None
     rope: Rope | None = None
     rope_positions: Positions | None = None
+    budget: Lengths | None = None
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
 
     @property

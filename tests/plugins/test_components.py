@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import kvpolicy
 from kvpolicy import ops
-from kvpolicy.components import KINDS, NEEDS, AllocationRequest, Counters
+from kvpolicy.components import KINDS, NEEDS, AllocationRequest, Counters, Slots
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
 
@@ -278,7 +278,8 @@ def test_uniform_gives_the_budget_or_all_there_is():
 
 def test_top_k_component(make_view):
     scores, mask = torch.randn(1, 2, 9), torch.ones(1, 2, 9, dtype=torch.bool)
-    kept = make("selector", "top_k").select(scores, torch.tensor([[4, 4]]), ~mask, mask)
+    slots = Slots.of(make_view(torch.randn(1, 2, 9, 4)))
+    kept = make("selector", "top_k").select(scores, torch.tensor([[4, 4]]), ~mask, mask, slots)
     assert torch.equal(kept.indices, scores.topk(4).indices.sort(-1).values)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.components import AllocationRequest
+from kvpolicy.components import AllocationRequest, Slots
 from kvpolicy.testing.cases import Case, keep_indices
 from kvpolicy.testing.laws._base import LawBrokenError, UndecidedError, broken
 from kvpolicy.testing.laws._draws import kind_of_subject
@@ -47,7 +47,8 @@ def outcome(subject: Any, case: Case) -> Outcome:  # noqa: PLR0911  # one for ea
 def selected(selector: Any, case: Case) -> KeepIndices:
     """Call a selector."""
     layer = case.layers[0]
-    kept = selector.select(layer.aligned["scores"], case.counts, layer.aligned["protected"], layer.view.valid)
+    scores, protected = layer.aligned["scores"], layer.aligned["protected"]
+    kept = selector.select(scores, case.counts, protected, layer.view.valid, Slots.of(layer.view))
     if not isinstance(kept, KeepIndices):
         raise broken(f"returned {type(kept).__name__} instead of KeepIndices.")
     return kept

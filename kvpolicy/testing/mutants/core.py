@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kvpolicy
 from kvpolicy import engine
+from kvpolicy.components import Slots
 from kvpolicy.engine import Engine
 from kvpolicy.loading import catalog
 from kvpolicy.policy import Policy
@@ -179,8 +180,8 @@ def _observes_twice(self: Engine, leave: int = 0) -> None:
 _observe = Engine.observe
 
 
-def _ties(self: Any, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
-    return parts.TiesToNewest().select(scores, counts, protected, valid)
+def _ties(self: Any, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
+    return parts.TiesToNewest().select(scores, counts, protected, valid, slots)
 
 
 def _top_k() -> Any:

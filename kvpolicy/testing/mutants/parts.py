@@ -17,6 +17,7 @@ from kvpolicy.components import (
     PostOperation,
     Protection,
     Selector,
+    Slots,
     Trigger,
 )
 from kvpolicy.testing.cases import keep_indices
@@ -32,7 +33,7 @@ def _marked(kept: KeepIndices, valid: Tensor) -> Tensor:
 
 
 class Unsorted(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         kept = ops.top_k(scores, counts, protected, valid)
         index = kept.indices.clone()
         for b, h in torch.cartesian_prod(torch.arange(counts.shape[0]), torch.arange(counts.shape[1])).tolist():
@@ -42,47 +43,47 @@ class Unsorted(Selector):
 
 
 class TiesToNewest(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         turned = ops.top_k(scores.flip(-1), counts, protected.flip(-1), valid.flip(-1))
         return keep_indices(_marked(turned, valid).flip(-1))
 
 
 class ForgetsProtection(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(scores, counts, torch.zeros_like(protected), valid)
 
 
 class KeepsPads(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(torch.nan_to_num(scores), counts, protected, torch.ones_like(valid))
 
 
 class OneTooFew(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(scores, torch.maximum(counts - 1, protected.sum(-1)), protected, valid)
 
 
 class OneTooMany(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(scores, torch.minimum(counts + 1, valid.sum(-1)), protected, valid)
 
 
 class Sentinel(Selector):
     """Protection by a large score."""
 
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(scores.masked_fill(protected, 1000.0), counts, torch.zeros_like(protected), valid)
 
 
 class LowestScores(Selector):
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         return ops.top_k(-scores, counts, protected, valid)
 
 
 class SwapsAtTheCut(Selector):
     """With an even count the last chosen entry is exchanged for the next one."""
 
-    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor) -> KeepIndices:
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
         even = (counts % 2 == 0).unsqueeze(-1)
         return ops.top_k(torch.where(even, -scores, scores), counts, protected, valid)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpolicy import ops
-from kvpolicy.components import Selector
+from kvpolicy.components import Selector, Slots
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 
@@ -13,5 +13,5 @@ class TopK(Selector):
     With scope `layer` or `model` the scores arrive reduced, the same for all that share one set.
     """
 
-    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask) -> KeepIndices:
+    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
         return ops.top_k(scores, counts, protected, valid)
