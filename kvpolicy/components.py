@@ -7,9 +7,9 @@ holds no tensors; what it must remember lives in *slot state* that the engine mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Int32
@@ -53,7 +53,7 @@ class Component(BaseModel, ABC):
         needs: names out of `NEEDS` without which the component cannot work.
         shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
         paper: where the method comes from.
-        laws_not_applicable: law name -> reason, for `kvpolicy.testing`.
+        laws_not_applicable: law name -> reason, for `kvpolicy.testing`; `laws_excused` where it hangs on parameters.
         phases: the phases in which the component makes sense; a policy with another phase is refused.
 
     A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
@@ -67,9 +67,34 @@ class Component(BaseModel, ABC):
     laws_not_applicable: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
 
+    def laws_excused(self) -> Mapping[str, str]:
+        """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
+        return self.laws_not_applicable
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Return instances for `kvpolicy.testing` where parameters cannot be drawn, such as a file; none by default."""
+        return ()
+
+    def members(self) -> Iterator[Component]:
+        """Yield this component and then those that its fields hold."""
+        yield self
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Component):
+                yield from value.members()
+
     def slot_state(self) -> tuple[SlotState, ...]:
         """Declare the slot-aligned memory that this component keeps; none by default."""
         return ()
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Return new slot state by name, `[B, H, N]`, to be kept with the entries that a compaction leaves.
+
+        Called once per layer and compaction, after the selection and before anything is moved, with the view that was
+        scored. Nothing by default.
+        """
+        return {}
 
     def observed_queries(self) -> int:
         """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
@@ -98,7 +123,8 @@ class ImportanceScorer(Component):
         nothing of size tokens x tokens ever exists.
 
         Args:
-            view: the cache as those queries saw it, with the present slot state in `view.state`.
+            view: the cache as those queries saw it, with the present slot state in `view.state`; `query_positions` and
+                `query_valid` `[B, Q]` are those of the block, and there are no `queries`.
             weights: fp32 `[B, H, G, Q, N]`, softmax weights of `Q` consecutive queries; 0 for slots a query cannot see.
 
         Returns:
@@ -169,6 +195,7 @@ class AllocationRequest:
         masks: validity `[L][B, H, N]` of the scores.
         layers: transformers' layer index of each of the `L` entries.
         num_layers: layers of the whole model.
+        protected_masks: the protected slots `[L][B, H, N]`, valid ones only.
     """
 
     budget: Tensor
@@ -178,6 +205,7 @@ class AllocationRequest:
     masks: list[Mask]
     layers: list[int]
     num_layers: int
+    protected_masks: list[Mask]
 
 
 class BudgetAllocator(Component):

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import Counters
+from kvpolicy.components import Component, Counters
 from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.observation import Observation
 from kvpolicy.plan import Forward, plan_forward
 from kvpolicy.policy import Policy
 from kvpolicy.query_log import QueryLog, Window
+from kvpolicy.rollback import check_window, slots_to_keep, tokens_to_crop
 from kvpolicy.rows import Columns, Row
-from kvpolicy.stores import DenseStore, Shape
+from kvpolicy.stores import Base, DenseStore, RaggedStore, Shape
+from kvpolicy.stores.group import Stores
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView, Rope
+from kvpolicy.view import CacheView, LazyViews, Rope
+from kvpolicy.viewing import LayerFacts, Observed, make_view, marked
 
-_OBSERVE_BLOCK = 32  # queries per call of `observe_attention`: bounds the weights to [B, H, G, 32, N]
 _UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
-_EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
-
-
-@dataclass
-class LayerFacts:
-    """What an attention call tells about its layer."""
-
-    groups: int
-    scale: float
-    softcap: float | None = None
-    attention_sinks: Tensor | None = None
 
 
 class Engine:
@@ -59,15 +52,17 @@ class Engine:
         self.layers = sorted(layer for group in self.groups for layer in group)
         self._re_rotates = any(p.changes == "positions" for p in policy.post)
         self._fixed = policy.budget.tokens
-        self._observers = [c for c in policy.components if "attention" in c.needs]
+        self._remembering = [c for c in policy.components if type(c).remember is not Component.remember]
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next forward pass starts a new sequence."""
         self.rows: list[Row] = []
-        self.stores: dict[int, DenseStore] = {}
+        self.stores = Stores(self.policy, self.groups)
         self.facts: dict[int, LayerFacts] = {}
-        self.log = QueryLog(self.policy.observed_queries, feeds_attention=bool(self._observers))
+        self.observation = Observation(self.policy, self.ropes)
+        self.log = QueryLog(self.policy.observed_queries, feeds_attention=self.observation.active)
+        self.modality: Tensor | None = None
         self._columns = Columns()
         self.decoding = False
         self.forward: Forward | None = None
@@ -137,10 +132,16 @@ class Engine:
             self.log.open(forward.query_positions, forward.query_valid, counts, ragged=host is not None)
         forward.pending = set(self.layers)
         self.forward = forward
-        for store in self._distinct_stores():
-            self._reserve(store, forward.plan.end)
-            store.append_slots(forward.plan_on(store.shape.device))
+        for store in self.stores.distinct():
+            self._make_room(store)
         return forward
+
+    def _make_room(self, store: DenseStore) -> None:
+        assert self.forward is not None
+        plan = self.forward.plan_on(store.shape.device)
+        used = max(row.tail for row in self.rows) if store.capacity else 0
+        self.stores.reserve(store, plan.end, used, decoding=self.decoding)
+        store.append_slots(plan)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys `[B, H, q, D]` and values; return views `[B, H, N, ...]` over all slots in use."""
@@ -152,7 +153,8 @@ class Engine:
             )
         store = self.stores.get(layer)
         if store is None:
-            store = self._make_store(layer, Shape.of(keys, values))
+            store = self.stores.make(layer, Shape.of(keys, values))
+            self._make_room(store)
         shape = store.shape
         if shape.dtype != keys.dtype or shape.device != keys.device:
             raise UnsupportedError(
@@ -169,6 +171,11 @@ class Engine:
         forward.pending.discard(layer)
         return store.append(layer, keys, values, forward.plan_on(shape.device))
 
+    def ragged_base(self, layer: int) -> Base | None:
+        """Return the ragged entries that a layer's attention reads beside the slots that `append` returned."""
+        store = self.stores[layer]
+        return store.base(layer) if isinstance(store, RaggedStore) else None
+
     def turn_queries(self, layer: int, queries: Tensor) -> Tensor:
         """Rotate queries `[B, Hq, q, D]` to the positions that the cached keys are rotated to."""
         if not self._re_rotates or not any(row.shift for row in self.rows):
@@ -180,7 +187,7 @@ class Engine:
         self.facts[layer] = facts
         if not self.log.active:
             return
-        if self._observers:
+        if self.observation.active:
             record = self.log.records[-1]
             early = queries.shape[2] - record.width
             if early > 0:
@@ -203,28 +210,21 @@ class Engine:
         due = [b for b, (row, new) in enumerate(zip(self.rows, incoming, strict=True)) if new and self._fires(row, new)]
         if not due:
             return
-        self._check_window(due)
-        if self._observers:
+        left = self.log.left_after(0, len(self.rows))
+        check_window(self.rows, due, left, self.policy.observed_queries, self.policy.name)
+        if self.observation.active:
             self.observe()
         parts = [slice(0, len(self.rows))] if len(due) == len(self.rows) else [slice(b, b + 1) for b in due]
+        if self.stores.ragged:
+            self._compact_ragged(parts)
+            return
         for part in parts:
             self._compact(part)
         longest = max(row.resident for row in self.rows)
         bound = self.policy.bound
-        for store in self._distinct_stores():
+        for store in self.stores.distinct():
             if bound is not None and store.capacity > bound >= longest + max(incoming):
                 store.resize(bound, longest)
-
-    def _check_window(self, due: Sequence[int]) -> None:
-        """Refuse to score with fewer queries than a policy looks at, which a deep crop may have left for some steps."""
-        wanted, left = self.policy.observed_queries, self.log.left_after(0, len(self.rows))
-        for b in due:
-            if left[b] < min(wanted, self.rows[b].seen):
-                raise CacheStateError(
-                    f"policy {self.policy.name!r} looks at the last {wanted} queries, but a crop has left only "
-                    f"{left[b]} of them; decode {wanted - left[b]} more tokens one by one before giving many at once, "
-                    "or crop less."
-                )
 
     def _fires(self, row: Row, incoming: int) -> bool:
         entries = self._fixed or self.policy.entries(row.seen, row.prompt)
@@ -232,60 +232,82 @@ class Engine:
             Counters(row.resident, entries, incoming, row.seen, row.prompt)
         )
 
+    def _decide(self, part: slice, window: Window | None) -> tuple[list[int], Sequence[CacheView], list[KeepIndices]]:
+        """Return the budgets of some rows, the views of all layers, and what the policy keeps of them."""
+        budget = [self.policy.entries(row.seen, row.prompt) for row in self.rows[part]]
+        make = partial(self.view, part=part, window=window, budget=budget)
+        views = LazyViews(make, self.layers) if self.stores.ragged else [make(layer) for layer in self.layers]
+        return budget, views, self.policy.select(views, budget)
+
     def _compact(self, part: slice) -> None:
-        rows = self.rows[part]
-        budget = [self.policy.entries(row.seen, row.prompt) for row in rows]
         window = self.log.window()
-        views = [self.view(layer, part, window) for layer in self.layers]
-        keeps = self.policy.select(views, budget)
-        for layer, kept in zip(self.layers, keeps, strict=True):
-            for post in self.policy.post:
-                self._write(layer, part, post.apply(self.view(layer, part, window), kept))
-            self.stores[layer].compact(layer, part, kept)
-        for row, entries in zip(rows, budget, strict=True):
+        budget, views, keeps = self._decide(part, window)
+        for i, (layer, kept) in enumerate(zip(self.layers, keeps, strict=True)):
+            store = self.stores[layer]
+            store.write(layer, part, self._changes(views, i, kept))
+            store.compact(layer, part, kept)
+        for row, entries in zip(self.rows[part], budget, strict=True):
             row.resident = min(row.resident, entries)
-            row.compactions += 1
+            self._note(row)
+
+    def _compact_ragged(self, parts: Sequence[slice]) -> None:
+        """Decide for the rows that are due, then move all rows' entries to new bases and empty the tails."""
+        window = self.log.window()
+        decided = [(part, *self._decide(part, window)) for part in parts]
+        for i, layer in enumerate(self.layers):
+            store = self.stores[layer]
+            assert isinstance(store, RaggedStore)
+            made = [(part, keeps[i], self._changes(views, i, keeps[i])) for part, _, views, keeps in decided]
+            store.repack(layer, self._tails(), made)
+        for store in self.stores.distinct():
+            store.resize(0, 0)
+        counts = [self.stores[layer].entries(layer, [0] * len(self.rows)) for layer in self.layers]
+        heads = sum(self.stores[layer].shape.heads for layer in self.layers)
+        for row, total in zip(self.rows, zip(*counts, strict=True), strict=True):
+            row.base = row.resident = -(-sum(total) // heads)
             row.floor = row.seen
-            if self._re_rotates:
-                row.shift = row.seen - row.resident
+        for part in parts:
+            for row in self.rows[part]:
+                self._note(row)
 
-    def _write(self, layer: int, part: slice, changes: Mapping[str, Tensor]) -> None:
-        store = self.stores[layer]
-        arenas = {"keys": store.keys, "values": store.values, "rope_positions": store.rope_positions}
-        for name, tensor in changes.items():
-            arenas[name][store.index[layer], part, :, : tensor.shape[2]].copy_(tensor)
+    def _changes(self, views: Sequence[CacheView], index: int, kept: KeepIndices) -> dict[str, Tensor]:
+        """Return what is replaced in a layer before its entries move: remembered slot state, and post-operations."""
+        if not (self._remembering or self.policy.post):
+            return {}
+        view = views[index]
+        changes = {f"state.{name}": t for c in self._remembering for name, t in c.remember(view).items()}
+        for post in self.policy.post:
+            made: Any = post.apply(view, kept)
+            view = replace(view, **made)
+            changes |= made
+        return changes
 
-    def view(self, layer: int, part: slice, window: Window | None = None) -> CacheView:
+    def _note(self, row: Row) -> None:
+        row.compactions += 1
+        row.floor = row.seen
+        if self._re_rotates:
+            row.shift = row.seen - row.resident
+
+    def _tails(self) -> list[int]:
+        return [row.tail for row in self.rows]
+
+    def view(
+        self, layer: int, part: slice, window: Window | None = None, budget: Sequence[int] | None = None
+    ) -> CacheView:
         """Return what components may see of one layer, for the rows `part`."""
-        store, rows, facts = self.stores[layer], self.rows[part], self.facts[layer]
-        i, end = store.index[layer], max(row.resident for row in self.rows[part])
-        device = store.shape.device
-        resident = torch.tensor([row.resident for row in rows], device=device)
-        valid = (torch.arange(end, device=device) < resident[:, None])[:, None].expand(-1, store.shape.heads, -1)
-        queries = None
+        slots, facts = self.stores[layer].read(layer, part, self._tails()[part]), self.facts[layer]
+        observed = None
         if window is not None:
-            flat = self.turn_queries(layer, self.log.gather(layer, window))[part]
-            queries = flat.unflatten(1, (store.shape.heads, facts.groups))
-        return CacheView(
-            keys=store.keys[i, part, :, :end],
-            values=store.values[i, part, :, :end],
-            positions=store.positions[i, part, :, :end],
-            valid=valid,
-            scale=facts.scale,
-            layer_idx=layer,
-            num_layers=self.num_layers,
-            prompt_length=torch.tensor([row.prompt for row in rows], device=device),
-            seen=torch.tensor([row.seen for row in rows], device=device),
-            compaction=torch.tensor([row.compactions for row in rows], device=device),
-            queries=queries,
-            query_positions=None if window is None else window.positions[part].to(device),
-            query_valid=None if window is None else window.valid[part].to(device),
-            state=MappingProxyType({name: t[i, part, :, :end] for name, t in store.state.items()}),
-            softcap=facts.softcap,
-            attention_sinks=facts.attention_sinks,
-            rope=self.ropes.get(layer),
-            rope_positions=store.rope_positions[i, part, :, :end],
-        )
+            queries = self.turn_queries(layer, self.log.gather(layer, window))[part]
+            observed = Observed(queries.unflatten(1, (slots.keys.shape[1], facts.groups)), window, part)
+        extras = self.observation.extras(layer, part)
+        if self.modality is not None:
+            extras["modality"] = marked(self._columns.by_position(self.modality, len(self.rows))[part], slots)
+        return make_view(
+            slots, self.rows[part], facts,
+            layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer),
+            observed=observed, budget=budget, extras=extras,
+        )  # fmt: skip
 
     # -- observation --------------------------------------------------------------------------------------------------
 
@@ -303,19 +325,17 @@ class Engine:
             record.unobserved = 0
 
     def _feed(self, layer: int, queries: Tensor, positions: Tensor, valid: Tensor) -> None:
-        store, facts = self.stores[layer], self.facts[layer]
-        queries = self.turn_queries(layer, queries).unflatten(1, (store.shape.heads, facts.groups))
-        positions, valid = positions.to(queries.device), valid.to(queries.device)
-        for start in range(0, queries.shape[3], _OBSERVE_BLOCK):
-            view = self.view(layer, slice(0, len(self.rows)))
-            block = slice(start, start + _OBSERVE_BLOCK)
-            weights = ops.attention_weights(
-                queries[:, :, :, block], positions[:, block], valid[:, block], view.keys, view.positions, view.valid,
-                scale=view.scale, softcap=view.softcap, attention_sinks=view.attention_sinks,
-            )  # fmt: skip
-            for component in self._observers:
-                for name, tensor in component.observe_attention(view, weights).items():  # type: ignore[attr-defined]
-                    store.state[name][store.index[layer], :, :, : tensor.shape[2]].copy_(tensor)
+        store, shape = self.stores[layer], (self.stores[layer].shape.heads, self.facts[layer].groups)
+        everyone = slice(0, len(self.rows))
+        self.observation.feed(
+            layer,
+            queries.unflatten(1, shape),
+            self.turn_queries(layer, queries).unflatten(1, shape),
+            positions.to(queries.device),
+            valid.to(queries.device),
+            lambda: self.view(layer, everyone),
+            lambda name, tensor: store.write(layer, everyone, {f"state.{name}": tensor}),
+        )
 
     # -- rows and rollback --------------------------------------------------------------------------------------------
 
@@ -325,21 +345,8 @@ class Engine:
         Raises:
             CacheStateError: a row has been compacted since, or has observed attention that it cannot forget.
         """
-        if columns > self.columns:
-            raise CacheStateError(f"crop: {columns} tokens are more than the {self.columns} that the cache has seen.")
-        counts = self._columns.tokens_in_last(columns, len(self.rows))
-        for row, count in zip(self.rows, counts, strict=True):
-            if row.seen - count < row.floor:
-                raise CacheStateError(
-                    f"crop: {columns} tokens back lies before the last compaction, which was at token {row.floor} of "
-                    f"{row.seen}; crop at most {row.seen - row.floor} tokens, or fork() the cache before going on."
-                )
-        if self._observers and columns > self.log.unobserved:
-            raise CacheStateError(
-                f"crop: the accumulated attention of policy {self.policy.name!r} can be rolled back by "
-                f"{self.log.unobserved} tokens at present, not by {columns}; fork() the cache before going on."
-            )
-        return counts
+        unobserved = self.log.unobserved if self.observation.active else None
+        return tokens_to_crop(self.rows, self._columns, columns, unobserved=unobserved, policy=self.policy.name)
 
     def crop(self, columns: int) -> None:
         """Forget the last `columns` columns; possible back to the last compaction. Raises as `check_crop`."""
@@ -367,25 +374,14 @@ class Engine:
         known = self._columns.valid(len(self.rows))
         if torch.equal(known, past):
             return
-        if bool((past & ~known).any()):
-            raise CacheStateError(
-                "attention_mask shows tokens that were padding before; keep the mask of earlier turns."
-            )
-        for b, row in enumerate(self.rows):
-            if torch.equal(known[b], past[b]):
-                continue
-            if row.compactions or row.resident != int(known[b].sum()):
-                raise CacheStateError(
-                    f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted "
-                    "since; give rows that end at different times a cache each."
-                )
+        for b, slots in slots_to_keep(self.rows, known, past).items():
             self.observe()
-            slots = past[b][known[b]].nonzero()[:, 0]
-            for store in self._distinct_stores():
+            for store in self.stores.distinct():
                 index = slots.to(store.shape.device).expand(1, store.shape.heads, -1)
                 lengths = torch.full(index.shape[:2], slots.numel(), device=index.device)
                 for layer in store.layers:
                     store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
+            row = self.rows[b]
             row.resident, row.floor = slots.numel(), row.seen
         self._columns.replace(past)
 
@@ -398,51 +394,23 @@ class Engine:
                 f"name at least one from 0 to {len(self.rows) - 1}."
             )
         self.rows = [replace(self.rows[b]) for b in chosen]
-        for store in self._distinct_stores():
-            store.rows(index)
+        self.stores.take(index)
         self.log.rows(index)
+        self.observation.take(index)
+        if self.modality is not None:
+            self.modality = self.modality.index_select(0, index.to(self.modality.device))
         self._columns.take(index)
 
     def clone(self) -> Engine:
         """Return an independent copy."""
         twin = object.__new__(Engine)
         twin.__dict__.update(self.__dict__)
-        copies = {id(store): store.clone() for store in self._distinct_stores()}
-        twin.stores = {layer: copies[id(store)] for layer, store in self.stores.items()}
+        twin.stores = self.stores.clone()
         twin.rows = [replace(row) for row in self.rows]
         twin.log, twin._columns = self.log.clone(), self._columns.clone()
+        twin.observation = self.observation.clone(torch.arange(len(self.rows)))
         twin.facts = dict(self.facts)
         return twin
 
     def _shifts(self, device: torch.device) -> Tensor:
         return torch.tensor([row.shift for row in self.rows], device=device)
-
-    # -- stores -------------------------------------------------------------------------------------------------------
-
-    def _distinct_stores(self) -> list[DenseStore]:
-        return list({id(store): store for store in self.stores.values()}.values())
-
-    def _make_store(self, layer: int, shape: Shape) -> DenseStore:
-        group = next(g for g in self.groups if layer in g)
-        store = DenseStore(group, shape, self.policy.slot_states, re_rotates=self._re_rotates)
-        for member in group:
-            self.stores[member] = store
-        assert self.forward is not None
-        self._reserve(store, self.forward.plan.end)
-        store.append_slots(self.forward.plan_on(shape.device))
-        return store
-
-    def _reserve(self, store: DenseStore, needed: int) -> None:
-        """Grow so that `needed` slots fit: a bounded policy at once to its bound, others geometrically."""
-        if needed <= store.capacity:
-            return
-        used = max(row.resident for row in self.rows) if store.capacity else 0
-        bound = self.policy.bound
-        if bound is not None and needed <= bound:
-            grown = max(needed + needed // 2, _EAGER_SLOTS)
-            capacity = min(bound, grown)
-        elif bound is not None and not self.decoding:
-            capacity = needed + 1  # a long prompt: it shrinks to the bound after its first compaction
-        else:
-            capacity = needed + max(needed // 2, 64)
-        store.resize(capacity, min(used, store.capacity))

@@ -18,6 +18,10 @@ class UnknownComponentError(SpecError):
     """A specification names a component or policy that is not registered."""
 
 
+class TableError(KVPolicyError, ValueError):
+    """A calibration table is missing, damaged, says nothing, or is of another model."""
+
+
 class PluginError(KVPolicyError):
     """A plugin could not be imported or registered something that is not allowed."""
 

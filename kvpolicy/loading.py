@@ -17,13 +17,15 @@ import pluggy
 from kvpolicy import hookspecs
 from kvpolicy._catalog import (
     Catalog,
-    ComponentEntry,
+    Entry,
     Origin,
     PluginFailure,
-    PolicyEntry,
+    backend_entry,
     component_entry,
     policy_entry,
     shown,
+    study_entry,
+    table_entry,
 )
 from kvpolicy.errors import PluginError, did_you_mean
 
@@ -154,14 +156,14 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
             raise PluginError(f"{name} is not decorated; write @kvpolicy.hookimpl above it")
 
 
-def _collect(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> list[ComponentEntry | PolicyEntry]:
+def _collect(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> list[Entry]:
     """Call the hooks of one plugin; all that it registers, or PluginError and nothing."""
     staged = Catalog()
     calls = 0
     others = [p for p in manager.get_plugins() if p is not plugin]
-    entries: list[ComponentEntry | PolicyEntry] = []
+    entries: list[Entry] = []
 
-    def stage(make: Callable[[str, Any, Origin], ComponentEntry | PolicyEntry], name: str, what: Any) -> None:
+    def stage(make: Callable[[str, Any, Origin], Entry], name: str, what: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > MAX_REGISTRATIONS:
@@ -175,6 +177,12 @@ def _collect(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> list
         components(register=lambda name, component: stage(component_entry, name, component))
         policies = manager.subset_hook_caller("kvpolicy_register_policies", others)
         policies(register=lambda name, path_or_text: stage(policy_entry, name, path_or_text))
+        backends = manager.subset_hook_caller("kvpolicy_register_backends", others)
+        backends(register=lambda name, backend: stage(backend_entry, name, backend))
+        tables = manager.subset_hook_caller("kvpolicy_register_tables", others)
+        tables(register=lambda name, path: stage(table_entry, name, path))
+        studies = manager.subset_hook_caller("kvpolicy_register_studies", others)
+        studies(register=lambda name, path_or_text: stage(study_entry, name, path_or_text))
 
     _guarded(origin, run)
     return entries

@@ -85,11 +85,11 @@ def plan_forward(
         valid: bool `[B, columns]` on the CPU, or None when no token is padding.
         device: device of the first layer.
     """
-    before = [row.resident for row in rows]
+    before = [row.tail for row in rows]
     end = max(b + n for b, n in zip(before, counts, strict=True))
     first = rows[0]
-    if valid is None and all(r.resident == first.resident and r.seen == first.seen for r in rows):
-        past = first.resident
+    if valid is None and all(r.tail == first.tail and r.seen == first.seen for r in rows):
+        past = first.tail
         positions = torch.arange(first.seen, first.seen + columns, dtype=torch.int32, device=device)
         plan = WritePlan(past, columns, end, positions, positions - first.shift if first.shift else positions)
         visible = torch.arange(past + 1, past + columns + 1)[None] if past and columns > 1 else None

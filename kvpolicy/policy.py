@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -108,6 +108,12 @@ class Policy:
                 "raise the budget or protect less."
             )
         self._check_phase()
+        if self.counts != "equal" and any(p.changes == "positions" for p in self.post):
+            raise SpecError(
+                "post: re-rotated keys need the same number of entries in every head, which "
+                f"{type(self.selector if not self.selector.exact else self.allocator).__name__} does not leave; remove "
+                "the operation or write `allocator: uniform` and `selector: top_k`."
+            )
         self._check_comparable()
         names = [state.name for state in self.slot_states]
         for name in names:
@@ -166,7 +172,7 @@ class Policy:
         if self.mixer.uses_redundancy:
             parts.append(self.redundancy)
         parts += [self.mixer, self.allocator, *self.protections, self.selector, *self.post]
-        return tuple(member for part in parts for member in _members(part))
+        return tuple(member for part in parts for member in part.members())
 
     @property
     def counts(self) -> Literal["equal", "per_layer", "per_head"]:
@@ -263,6 +269,7 @@ class Policy:
             masks=allowed,
             layers=layers,
             num_layers=num_layers,
+            protected_masks=protected,
         )
         counts = self.allocator.allocate(request)
         if self.selector.scope == "model":
@@ -325,15 +332,6 @@ class Policy:
                     f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {self.name!r} "
                     "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
                 )
-
-
-def _members(component: Component) -> Iterator[Component]:
-    """Yield a component and those that its fields hold."""
-    yield component
-    for name in type(component).model_fields:
-        value = getattr(component, name)
-        if isinstance(value, Component):
-            yield from _members(value)
 
 
 def _checked(scores: Tensor, view: CacheView, component: Component) -> Scores:

@@ -19,6 +19,7 @@ class Row:
         compactions: how often the row has been compacted.
         floor: tokens seen at the last compaction; the cache cannot be cropped behind it.
         peak: most entries ever held.
+        base: those of the resident entries that lie in a ragged base, on average over heads and rounded up.
         decoded: a decode step has been made, so that the prompt is complete.
         shift: how far the rotation of new keys lies behind their original position (re-rotating policies).
     """
@@ -30,7 +31,13 @@ class Row:
     floor: int = 0
     peak: int = 0
     shift: int = 0
+    base: int = 0
     decoded: bool = False
+
+    @property
+    def tail(self) -> int:
+        """Slots in use behind the base: all of them unless the store is ragged."""
+        return self.resident - self.base
 
 
 class Columns:
@@ -56,6 +63,17 @@ class Columns:
         if self._valid is not None:
             known[:, : self._valid.shape[1]] = self._valid
         return known
+
+    def by_position(self, marks: Tensor, batch: int) -> Tensor:
+        """Turn marks on columns, bool `[B, columns]`, into marks on positions, which do not count padding.
+
+        Returns:
+            bool `[B, positions]` on the CPU, False behind a row's end.
+        """
+        marks, real = marks.to("cpu"), self.valid(batch)[:, : marks.shape[1]]
+        marks = marks[:, : real.shape[1]]
+        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        return (marks & real).gather(1, order)
 
     def replace(self, valid: Tensor) -> None:
         """Set which columns count as tokens from now on, bool `[B, total]`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
@@ -41,3 +42,10 @@ class KeepIndices(NamedTuple):
 
     indices: Int64[Tensor, "B H K"]
     lengths: Int64[Tensor, "B H"]
+
+    def mask(self, slots: int) -> Mask:
+        """Return bool `[B, H, slots]`, True for the slots that stay."""
+        batch, heads, columns = self.indices.shape
+        counts = torch.arange(columns, device=self.indices.device) < self.lengths.unsqueeze(-1)
+        marked = torch.zeros(batch, heads, slots + 1, dtype=torch.bool, device=self.indices.device)
+        return marked.scatter_(-1, self.indices.masked_fill(~counts, slots), True)[..., :slots]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import overload
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -101,3 +102,23 @@ class CacheView:
     def oldest(self, count: int) -> Mask:
         """Mark the `count` valid slots with the lowest positions of each row and head; bool `[B, H, N]`."""
         return self.valid & (self.valid.cumsum(-1, dtype=torch.int32) <= count)
+
+
+class LazyViews(Sequence[CacheView]):
+    """Views that are made when they are asked for and not kept: those of a ragged cache are copies."""
+
+    def __init__(self, make: Callable[[int], CacheView], layers: Sequence[int]) -> None:
+        self._make = make
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> CacheView: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyViews: ...
+    def __getitem__(self, index: int | slice) -> CacheView | LazyViews:
+        if isinstance(index, slice):
+            return LazyViews(self._make, self._layers[index])
+        return self._make(self._layers[index])

@@ -4,25 +4,61 @@ Scores are fp32 whatever the dtype of the cache, a slot outside its mask may hol
 without reaching a result, and nothing of size slots x slots is ever built. Axes are those of `kvpolicy.types`.
 """
 
+from kvpolicy.ops.apportion import apportion, pooled_counts
 from kvpolicy.ops.attention import attention_weights, masked_softmax
 from kvpolicy.ops.compaction import compact
-from kvpolicy.ops.dispatch import choose_backend
+from kvpolicy.ops.dispatch import Backend, choose_backend, using_backend
+from kvpolicy.ops.leverage import gaussian_sketch, leverage
+from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
+from kvpolicy.ops.merging import merged_values
 from kvpolicy.ops.noise import counter_uniform
-from kvpolicy.ops.rotary import rotate
+from kvpolicy.ops.normalisation import by_maximum, extremes, mean_matched, min_max, ranks, z_scores
+from kvpolicy.ops.packing import pack, unpack
+from kvpolicy.ops.projection import projected_value_norm
+from kvpolicy.ops.ragged import Blocks, ragged_attention
+from kvpolicy.ops.regions import numbered, ordered_by, quota_mask, ranks_in, region_sums
+from kvpolicy.ops.rotary import mean_rotation, rotate, turn
 from kvpolicy.ops.selection import top_k
 from kvpolicy.ops.similarity import mean_similarity, redundancy
 from kvpolicy.ops.window import smooth_scores, window_importance
 
 __all__ = [
+    "Backend",
+    "Blocks",
+    "apportion",
     "attention_weights",
+    "by_maximum",
     "choose_backend",
     "compact",
     "counter_uniform",
+    "extremes",
+    "gaussian_sketch",
+    "head_redundancy",
+    "leverage",
     "masked_softmax",
+    "mean_key_similarity",
+    "mean_matched",
+    "mean_rotation",
     "mean_similarity",
+    "merged_values",
+    "min_max",
+    "numbered",
+    "ordered_by",
+    "pack",
+    "pooled_counts",
+    "projected_value_norm",
+    "quota_mask",
+    "ragged_attention",
+    "ranks",
+    "ranks_in",
     "redundancy",
+    "region_sums",
     "rotate",
     "smooth_scores",
     "top_k",
+    "turn",
+    "unpack",
+    "using_backend",
     "window_importance",
+    "z_scores",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.types import KeepIndices
 
 
+@dispatched
 def compact(tensor: Tensor, kept: KeepIndices) -> None:
     """Move the kept slots of `tensor` to the front, in place.
 

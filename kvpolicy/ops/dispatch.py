@@ -1,28 +1,184 @@
-"""Which implementation of the operations is used."""
+"""Which implementation of the operations is used: plain torch, or one that a plugin brings.
+
+A policy names its backend; while it runs, `using_backend` makes it the one that the operations of `kvpolicy.ops` take.
+The plain-torch function stays the definition of right, and runs whatever a backend does not bring.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, ParamSpec, TypeVar
+
+from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError, did_you_mean
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS: Final = ("auto", "torch", "triton")
 """What the field `backend` of a policy may say."""
 
+BACKEND_VARIABLE: Final = "KVPOLICY_BACKEND"
+"""Environment variable: the backend of policies that say `auto`; any registered name."""
 
-def choose_backend(backend: str) -> Literal["torch"]:
-    """Return the backend that `backend` stands for.
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger("kvpolicy")
+
+
+class Backend(ABC):
+    """Implementations of some operations; a plugin registers one in the hook `kvpolicy_register_backends`."""
+
+    @abstractmethod
+    def load(self, op: str) -> Callable[..., Any] | None:
+        """Return the function with the signature of `kvpolicy.ops.<op>`, or None to leave that operation to torch."""
+
+    @abstractmethod
+    def refuses_cache(self, keys: Tensor) -> str | None:
+        """Say why caches like `keys` `[..., D]` cannot be served (a clause without a full stop), or return None."""
+
+    @abstractmethod
+    def refuses(self, op: str, /, *args: Any, **kwargs: Any) -> str | None:
+        """Say why this call of an operation cannot be served (a clause without a full stop), or return None."""
+
+
+@dataclass(frozen=True)
+class _Scope:
+    backend: str
+    scratch: dict[str, Any] | None
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("kvpolicy_backend", default=None)
+
+
+@contextmanager
+def using_backend(backend: str, *, shared: bool = False) -> Iterator[None]:
+    """Make the operations take `backend` inside the block and this context.
 
     Args:
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``auto``, ``torch`` or the name of a registered backend.
+        shared: importance and redundancy of the same keys will both be asked for and nothing changes in between, so
+            that a backend may leave in `scratch` for the second what it has read for the first.
+    """
+    token = _scope.set(_Scope(backend, {} if shared else None))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def scratch() -> dict[str, Any] | None:
+    """Return what a backend may keep until the end of the block, or None when nothing is shared."""
+    scope = _scope.get()
+    return None if scope is None else scope.scratch
+
+
+def requested(backend: str | None = None) -> str:
+    """Return the backend asked for: that of the policy (or of the running one), or the environment's if it is `auto`."""
+    if backend is None:
+        scope = _scope.get()
+        backend = "auto" if scope is None else scope.backend
+    return os.environ.get(BACKEND_VARIABLE) or "auto" if backend == "auto" else backend
+
+
+def choose_backend(backend: str, keys: Tensor) -> str:
+    """Return the name of the backend that serves a cache; the log says once what `auto` took, and why.
+
+    Args:
+        backend: ``auto``, ``torch`` or the name of a registered backend.
+        keys: keys as the cache holds them, `[..., D]`.
 
     Raises:
-        UnsupportedError: the backend is unknown or cannot run here.
+        UnsupportedError: the backend is unknown or cannot serve such a cache.
     """
-    if backend in ("auto", "torch"):
-        return "torch"
-    if backend == "triton":
-        raise UnsupportedError("backend: no Triton kernels are installed in this version, use backend: torch.")
-    raise UnsupportedError(
-        f"backend: {backend!r} is not a backend, use one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}"
-    )
+    name = requested(backend)
+    if name == "torch":
+        return name
+    if name != "auto":
+        reason = _registered(name).refuses_cache(keys)
+        if reason is not None:
+            raise UnsupportedError(f"backend: {name} cannot be used, because {reason}.")
+        return name
+    if keys.device.type == "cpu":
+        return _taken("torch", "the cache is on the CPU")
+    why = "no other backend is registered"
+    for candidate, entry in _all().items():
+        reason = entry.refuses_cache(keys)
+        if reason is None:
+            return _taken(candidate, f"the cache is {keys.dtype} on {keys.device.type}")
+        why = f"{candidate} cannot be used, because {reason}"
+    return _taken("torch", why)
+
+
+def dispatched(definition: Callable[P, R]) -> Callable[P, R]:
+    """Let an operation, given by its plain-torch definition, run on the backend asked for.
+
+    With ``auto`` a call that a backend refuses goes to torch; with a backend's name it raises UnsupportedError.
+    """
+    op = definition.__name__
+
+    @functools.wraps(definition)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        name = requested()
+        if name != "torch":
+            first: Any = args[0] if args else next(iter(kwargs.values()))
+            # On the CPU `auto` is torch; a backend for CPUs is asked for by name.
+            if name != "auto" or first.device.type != "cpu":
+                chosen = _implementation(name, op, args, kwargs)
+                if chosen is not None:
+                    return chosen(*args, **kwargs)  # type: ignore[no-any-return]
+        return definition(*args, **kwargs)
+
+    return run
+
+
+def _implementation(name: str, op: str, args: Any, kwargs: Any) -> Callable[..., Any] | None:
+    if name != "auto":
+        backend = _registered(name)
+        function = backend.load(op)
+        reason = backend.refuses(op, *args, **kwargs) if function is not None else None
+        if reason is not None:
+            raise UnsupportedError(f"backend: {name} cannot run {op}, because {reason}.")
+        return function
+    for candidate, backend in _all().items():
+        function = backend.load(op)
+        if function is None:
+            continue
+        reason = backend.refuses(op, *args, **kwargs)
+        if reason is None:
+            return function
+        _say(f"backend: auto takes torch for {op}, because {candidate} cannot run it: {reason}.")
+    return None
+
+
+def _all() -> dict[str, Backend]:
+    from kvpolicy import loading
+
+    return loading.catalog().backends()
+
+
+def _registered(name: str) -> Backend:
+    known = _all()
+    if name not in known:
+        names = ["auto", "torch", *sorted(known)]
+        raise UnsupportedError(
+            f"backend: {name!r} is not a registered backend, use one of {', '.join(names)}.{did_you_mean(name, names)}"
+        )
+    return known[name]
+
+
+def _taken(name: str, why: str) -> str:
+    _say(f"backend: auto takes {name}, because {why}.")
+    return name
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Log a message once per process."""
+    _log.info("%s", message)

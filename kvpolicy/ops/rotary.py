@@ -23,14 +23,35 @@ def rotate(x: Float[Tensor, "*dims N D"], rope: Rope, delta: Int[Tensor, "*dims 
         `[..., N, D]` in the dtype of `x`; computed in fp32.
     """
     inv_freq = rope.inv_freq.to(device=x.device, dtype=torch.float32)
-    rotated = 2 * inv_freq.shape[0]
     angle = delta.to(device=x.device, dtype=torch.float32).unsqueeze(-1) * inv_freq
-    cos, sin = angle.cos(), angle.sin()
+    return turn(x, angle.cos(), angle.sin(), interleaved=rope.interleaved)
+
+
+def turn(x: Float[Tensor, "*dims D"], cos: Tensor, sin: Tensor, *, interleaved: bool) -> Float[Tensor, "*dims D"]:
+    """Multiply each pair of dimensions, as a complex number, by `cos + i sin`; of any length, so averages too.
+
+    Args:
+        x: `[..., D]`, any float dtype; dimensions from `R` on stay.
+        cos: fp32 `[..., R/2]`, broadcastable to `x` without its last axis.
+        sin: fp32, shaped as `cos`.
+        interleaved: as in `Rope`.
+
+    Returns:
+        `[..., D]` in the dtype of `x`; computed in fp32.
+    """
+    rotated = 2 * cos.shape[-1]
     turned, rest = x[..., :rotated].float(), x[..., rotated:]
-    if rope.interleaved:
+    if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if rope.interleaved else torch.cat(pair, dim=-1)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    rest = rest.expand(*turned.shape[:-1], rest.shape[-1])
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def mean_rotation(rope: Rope, positions: Int[Tensor, "B P"]) -> tuple[Float[Tensor, "B half"], Float[Tensor, "B half"]]:
+    """Average the rotations to several positions; `(cos, sin)` for `turn`, fp32 `[B, R/2]` each."""
+    angle = positions.to(torch.float32).unsqueeze(-1) * rope.inv_freq.to(device=positions.device, dtype=torch.float32)
+    return angle.cos().mean(dim=1), angle.sin().mean(dim=1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 
+@dispatched
 def top_k(scores: Scores, counts: Counts, protected: Mask, valid: Mask, *, width: int | None = None) -> KeepIndices:
     """Keep the protected slots and then those with the highest scores, exactly `counts` of them per head.
 

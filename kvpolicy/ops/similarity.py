@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from kvpolicy.ops.attention import masked_softmax
+from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.types import Keys, Mask, Scores
 
 _TINY = 1e-30
@@ -23,6 +24,7 @@ _WIDEST = 1 << 14  # columns are counted in int16
 _ELEMENTS = 1 << 20  # similarities that several heads together may hold
 
 
+@dispatched
 def redundancy(
     keys: Keys,
     valid: Mask,
@@ -52,6 +54,7 @@ def redundancy(
     return masked_softmax(mean, takes_part)
 
 
+@dispatched
 def mean_similarity(
     keys: Keys,
     takes_part: Mask,
@@ -81,14 +84,19 @@ def mean_similarity(
     """
     batch, heads, count, dim = keys.shape
     held = takes_part.reshape(batch * heads, count)
-    # `where`, not a product: a slot that takes no part may hold NaN. Its unit vector is 0 and similar to nothing.
-    unit = torch.where(takes_part.unsqueeze(-1), keys, 0).float().reshape(batch * heads, count, dim)
-    unit = unit * torch.rsqrt((unit * unit).sum(dim=-1, keepdim=True).clamp(min=_TINY))
+    unit = unit_keys(keys, takes_part).reshape(batch * heads, count, dim)
     sums = torch.matmul(unit, unit.sum(dim=1).unsqueeze(-1)).squeeze(-1) - (unit * unit).sum(dim=-1)
     if beta > 0 and count > 0:
         sums = sums - _exempted(unit, held, threshold, beta, spare == "newest", index_zero)
     mean = sums / held.sum(dim=-1, keepdim=True).clamp(min=1)
     return mean.masked_fill(~held, 0.0).reshape(batch, heads, count)
+
+
+def unit_keys(keys: Keys, takes_part: Mask) -> Float32[Tensor, "B H N D"]:
+    """Return the directions of keys `[B, H, N, D]` in fp32; 0 for zero keys and for slots that take no part."""
+    # `where`, not a product: a slot that takes no part may hold NaN. Its unit vector is 0 and similar to nothing.
+    held = torch.where(takes_part.unsqueeze(-1), keys, 0).float()
+    return held * torch.rsqrt((held * held).sum(dim=-1, keepdim=True).clamp(min=_TINY))
 
 
 class _Search(NamedTuple):

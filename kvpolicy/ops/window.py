@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpolicy.ops.attention import attention_logits, causal_mask, masked_softmax
+from kvpolicy.ops.dispatch import dispatched
+from kvpolicy.ops.packing import pack, unpack
 from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
 
 SmoothKind = Literal["max", "mean", "mean_zero_padded"]
@@ -17,6 +19,7 @@ SmoothKind = Literal["max", "mean", "mean_zero_padded"]
 _NO_QUERY = torch.iinfo(torch.int32).max
 
 
+@dispatched
 def window_importance(
     queries: Queries,
     query_positions: Int32[Tensor, "B Q"],
@@ -106,10 +109,8 @@ def smooth_scores(
     count = scores.shape[-1]
     if size == 1 or count == 0:
         return scores.masked_fill(~candidates, 0.0)
-    # Candidates are packed to the front first: a hole between two of them must not change what is a neighbour.
-    rank = (candidates.cumsum(dim=-1) - 1).masked_fill(~candidates, count).expand(scores.shape)
     fill = float("-inf") if kind == "max" else 0.0
-    packed = scores.new_full((*scores.shape[:-1], count + 1), fill).scatter_(-1, rank, scores)[..., :count]
+    packed = pack(scores, candidates, fill)
     padded = functional.pad(packed.reshape(-1, 1, count), (size // 2, (size - 1) // 2), value=fill)
     if kind == "max":
         pooled = functional.max_pool1d(padded, size, stride=1)
@@ -121,8 +122,7 @@ def smooth_scores(
         held = functional.pad(held.float().reshape(-1, 1, count), (size // 2, (size - 1) // 2))
         share = functional.avg_pool1d(held, size, stride=1).reshape(candidates.shape)
         pooled = pooled / share.clamp(min=0.5 / size)
-    spread = pooled.gather(-1, rank.clamp(max=count - 1))
-    return spread.masked_fill(~candidates, 0.0)
+    return unpack(pooled, candidates)
 
 
 def _over_group(tensor: Tensor, group: Literal["max", "mean"], dim: int) -> Tensor:

@@ -111,19 +111,26 @@ def resolved(
     found: Found, catalog: Catalog, search: Search = (), chain: tuple[Found, ...] = ()
 ) -> tuple[dict[str, Any], forms.Marks]:
     """Read a file and all that it extends; the canonical mapping and its marks. Raises SpecError with the place."""
-    document = yaml_text.parse(found.text, found.source)
+    return resolved_document(yaml_text.parse(found.text, found.source), found, catalog, search, chain)
+
+
+def resolved_document(
+    document: Document, found: Found, catalog: Catalog, search: Search = (), chain: tuple[Found, ...] = ()
+) -> tuple[dict[str, Any], forms.Marks]:
+    """Do what `resolved` does for a text that has been parsed, or for a policy that is part of another file."""
     data, marks = document
     try:
         _check_head(document, found)
         extends = data.pop("extends", None)
         overlay = forms.Canonical(data, catalog, marks)
         if extends is None:
-            return overlay.data, overlay.marks
+            return forms.unfold(overlay.data, catalog), overlay.marks
         base = _base(extends, found, catalog, search, (*chain, found))
     except FieldError as problem:
         raise problem.located(marks) from None
     base_data, base_marks = resolved(base, catalog, search, (*chain, found))
-    return forms.merge(base_data, overlay.data, base_marks, overlay.marks)
+    merged, marks = forms.merge(base_data, overlay.data, base_marks, overlay.marks)
+    return forms.unfold(merged, catalog), marks
 
 
 def _base(extends: Any, found: Found, catalog: Catalog, search: Search, chain: tuple[Found, ...]) -> Found:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
-from kvpolicy._catalog import Catalog
+from kvpolicy._catalog import Catalog, held_kinds
 from kvpolicy.components import Component, kind_of
 from kvpolicy.errors import UnknownComponentError, did_you_mean
 from kvpolicy.policy import Budget
 from kvpolicy.spec.problems import FieldError, shown
-from kvpolicy.spec.reference import ComponentRef, plain
+from kvpolicy.spec.reference import ComponentRef, plain, unfolded
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 
 REFERENCES: Final = ("trigger", "importance", "redundancy", "mixer", "allocator", "selector")
@@ -29,6 +30,7 @@ FIELDS: Final = (
 """All fields, in the order in which they are written."""
 
 Marks = dict[KeyPath, Mark]
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class Canonical:
@@ -39,9 +41,19 @@ class Canonical:
         marks: where its values stand.
     """
 
-    def __init__(self, data: Mapping[str, Any], catalog: Catalog, marks: Mapping[KeyPath, Mark] | None = None) -> None:
-        """Raises FieldError when a value has no known form; what components say of their parameters comes later."""
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        catalog: Catalog,
+        marks: Mapping[KeyPath, Mark] | None = None,
+        beneath: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises FieldError when a value has no known form; what components say of their parameters comes later.
+
+        `beneath` is the canonical mapping that this one will be laid over, if it is an overlay and that is known.
+        """
         self.catalog = catalog
+        self.beneath = beneath or {}
         self.given = dict(marks or {})
         self.marks: Marks = {path: mark for path, mark in self.given.items() if len(path) <= 1}
         self.data: dict[str, Any] = {}
@@ -88,7 +100,27 @@ class Canonical:
         use = value.get("use", "")
         if not isinstance(use, str):
             raise FieldError((*at, "use"), f"should be the name of a component, got {shown(use)}.")
-        return plain(dict(value), at)  # type: ignore[no-any-return]
+        beneath = self.beneath.get(kind, {}) if len(at) == 1 else {}
+        return self._plain(kind, use or beneath.get("use", ""), value, at, beneath)
+
+    def _plain(
+        self, kind: str, use: str, value: Mapping[str, Any], at: KeyPath, beneath: Mapping[str, Any] = _NOTHING
+    ) -> dict[str, Any]:
+        """Return parameters as plain values, and those that are components as references."""
+        kinds = held_kinds(self.catalog.get(kind, use)) if use in self.catalog.names(kind) else {}
+        result: dict[str, Any] = {}
+        for key, item in value.items():
+            if isinstance(item, Component | ComponentRef):
+                component = item.component if isinstance(item, ComponentRef) else item
+                result[key] = self._instance(kinds.get(key, kind_of(type(component))), item, (*at, key))
+            elif isinstance(item, Mapping) and key in kinds:
+                old = beneath.get(key, {})
+                named = item.get("use", old.get("use", ""))
+                named = named if isinstance(named, str) else ""
+                result[key] = self._plain(kinds[key], named, item, (*at, key), old)
+            else:
+                result |= plain({key: item}, at)
+        return result
 
     def _instance(self, kind: str, value: Component | ComponentRef, at: KeyPath) -> dict[str, Any]:
         component = value.component if isinstance(value, ComponentRef) else value
@@ -109,7 +141,7 @@ class Canonical:
             if "use" in setting:
                 raise FieldError((*at, "use"), f"the component is {name!r} already; remove `use`.")
             self._copy(at, to)
-            return plain(dict(setting), at)  # type: ignore[no-any-return]
+            return self._plain(kind, name, setting, at)
         try:
             shorthand = self.catalog.get(kind, name).shorthand
         except UnknownComponentError as error:
@@ -197,8 +229,7 @@ def merge(
     marks = dict(base_marks)
     for field, value in overlay.items():
         old = base.get(field)
-        other = field in REFERENCES and old is not None and value.get("use", old.get("use")) != old.get("use")
-        keep = isinstance(old, dict) and isinstance(value, dict) and field != "budget" and not other
+        keep = isinstance(old, dict) and isinstance(value, dict) and field != "budget" and not _another(old, value)
         result[field] = _merged(old, value, (field,), marks) if keep else value
         if not keep:
             _forget(marks, (field,))
@@ -207,10 +238,30 @@ def merge(
 
 
 def _merged(old: Any, new: Any, path: KeyPath, marks: Marks) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
+    if not (isinstance(old, dict) and isinstance(new, dict)) or _another(old, new):
         _forget(marks, path)
         return new
     return {**old, **{key: _merged(old.get(key), value, (*path, key), marks) for key, value in new.items()}}
+
+
+def _another(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the new one names another component than the old one."""
+    names = old.get("use"), new.get("use")
+    return all(isinstance(name, str) for name in names) and names[0] != names[1]
+
+
+def unfold(data: Mapping[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """Write every component that another one holds as a mapping with `use`, so that more can be laid over it."""
+    result = {field: unfolded(field, value, catalog) if field in REFERENCES else value for field, value in data.items()}
+    if "post" in data:
+        result["post"] = [unfolded("post", reference, catalog) for reference in data["post"]]
+    if "protect" in data:
+        for name, given in data["protect"].items():
+            if isinstance(given, Mapping):
+                parameters = unfolded("protection", {"use": name, **given}, catalog)
+                del parameters["use"]
+                result["protect"] = {**result["protect"], name: parameters}
+    return result
 
 
 def _forget(marks: Marks, path: KeyPath) -> None:

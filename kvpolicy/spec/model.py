@@ -130,7 +130,12 @@ class PolicySpec(BaseModel):
     @classmethod
     def read_found(cls, found: files.Found, search: files.Search = ()) -> Self:
         """Read what `kvpolicy.spec.files.find` found; raises SpecError as `from_yaml`."""
-        data, marks = files.resolved(found, loading.catalog(), search)
+        return cls.from_document(yaml_text.parse(found.text, found.source), found, search)
+
+    @classmethod
+    def from_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
+        """Read a policy that has been parsed; ``found`` is the file that it stands in. Raises as `from_yaml`."""
+        data, marks = files.resolved_document(document, found, loading.catalog(), search)
         try:
             return cls._from_canonical(data)
         except FieldError as problem:
@@ -163,13 +168,11 @@ class PolicySpec(BaseModel):
         for field in ("description", "paper", "departures", "prefill_chunk", "protect", "post"):
             if not data[field]:
                 del data[field]
-        for field in forms.REFERENCES:
-            if len(data[field]) == 1:
-                data[field] = data[field]["use"]
+        data |= {field: _short(getattr(self, field)) for field in forms.REFERENCES}
         if self.protect:
-            data["protect"] = {ref.use: _short(ref) for ref in self.protect}
+            data["protect"] = {ref.use: _protection(ref) for ref in self.protect}
         if self.post:
-            data["post"] = [ref.data if ref.params else ref.use for ref in self.post]
+            data["post"] = [_short(ref) for ref in self.post]
         return yaml_text.write(data)
 
     def replace(self, path: str | Mapping[str, Any], value: Any = None) -> Self:
@@ -277,19 +280,35 @@ def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     parts, overlay = forms.nested(where, value)
     if parts[0] not in forms.FIELDS:
         raise FieldError(tuple(parts), f"there is no field {parts[0]!r}.{did_you_mean(parts[0], forms.FIELDS)}")
-    canonical = forms.Canonical(overlay, loading.catalog()).data
-    data = dict(data)
-    if len(parts) == 1:
-        del data[parts[0]]
-    elif parts[0] == "protect" and len(parts) == 2:
-        data["protect"] = {name: setting for name, setting in data["protect"].items() if name != parts[1]}
-    merged, _ = forms.merge(data, canonical, {}, {})
-    return merged
+    catalog = loading.catalog()
+    canonical = forms.Canonical(overlay, catalog, beneath=data).data
+    merged, _ = forms.merge(_without(data, parts), canonical, {}, {})
+    return forms.unfold(merged, catalog)
+
+
+def _without(data: Mapping[str, Any], parts: list[str]) -> dict[str, Any]:
+    """Leave out what a path names as a whole: a field, a protection or a component; parameters are laid over."""
+    name, *rest = parts
+    if not isinstance(data.get(name), Mapping):
+        return dict(data)
+    if rest:
+        return {**data, name: _without(data[name], rest)}
+    return {key: value for key, value in data.items() if key != name}
 
 
 def _short(ref: ComponentRef) -> Any:
+    """Return a component as a file says it: its name, or `use` and its parameters."""
+    params = _short_parameters(ref)
+    return {"use": ref.use, **params} if params else ref.use
+
+
+def _short_parameters(ref: ComponentRef) -> dict[str, Any]:
+    return {**ref.params, **{name: _short(held) for name, held in ref.held.items()}}
+
+
+def _protection(ref: ComponentRef) -> Any:
     """Return a protection as a file says it: a bare value, true or its parameters."""
-    params = ref.params
+    params = _short_parameters(ref)
     shorthand = ref.component.shorthand
     if shorthand is not None and list(params) == [shorthand] and not isinstance(params[shorthand], bool | dict | None):
         return params[shorthand]

@@ -93,8 +93,9 @@ def _sentence(detail: ErrorDetails, where: KeyPath, owner: str, known: list[str]
         options = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
         near = did_you_mean(given, options) if isinstance(given, str) else ""
         return f"{_lower(message)}, got {shown(given)}.{near}"
-    if kind in ("value_error", "assertion_error"):
-        return f"{message}." if isinstance(given, Mapping) or not where else f"{message}, got {shown(given)}."
+    if kind in ("value_error", "assertion_error", "table"):
+        names_it = kind == "table" or isinstance(given, Mapping) or not where
+        return f"{message}." if names_it else f"{message}, got {shown(given)}."
     return f"{_lower(message)}, got {shown(given)}."
 
 

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kvpolicy._catalog import Catalog
+from kvpolicy import loading
+from kvpolicy._catalog import Catalog, held_kinds
 from kvpolicy.components import Component
 from kvpolicy.errors import UnknownComponentError, did_you_mean
-from kvpolicy.spec.problems import FieldError, from_pydantic
+from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 
 
@@ -31,9 +33,20 @@ class ComponentRef:
 
     @property
     def params(self) -> dict[str, Any]:
-        """All parameters as plain values, defaults included; a new dictionary."""
-        values = self.component.model_dump()
-        return {name: plain(value, (name,)) for name, value in values.items()}
+        """All parameters as plain values, defaults included, a component as its reference; a new dictionary."""
+        held = self.held
+        values = self.component.model_dump(exclude=set(held))
+        return {
+            name: held[name].data if name in held else plain(values.get(name), (name,))
+            for name in type(self.component).model_fields
+        }
+
+    @property
+    def held(self) -> dict[str, ComponentRef]:
+        """The components that parameters hold; raises UnknownComponentError when one is not registered."""
+        held = {name: getattr(self.component, name) for name in held_kinds(type(self.component))}
+        catalog = loading.catalog()
+        return {name: ComponentRef(catalog.name_of(type(c)), c) for name, c in held.items() if c is not None}
 
     @property
     def data(self) -> dict[str, Any]:
@@ -41,11 +54,13 @@ class ComponentRef:
         return {"use": self.use, **self.params}
 
     def __str__(self) -> str:
-        return f"{self.use}({', '.join(f'{k}={v!r}' for k, v in self.params.items())})"
+        shown_as = {name: repr(value) for name, value in self.params.items()}
+        shown_as |= {name: str(ref) for name, ref in self.held.items()}
+        return f"{self.use}({', '.join(f'{k}={v}' for k, v in shown_as.items())})"
 
 
 def resolve(kind: str, data: Mapping[str, Any], path: KeyPath, catalog: Catalog) -> ComponentRef:
-    """Find the component and validate its parameters; raises FieldError.
+    """Find the component and validate its parameters, those that are components included; raises FieldError.
 
     Args:
         kind: kind of component.
@@ -60,15 +75,65 @@ def resolve(kind: str, data: Mapping[str, Any], path: KeyPath, catalog: Catalog)
             path, f"does not say which component.{near} Write {{use: name, ...}} with one of {', '.join(names)}."
         )
     name, params = data["use"], {key: value for key, value in data.items() if key != "use"}
+    if not isinstance(name, str):
+        raise FieldError((*path, "use"), f"should be the name of a component, got {shown(name)}.")
     try:
         found = catalog.get(kind, name)
     except UnknownComponentError as error:
         raise FieldError(path, str(error), UnknownComponentError) from None
+    kinds = held_kinds(found)
+    held: dict[str, Component] = {}
+    for field, inner in kinds.items():
+        info = found.model_fields[field]
+        if params.get(field) is not None or (field in params and NoneType not in get_args(info.annotation)):
+            held[field] = _held(inner, params.pop(field), (*path, field), catalog)
+        elif field not in params and info.is_required():
+            known = ", ".join(catalog.names(inner))
+            raise FieldError((*path, field), f"is required; write the name of a component of kind {inner}: {known}.")
     try:
         # JSON mode is as strict about types, but takes a list for a tuple, which Python mode refuses.
-        return ComponentRef(name, found.model_validate_json(json.dumps(params)))
+        if not held:
+            return ComponentRef(name, found.model_validate_json(json.dumps(params)))
+        return ComponentRef(name, found.model_validate({**_pythonic(found, params, path), **held}))
     except ValidationError as error:
         raise from_pydantic(error, path, params, repr(name), found.model_fields) from None
+
+
+def unfolded(kind: str, data: Mapping[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """Write every held component of a canonical reference as ``{use: name, ...}``, as far as names are known."""
+    use = data.get("use")
+    if not isinstance(use, str) or use not in catalog.names(kind):
+        return dict(data)
+    result = dict(data)
+    for field, inner in held_kinds(catalog.get(kind, use)).items():
+        value = result.get(field)
+        if isinstance(value, str):
+            value = {"use": value}
+        if isinstance(value, Mapping):
+            result[field] = unfolded(inner, value, catalog)
+    return result
+
+
+def _held(kind: str, value: Any, path: KeyPath, catalog: Catalog) -> Component:
+    if isinstance(value, str):
+        value = {"use": value}
+    if not isinstance(value, Mapping):
+        raise FieldError(path, f"should be the name of a component or {{use: name, ...}}, got {shown(value)}.")
+    return resolve(kind, value, path, catalog).component
+
+
+def _pythonic(component: type[Component], params: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
+    """Turn lists into the tuples that Python mode wants; raises FieldError."""
+    result = dict(params)
+    for name, field in component.model_fields.items():
+        if isinstance(result.get(name), list | dict):
+            kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(strict=True))
+            try:
+                result[name] = adapter.validate_json(json.dumps(result[name]))
+            except ValidationError as error:
+                raise from_pydantic(error, (*path, name), result[name], repr(name), ()) from None
+    return result
 
 
 def plain(value: Any, path: KeyPath) -> Any:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Final
+import warnings
+from types import NoneType
+from typing import Any, Final, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from kvpolicy import loading
-from kvpolicy._catalog import POLICY_NAME, Catalog, ComponentEntry
-from kvpolicy.components import Component
+from kvpolicy._catalog import POLICY_NAME, Catalog, ComponentEntry, held_kinds
+from kvpolicy.components import KINDS, Component
 from kvpolicy.policy import Budget
 from kvpolicy.spec import forms
 from kvpolicy.spec.model import PolicySpec
+from kvpolicy.spec.reference import ComponentRef
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,8 +28,13 @@ def json_schema() -> _Schema:
     catalog = loading.catalog()
     definitions: _Schema = {}
     # A file with `extends` may say only what differs, so component fields exist in a complete and a partial form.
-    complete = {kind: _reference(kind, catalog, definitions) for kind in (*forms.REFERENCES, "post")}
-    definitions |= complete
+    kinds = dict.fromkeys(
+        (*forms.REFERENCES, "post", *(k for e in catalog.entries() for k in held_kinds(e.component).values()))
+    )
+    for kind in kinds:
+        definitions[kind] = _reference(kind, catalog, definitions)
+        overlays = [_overlay(entry, definitions) for entry in catalog.entries(kind)]
+        definitions[f"{kind}.changes"] = {"type": "object", "not": {"required": ["use"]}, "anyOf": overlays}
     properties = {field: _described(field, schema) for field, schema in _fields(catalog, definitions).items()}
     properties["extends"] = {
         "type": "string",
@@ -31,9 +42,7 @@ def json_schema() -> _Schema:
         "description": "A policy to start from: its name, or the path of its file relative to this one.",
     }
     for kind in forms.REFERENCES:
-        overlays = [_overlay(entry, definitions) for entry in catalog.entries(kind)]
-        partial = {"type": "object", "not": {"required": ["use"]}, "anyOf": overlays}
-        properties[kind] |= {"anyOf": [{"$ref": f"#/$defs/{kind}"}, partial]}
+        properties[kind] |= {"anyOf": [{"$ref": f"#/$defs/{kind}"}, {"$ref": f"#/$defs/{kind}.changes"}]}
     required = ["schema_version", "policy", "budget", "trigger", "importance"]
     standing_alone = {
         "required": required,
@@ -123,7 +132,16 @@ def _with_use(name: str, description: str, parameters: _Schema) -> _Schema:
 
 def _overlay(entry: ComponentEntry, definitions: _Schema) -> _Schema:
     """Return the schema of some of a component's parameters, as a file with `extends` names them without `use:`."""
-    return {key: value for key, value in _parameters(entry, definitions).items() if key != "required"}
+    schema = _parameters(entry, definitions)
+    held = {
+        name: {
+            **schema["properties"][name],
+            "anyOf": [*schema["properties"][name]["anyOf"], {"$ref": f"#/$defs/{kind}.changes"}],
+        }
+        for name, kind in held_kinds(entry.component).items()
+    }
+    rest = {key: value for key, value in schema.items() if key != "required"}
+    return {**rest, "properties": {**schema["properties"], **held}}
 
 
 def _setting(entry: ComponentEntry, parameters: _Schema, switch: list[bool]) -> _Schema:
@@ -145,15 +163,37 @@ def _protect(catalog: Catalog, definitions: _Schema) -> _Schema:
 def _parameters(entry: ComponentEntry, definitions: _Schema) -> _Schema:
     """Return the object schema of a component's parameters; the definitions in it move to the top under its name."""
     prefix = f"{entry.kind}.{entry.name}"
-    schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
+    held = held_kinds(entry.component)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # a component as a default, which is written below
+        schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
+    bases = {KINDS[kind].__name__ for kind in held.values()}
     for name, definition in schema.pop("$defs", {}).items():
-        definitions[f"{prefix}.{name}"] = definition
+        if name not in bases:
+            definitions[f"{prefix}.{name}"] = definition
+    properties = schema.get("properties", {})
+    for name, kind in held.items():
+        properties[name] = _held(kind, entry.component.model_fields[name])
     return {
         "type": "object",
         "additionalProperties": False,
-        "properties": schema.get("properties", {}),
+        "properties": properties,
         **({"required": schema["required"]} if "required" in schema else {}),
     }
+
+
+def _held(kind: str, field: FieldInfo) -> _Schema:
+    """Return the schema of a parameter that is a component of a kind."""
+    schema: _Schema = {"anyOf": [{"$ref": f"#/$defs/{kind}"}]}
+    if NoneType in get_args(field.annotation):
+        schema["anyOf"].append({"type": "null"})
+    if field.description:
+        schema["description"] = field.description
+    if isinstance(field.default, Component):
+        schema["default"] = ComponentRef(loading.catalog().name_of(type(field.default)), field.default).data
+    elif not field.is_required():
+        schema["default"] = field.default
+    return schema
 
 
 def _summary(component: type[Component]) -> str:

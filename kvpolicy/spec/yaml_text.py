@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import yaml
 
@@ -20,6 +20,14 @@ MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
 _LONGEST_PATH: Final = 300
+
+What = Literal["policy", "study"]
+"""The kinds of files that are read here."""
+
+_LEAST: Final[dict[What, str]] = {
+    "policy": "schema_version, policy, budget, trigger and importance",
+    "study": "schema_version, kind, study, base, axes and datasets",
+}
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of a file down to a value."""
@@ -61,9 +69,10 @@ class _Reader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, what: str) -> None:
         super().__init__(text)
         self.name = source
+        self.what = what
         self.depth = 0
         self.nodes = 0
 
@@ -80,10 +89,10 @@ class _Reader(yaml.SafeLoader):
             )
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise SpecError(f"{mark}: the file has more than {MAX_NODES} values; that is not a policy.")
+            raise SpecError(f"{mark}: the file has more than {MAX_NODES} values; that is not a {self.what}.")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise SpecError(f"{mark}: nested more than {MAX_DEPTH} levels deep; that is not a policy.")
+            raise SpecError(f"{mark}: nested more than {MAX_DEPTH} levels deep; that is not a {self.what}.")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -113,7 +122,7 @@ def _represent_text(writer: _Writer, text: str) -> yaml.ScalarNode:
 _Writer.add_representer(str, _represent_text)
 
 
-def read_file(path: Path) -> str:
+def read_file(path: Path, what: What = "policy") -> str:
     """Return the text of a file; raises SpecError for what is not a readable text file of a sane size."""
     try:
         mode = path.stat().st_mode
@@ -127,48 +136,49 @@ def read_file(path: Path) -> str:
         name = str(path) if len(str(path)) <= _LONGEST_PATH else f"{str(path)[:_LONGEST_PATH]}..."
         raise SpecError(f"{name}: cannot be read ({error.strerror}).") from None
     if stat.S_ISDIR(mode):
-        raise SpecError(f"{path}: is a directory; give one policy file.")
+        raise SpecError(f"{path}: is a directory; give one {what} file.")
     if not stat.S_ISREG(mode):
         raise SpecError(f"{path}: is not an ordinary file; give a YAML file.")
     if len(raw) > MAX_BYTES:
-        raise SpecError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; that is not a policy file.")
+        raise SpecError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; that is not a {what} file.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: is not UTF-8 text (byte {error.start}); give a YAML text file.") from None
 
 
-def parse(text: str, source: str) -> Document:
+def parse(text: str, source: str, what: What = "policy") -> Document:
     """Read one YAML mapping.
 
     Args:
         text: the file's content.
         source: what errors call it, usually its path.
+        what: the kind of file, for errors.
 
     Raises:
         SpecError: ``source:line:column: what is wrong`` in one sentence.
     """
     if len(text) > MAX_BYTES:
-        raise SpecError(f"{source}: is larger than {MAX_BYTES >> 10} KiB; that is not a policy file.")
+        raise SpecError(f"{source}: is larger than {MAX_BYTES >> 10} KiB; that is not a {what} file.")
     reader = None
     try:
-        reader = _Reader(text, source)
+        reader = _Reader(text, source, what)
         node = reader.get_single_node()
     except yaml.reader.ReaderError as error:
         raise SpecError(
             f"{source}: is not text (character {error.position} is U+{error.character:04X}); give a YAML file."
         ) from None
     except yaml.MarkedYAMLError as error:
-        raise SpecError(_syntax(error, source)) from None
+        raise SpecError(_syntax(error, source, what)) from None
     finally:
         if reader is not None:
             reader.dispose()
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
-        raise SpecError(f"{source}: is empty; write at least schema_version, policy, budget, trigger and importance.")
+        raise SpecError(f"{source}: is empty; write at least {_LEAST[what]}.")
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         raise SpecError(
-            f"{_mark(source, node.start_mark)}: is {kind}; a policy file is a mapping of `field: value` lines."
+            f"{_mark(source, node.start_mark)}: is {kind}; a {what} file is a mapping of `field: value` lines."
         )
     marks: dict[KeyPath, Mark] = {(): _mark(source, node.start_mark)}
     data: dict[str, Any] = _value(node, (), source, marks)
@@ -246,13 +256,13 @@ def _mark(source: str, mark: yaml.Mark) -> Mark:
     return Mark(source, mark.line + 1, mark.column + 1)
 
 
-def _syntax(error: yaml.MarkedYAMLError, source: str) -> str:
+def _syntax(error: yaml.MarkedYAMLError, source: str, what: str) -> str:
     mark = error.problem_mark or error.context_mark
     place = str(_mark(source, mark)) if mark is not None else source
     problem = error.problem or error.context or "it cannot be read"
     if "'\\t'" in problem:
         return f"{place}: not valid YAML, because a tab stands where spaces belong; indent with spaces."
     if "document" in problem or "document" in (error.context or ""):
-        return f"{place}: a policy file holds one document; remove the second `---`."
+        return f"{place}: a {what} file holds one document; remove the second `---`."
     context = f" ({error.context})" if error.context else ""
     return f"{place}: not valid YAML: {problem}{context}."

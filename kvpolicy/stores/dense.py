@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,6 +35,40 @@ class Shape:
         """Read the shape off the first keys and values of a layer."""
         batch, heads, _, dim = keys.shape
         return Shape(batch, heads, dim, values.shape[-1], keys.dtype, keys.device)
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """All slots of one layer, for some rows.
+
+    Attributes:
+        keys, values: `[B, H, N, D]` and `[B, H, N, Dv]`.
+        positions, rope_positions: int32 `[B, H, N]`; the same tensor unless kept keys are re-rotated.
+        state: slot state by name, `[B, H, N]`.
+        valid: bool `[B, H, N]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    rope_positions: Tensor
+    state: Mapping[str, Tensor]
+    valid: Tensor
+
+    def arenas(self) -> dict[str, Tensor]:
+        """Return everything that moves with a slot, by name; slot state as ``state.NAME``."""
+        arenas = {"keys": self.keys, "values": self.values, "positions": self.positions}
+        if self.rope_positions is not self.positions:
+            arenas["rope_positions"] = self.rope_positions
+        return arenas | {f"state.{name}": tensor for name, tensor in self.state.items()}
+
+    @staticmethod
+    def of(arenas: Mapping[str, Tensor], valid: Tensor) -> SlotTensors:
+        """Put together again what `arenas` took apart."""
+        state = {name.removeprefix("state."): t for name, t in arenas.items() if name.startswith("state.")}
+        positions = arenas["positions"]
+        turned = arenas.get("rope_positions", positions)
+        return SlotTensors(arenas["keys"], arenas["values"], positions, turned, state, valid)
 
 
 @dataclass(frozen=True)
@@ -105,9 +140,9 @@ class DenseStore:
         self._each(lambda old: old.index_select(1, index))
         self.shape = Shape(**{**self.shape.__dict__, "batch": index.numel()})
 
-    def clone(self) -> DenseStore:
+    def clone(self) -> Self:
         """Return an independent copy."""
-        twin = object.__new__(DenseStore)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._each(torch.clone)
         return twin
@@ -143,6 +178,34 @@ class DenseStore:
             all_values[row, :, slot] = values[row, :, column]
         return all_keys.narrow(2, 0, plan.end), all_values.narrow(2, 0, plan.end)
 
+    def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
+        """Return all slots in use of a layer, without copying.
+
+        Args:
+            layer: index of the layer as transformers counts.
+            rows: which rows of the batch.
+            lengths: slots in use of each of these rows.
+        """
+        i, end, device = self.index[layer], max(lengths), self.shape.device
+        used = torch.arange(end, device=device) < torch.tensor(list(lengths), device=device)[:, None]
+        positions = self.positions[i, rows, :, :end]
+        turned = positions if self.rope_positions is self.positions else self.rope_positions[i, rows, :, :end]
+        return SlotTensors(
+            self.keys[i, rows, :, :end],
+            self.values[i, rows, :, :end],
+            positions,
+            turned,
+            {name: tensor[i, rows, :, :end] for name, tensor in self.state.items()},
+            used[:, None].expand(-1, self.shape.heads, -1),
+        )
+
+    def write(self, layer: int, rows: slice, changes: Mapping[str, Tensor]) -> None:
+        """Replace arenas of a layer's first slots by name (see `SlotTensors.arenas`), `[B, H, N, ...]` each."""
+        arenas = {"keys": self.keys, "values": self.values, "rope_positions": self.rope_positions}
+        arenas |= {f"state.{name}": tensor for name, tensor in self.state.items()}
+        for name, tensor in changes.items():
+            arenas[name][self.index[layer], rows, :, : tensor.shape[2]].copy_(tensor)
+
     def compact(self, layer: int, rows: slice, kept: KeepIndices) -> None:
         """Move the kept slots of these rows to the front, keys, values, positions and slot state alike."""
         i = self.index[layer]
@@ -152,15 +215,20 @@ class DenseStore:
         for arena in arenas:
             ops.compact(arena[i, rows], kept)
 
+    def entries(self, layer: int, lengths: Sequence[int]) -> list[int]:
+        """Return the entries that each row of a layer holds, over all heads; `lengths` are its slots in use."""
+        return [n * self.shape.heads for n in lengths]
+
     @property
     def bytes_per_entry(self) -> int:
         """Bytes of one key and one value of one KV head."""
         return (self.shape.key_dim + self.shape.value_dim) * self.shape.dtype.itemsize
 
-    @property
-    def bytes_of_metadata(self) -> int:
-        """Bytes of positions and slot state of one layer, as allocated."""
+    def bytes_allocated(self, layer: int) -> tuple[int, int]:
+        """Return the bytes of the tensors that hold a layer: keys and values, and metadata (positions, slot state)."""
+        i = self.index[layer]
         arenas = [self.positions, *self.state.values()]
         if self.rope_positions is not self.positions:
             arenas.append(self.rope_positions)
-        return sum(a[0].numel() * a.element_size() for a in arenas)
+        metadata = sum(a[i].numel() * a.element_size() for a in arenas)
+        return sum(a[i].numel() * a.element_size() for a in (self.keys, self.values)), metadata

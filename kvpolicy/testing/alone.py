@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from kvpolicy.loading import catalog
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.testing.cases import keep_indices
 from kvpolicy.testing.oracle import TOLERANCE
 from kvpolicy.types import KeepIndices, Scores
 from kvpolicy.view import CacheView
@@ -61,10 +62,10 @@ class AloneReport:
 
 @dataclass
 class _Decision:
-    """One compaction of one row: how much it had seen, and the positions `[H, K]` that each layer kept."""
+    """One compaction of one row: how much it had seen, and the positions that each head of each layer kept."""
 
     seen: int
-    kept: list[Tensor]
+    kept: list[list[Tensor]]
 
 
 class _Watched(Policy):
@@ -83,7 +84,7 @@ class _Watched(Policy):
             if self.reference is not None:
                 self._compare(views, keeps, b, row, seen)
             kept = [
-                view.positions[b].gather(-1, keep.indices[b, :, : int(keep.lengths[b, 0])])
+                [p[i[:n]] for p, i, n in zip(view.positions[b], keep.indices[b], keep.lengths[b].tolist(), strict=True)]
                 for view, keep in zip(views, keeps, strict=True)
             ]
             self.made.setdefault(row, []).append(_Decision(seen, kept))
@@ -101,19 +102,23 @@ class _Watched(Policy):
         scores: list[Scores] | None = None
         for n, (view, keep) in enumerate(zip(views, keeps, strict=True)):
             self.report.decisions += view.shape[1]
-            count = int(keep.lengths[b, 0])
-            ours, theirs = view.positions[b].gather(-1, keep.indices[b, :, :count]), expected.kept[n]
-            if torch.equal(ours, theirs):
+            theirs = expected.kept[n]
+            ours = [
+                view.positions[b, h][keep.indices[b, h, :count]] for h, count in enumerate(keep.lengths[b].tolist())
+            ]
+            other = [h for h in range(len(ours)) if not torch.equal(ours[h], theirs[h])]
+            if not other:
                 continue
             if scores is None:
                 masks = [self.masks(v) for v in views]
                 scores = [self.retention(v) for v in views]
                 scores = self._share(scores, [m[0] for m in masks], [m[1] for m in masks])[0]
-            for h in (h for h in range(len(ours)) if not torch.equal(ours[h], theirs[h])):
+            kept = keep.mask(view.shape[2])
+            for h in other:
                 place = f"{where}, layer {view.layer_idx}, head {h}"
                 self._judge(view, scores[n][b, h], b, h, ours[h], theirs[h], place)
-                slots = torch.isin(view.positions[b, h], theirs[h]) & view.valid[b, h]
-                keep.indices[b, h, :count] = slots.nonzero()[:, 0]
+                kept[b, h] = torch.isin(view.positions[b, h], theirs[h]) & view.valid[b, h]
+            keeps[n] = keep_indices(kept)
 
     def _judge(self, view: CacheView, score: Tensor, b: int, h: int, ours: Tensor, theirs: Tensor, where: str) -> None:
         extra, missing = ours[~torch.isin(ours, theirs)].tolist(), theirs[~torch.isin(theirs, ours)].tolist()
@@ -149,13 +154,13 @@ def _watched(policy: Policy, report: AloneReport, reference: list[list[_Decision
 def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
-    compact: Callable[[slice], None] = engine._compact  # noqa: SLF001
+    decide: Callable[..., Any] = engine._decide  # noqa: SLF001
 
-    def compact_rows(part: slice) -> None:
+    def decide_rows(part: slice, *rest: Any) -> Any:
         object.__setattr__(policy, "rows", range(len(engine.rows))[part])
-        compact(part)
+        return decide(part, *rest)
 
-    engine._compact = compact_rows  # noqa: SLF001
+    engine._decide = decide_rows  # noqa: SLF001
 
 
 @torch.no_grad()

@@ -18,7 +18,11 @@ from kvpolicy.types import KeepIndices
 from kvpolicy.view import CacheView
 
 _BY_SLOT = ("keys", "values", "positions", "valid", "rope_positions")
-_BY_ROW = ("prompt_length", "seen", "compaction", "query_positions", "query_valid")
+_BY_ROW = ("prompt_length", "seen", "compaction", "budget", "query_positions", "query_valid")
+_EXTRAS_BY_SLOT = ("modality",)
+_EXTRAS_BY_ROW = ("query_count", "query_mean", "query_covariance")
+_EXTRAS_BY_HEAD = {"query_mean": 1, "query_covariance": 1, "output_projection": 0}
+"""Name -> axis of the KV heads."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class Case:
 
     @property
     def views(self) -> list[CacheView]:
-        """The views of all layers."""
-        return [layer.view for layer in self.layers]
+        """The views of all layers; they show the budget that the case has."""
+        views = [layer.view for layer in self.layers]
+        budget = torch.tensor(self.budget)
+        return [replace(view, budget=budget) for view in views] if self.budget else views
 
     @property
     def valid(self) -> list[Tensor]:
@@ -81,6 +87,7 @@ class Case:
             at = f" of layer {i}" if len(self.layers) > 1 else ""
             pairs = [(f.name, getattr(layer.view, f.name)) for f in fields(layer.view)]
             pairs += [(f"state {name!r}", t) for name, t in layer.view.state.items()]
+            pairs += [(f"extras {name!r}", t) for name, t in layer.view.extras.items()]
             pairs += [*layer.aligned.items()]
             found += [(name + at, value) for name, value in pairs if isinstance(value, Tensor)]
         return found
@@ -92,8 +99,9 @@ class Case:
             view, valid = layer.view, layer.view.valid
             new: dict[str, Any] = {n: change(x, valid) for n in _BY_SLOT if isinstance(x := getattr(view, n), Tensor)}
             state = {name: change(x, valid) for name, x in view.state.items()}
+            extras = {n: change(x, valid) if n in _EXTRAS_BY_SLOT else x for n, x in view.extras.items()}
             aligned = {name: change(x, valid) for name, x in layer.aligned.items()}
-            return Layer(replace(view, **new, state=state), aligned)
+            return Layer(replace(view, **new, state=state, extras=extras), aligned)
 
         return replace(self, layers=tuple(changed(layer) for layer in self.layers))
 
@@ -109,10 +117,12 @@ class Case:
         def queries(view: CacheView) -> CacheView:
             sinks = view.attention_sinks
             asked = view.queries
+            moved = {n: t.index_select(_EXTRAS_BY_HEAD[n], index) for n, t in view.extras.items() if n in _EXTRAS_BY_HEAD}
             return replace(
                 view,
                 queries=None if asked is None else asked[:, index],
                 attention_sinks=None if sinks is None else sinks[index],
+                extras={**view.extras, **moved},
             )
 
         return replace(case.by_view(queries), counts=None if self.counts is None else self.counts[:, index])
@@ -125,7 +135,8 @@ class Case:
         def rest(view: CacheView) -> CacheView:
             names = (n for n in _BY_ROW if getattr(view, n) is not None)
             queries = None if view.queries is None else view.queries[index]
-            return replace(view, queries=queries, **{n: getattr(view, n)[index] for n in names})
+            extras = {n: t[index] if n in _EXTRAS_BY_ROW else t for n, t in view.extras.items()}
+            return replace(view, queries=queries, extras=extras, **{n: getattr(view, n)[index] for n in names})
 
         counts = None if self.counts is None else self.counts[index]
         return replace(case.by_view(rest), counts=counts, budget=tuple(self.budget[b] for b in order if self.budget))
@@ -164,13 +175,13 @@ class Case:
         return self.by_slot(spoilt)
 
     def with_dtype(self, dtype: torch.dtype, factor: float = 1.0) -> Case:
-        """Scale keys, values and queries and cast them."""
+        """Scale keys, values and queries and cast them, and the model's weights with them."""
 
         def cast(view: CacheView) -> CacheView:
             queries = None if view.queries is None else (view.queries * factor).to(dtype)
-            return replace(
-                view, keys=(view.keys * factor).to(dtype), values=(view.values * factor).to(dtype), queries=queries
-            )
+            extras = {n: t.to(dtype) if n == "output_projection" else t for n, t in view.extras.items()}
+            keys, values = (view.keys * factor).to(dtype), (view.values * factor).to(dtype)
+            return replace(view, keys=keys, values=values, queries=queries, extras=extras)
 
         return self.by_view(cast)
 
@@ -185,12 +196,13 @@ class Case:
             return inside
 
         def rest(view: CacheView) -> CacheView:
-            return view if view.queries is None else replace(view, queries=strided(view.queries))
+            extras = {name: strided(t) for name, t in view.extras.items()}
+            return replace(view, queries=None if view.queries is None else strided(view.queries), extras=extras)
 
         return self.by_slot(strided).by_view(rest)
 
     def jittered(self, seed: int, size: float = 2e-6) -> Case:
-        """Change keys, values, queries and float state by a few units of rounding, to see whether rounding decides."""
+        """Change keys, values, queries, float state and extras by a few units of rounding, to see whether it decides."""
         generator = torch.Generator().manual_seed(seed)
 
         def moved(x: Tensor) -> Tensor:
@@ -201,7 +213,9 @@ class Case:
         def change(view: CacheView) -> CacheView:
             queries = None if view.queries is None else moved(view.queries)
             state = {name: moved(x) for name, x in view.state.items()}
-            return replace(view, keys=moved(view.keys), values=moved(view.values), queries=queries, state=state)
+            extras = {name: moved(x) for name, x in view.extras.items()}
+            keys, values = moved(view.keys), moved(view.values)
+            return replace(view, keys=keys, values=values, queries=queries, state=state, extras=extras)
 
         return self.by_view(change)
 

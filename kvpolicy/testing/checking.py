@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,17 +25,23 @@ from kvpolicy.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean  # noqa: E402
 from kvpolicy.policy import Policy  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
-from kvpolicy.testing.laws import LAWS, Law, UndecidedError, exceptions_of  # noqa: E402
+from kvpolicy.testing.laws import LAWS, Law, LawBrokenError, UndecidedError, exceptions_of  # noqa: E402
 from kvpolicy.testing.laws.machine import latest_steps  # noqa: E402
-from kvpolicy.testing.parameters import components  # noqa: E402
+from kvpolicy.testing.parameters import components, small  # noqa: E402
 from kvpolicy.testing.scaling import small_policy  # noqa: E402
 from kvpolicy.testing.source import pasteable_test, tensors_of  # noqa: E402
+from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
 
 ProfileName = Literal["quick", "thorough"]
 PROFILES: Final[Mapping[str, int]] = {"quick": 20, "thorough": 1000}
 """Profile -> examples per law and subject. `quick` draws the same examples every time, `thorough` others every time."""
 
 _STEPS = {"quick": 12, "thorough": 50}  # of the state machine
+_DECIDED_LEAST = 0.25  # share of the examples that must have said something
+
+Status = Literal["passed", "failed", "undecided", "not applicable"]
+BAD: Final[frozenset[Status]] = frozenset({"failed", "undecided"})
+"""What must not be taken for a law that holds."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,24 @@ class Result:
     Attributes:
         law: name of the law.
         subject: name of the component or policy.
-        status: ``passed``, ``failed`` or ``not applicable``.
-        reason: why it does not apply.
+        status: ``passed``, ``failed``, ``undecided`` (too few examples said anything) or ``not applicable``.
+        reason: why it does not apply, or why it is undecided.
         failure: details of a failure.
         seconds: wall time.
+        decided: examples that said something.
     """
 
     law: str
     subject: str
-    status: Literal["passed", "failed", "not applicable"]
+    status: Status
     reason: str = ""
     failure: Failure | None = None
     seconds: float = 0.0
+    decided: int = 0
 
     def expect(self) -> None:
-        """Raise AssertionError with all details if the law does not hold."""
-        if self.failure is not None:
+        """Raise AssertionError with all details if the law does not hold, or if that is undecided."""
+        if self.status in BAD:
             raise AssertionError(str(self))
 
     def __str__(self) -> str:
@@ -111,8 +120,8 @@ class Subject:
         return [law for law in LAWS.values() if self.kind in law.kinds]
 
     def drawn(self) -> st.SearchStrategy[Any]:
-        """Draw instances: of a class with drawn parameters, else always the same one."""
-        return components(self.what) if isinstance(self.what, type) else st.just(self.what)
+        """Draw instances: of a class with drawn parameters, small like the caches, else always the same one."""
+        return components(self.what).map(small) if isinstance(self.what, type) else st.just(self.what)
 
 
 def subject_of(what: Any, name: str | None = None) -> Subject:
@@ -206,25 +215,33 @@ def check(
 def _unknown_exceptions(subject: Subject) -> list[Result]:
     """Refuse exceptions that are no laws, or that come without a reason."""
     what = subject.what
-    declared = dict(what.laws_not_applicable if isinstance(what, type) else exceptions_of(what))
-    wrong = []
+    declared = what.laws_not_applicable if isinstance(what, type) else exceptions_of(what)
+    return [Result(name, subject.name, "failed", failure=Failure(why)) for name, why in _wrong(declared).items()]
+
+
+def _wrong(declared: Mapping[str, str]) -> dict[str, str]:
+    """Return what is wrong with declared exceptions, by their names."""
+    found = {}
     for name, reason in declared.items():
         if name not in LAWS:
-            message = f"laws_not_applicable names {name!r}, which is no law.{did_you_mean(name, LAWS)}"
-            wrong.append(Result(name, subject.name, "failed", failure=Failure(message)))
+            found[name] = f"an exception is declared from {name!r}, which is no law.{did_you_mean(name, LAWS)}"
         elif not str(reason).strip():
-            message = f"laws_not_applicable gives no reason for {name!r}; say in a sentence why it cannot hold."
-            wrong.append(Result(name, subject.name, "failed", failure=Failure(message)))
-    return wrong
+            found[name] = f"no reason is given for the exception from {name!r}; say in a sentence why it cannot hold."
+    return found
 
 
 class _Trial:
-    """One law and one subject; remembers the last failing example, which after shrinking is the smallest."""
+    """One law and one subject; remembers the last failing example, which after shrinking is the smallest.
+
+    An example decides, or is excused (the drawn instance is an exception), or says nothing (`UndecidedError`). Those
+    that say nothing are drawn again, as many times as there are examples; if hardly any is left, so is the law.
+    """
 
     def __init__(self, law: Law, subject: Subject, profile: ProfileName, shrink: bool) -> None:
         self.law, self.subject, self.profile = law, subject, profile
         self.excused: set[str] = set()
-        self.checked = self.undecided = 0
+        self.silent: Counter[str] = Counter()
+        self.decided = 0
         self.failing: tuple[Any, dict[str, Any], Exception] | None = None
         quick = profile == "quick"
         examples = max(1, round(PROFILES[profile] * law.effort)) if law.effort else 1
@@ -245,22 +262,35 @@ class _Trial:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self._machine() if self.law.machine is not None else self._search()
+            with stand_in_tables():  # the shipped ones are of one model, examples have all shapes
+                self._machine() if self.law.machine is not None else self._search()
         except Unsatisfiable:
             pass
         except Exception as error:  # noqa: BLE001  # a broken component may raise anything
-            return made("failed", failure=self._failure(error))
+            return made("failed", failure=self._failure(error), decided=self.decided)
         finally:
             torch.set_num_threads(threads)
-        if not self.checked:
-            return made("not applicable", reason="; ".join(sorted(self.excused)) or "no example could be decided")
-        return made("passed")
+        if self.excused and not self.decided and not self.silent:
+            return made("not applicable", reason="; ".join(sorted(self.excused)))
+        if self.decided < _DECIDED_LEAST * self.settings.max_examples:
+            return made("undecided", reason=self._too_few(), decided=self.decided)
+        return made("passed", decided=self.decided)
+
+    def _too_few(self) -> str:
+        why = ", ".join(f"{count} times {reason}" for reason, count in self.silent.most_common())
+        return (
+            f"only {self.decided} of {self.settings.max_examples} examples said anything "
+            f"({why or 'no more could be drawn'})"
+        )
 
     def _excuse(self, made: Any) -> str | None:
-        if isinstance(made, Policy) and made.allocator.counts != "equal" and self.law.theme in ("engine", "machine"):
-            return "its allocator gives heads or layers different counts, which the dense store cannot hold"
+        declared = exceptions_of(made)
+        told = self.subject.what.laws_not_applicable if isinstance(self.subject.what, type) else declared
+        for name, wrong in _wrong(declared).items():
+            if name not in told:
+                raise LawBrokenError(wrong)
         why = self.law.unless(made) if self.law.unless is not None else None
-        return why or exceptions_of(made).get(self.law.name)
+        return why or declared.get(self.law.name)
 
     def _search(self) -> None:
         @self.settings
@@ -274,11 +304,11 @@ class _Trial:
             drawn = data.draw(self.law.draws(made)) if self.law.draws is not None else {}
             try:
                 self.law.statement(made, **drawn)
-                self.checked += 1
-            except UndecidedError:
-                self.undecided += 1
-                # A subject that rounding always decides must not make hypothesis search for one that it does not.
-                if self.undecided < self.settings.max_examples:
+                self.decided += 1
+            except UndecidedError as error:
+                self.silent[str(error)] += 1
+                # A subject about which the law never says anything must not make hypothesis search for ever.
+                if self.silent.total() < self.settings.max_examples:
                     reject()
             except Exception as error:
                 self.failing = (made, drawn, error)
@@ -293,12 +323,15 @@ class _Trial:
             self.excused.add(excuse)
             return
         assert self.law.machine is not None
+        machine = self.law.machine(made)
         try:
-            run_state_machine_as_test(self.law.machine(made), settings=self.settings)
+            run_state_machine_as_test(machine, settings=self.settings)
         except Exception as error:
             self.failing = (made, {"steps": latest_steps()}, error)
             raise
-        self.checked += 1
+        self.decided, silent = machine.decided, machine.runs - machine.decided
+        if silent:
+            self.silent["nothing was evicted"] = silent
 
     def _failure(self, error: Exception) -> Failure:
         if self.failing is None:

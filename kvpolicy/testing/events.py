@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -16,16 +15,14 @@ class LayerPass:
         keys: `[B, H, q, D]`, the new keys as the model made them.
         values: `[B, H, q, Dv]`.
         queries: `[B, Hq, q, D]`, as the model made them.
-        held: int32 `[B, H, N]`, original positions of the entries that the pass attended over, its own included.
-        lengths: how many of the `N` count, per row.
+        held: `[row][head]`, original positions of the entries that the pass attended over, its own included.
         output: `[B, q, Hq, Dv]`, what the attention returned; None if it was not recorded.
     """
 
     keys: Tensor
     values: Tensor
     queries: Tensor | None = None
-    held: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
-    lengths: list[int] = field(default_factory=list)
+    held: list[list[list[int]]] = field(default_factory=list)
     output: Tensor | None = None
 
 

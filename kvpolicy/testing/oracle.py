@@ -154,7 +154,7 @@ class Oracle:
             recorded = {}
             for i in self.layers:
                 noted = event.layers[i]
-                held = noted.held[b, :, : noted.lengths[b]].tolist()
+                held = noted.held[b]
                 recorded[i] = [[p for p in positions if p < row.seen] for positions in held]
                 new = list(range(row.seen, row.seen + sum(valid[b])))
                 if any(positions[len(positions) - len(new) :] != new for positions in held):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from kvpolicy.testing._extra import require_hypothesis
 
@@ -13,8 +14,11 @@ from hypothesis.strategies import SearchStrategy  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
-from kvpolicy.components import Component  # noqa: E402
+from kvpolicy.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import UnsupportedError  # noqa: E402
+from kvpolicy.loading import catalog  # noqa: E402
+from kvpolicy.tables import TableOf  # noqa: E402
+from kvpolicy.testing.tables import NAMES  # noqa: E402
 
 MOST = 5
 """Largest integer parameter that is drawn: a window of 5 in a cache of 16 shows what a window of 50 in 160 would."""
@@ -25,20 +29,24 @@ C = TypeVar("C", bound=Component)
 def components(cls: type[C]) -> SearchStrategy[C]:
     """Draw instances of a component class: parameters within their declared bounds, some left at their defaults.
 
-    Integers are drawn from 0 to `MOST`, floats at, near and between their bounds, `Literal` and `bool` from all values.
+    Integers are drawn from 0 to `MOST`, floats at, near and between their bounds, `Literal` and `bool` from all values,
+    components from those that are registered. Other parameters keep their defaults; where one has none, the instances
+    are those that `Component.examples` returns.
 
     Raises:
-        UnsupportedError: a parameter without a default has a type that cannot be drawn; check an instance instead.
+        UnsupportedError: a parameter without a default cannot be drawn, and there are no examples.
     """
     optional: dict[str, SearchStrategy[Any]] = {}
     required: dict[str, SearchStrategy[Any]] = {}
     for name, field in cls.model_fields.items():
         values = _values(field)
         if field.is_required():
+            if values is None and cls.examples():
+                return st.sampled_from(list(cls.examples()))
             if values is None:
                 raise UnsupportedError(
                     f"{cls.__name__}.{name}: values of {field.annotation} cannot be drawn; give the parameter a "
-                    "default, or check an instance instead of the class."
+                    "default, or let the class method `examples` return instances to check."
                 )
             required[name] = values
         elif values is not None:
@@ -49,9 +57,11 @@ def components(cls: type[C]) -> SearchStrategy[C]:
 
 def small(component: C) -> C:
     """Return the component with its large integers made small (odd stays odd), so that small tensors reach them."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in type(component).model_fields:
         value = getattr(component, name)
+        if isinstance(value, Component):
+            changes[name] = small(value)
         if type(value) is int and value > MOST:
             changes[name] = MOST - 1 + value % 2 if name != "seed" else value
     made = _made(type(component), {**dict(component), **changes}) if changes else component
@@ -67,7 +77,17 @@ def _made(cls: type[C], values: dict[str, Any]) -> C | None:
 
 def _values(field: FieldInfo) -> SearchStrategy[Any] | None:
     annotation = field.annotation
+    if annotation is None:
+        return None
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    if get_origin(annotation) in (Union, UnionType) and len(options) == 1 < len(get_args(annotation)):
+        values = _values(FieldInfo.merge_field_infos(field, annotation=options[0]))
+        return None if values is None else st.none() | values
+    if isinstance(annotation, type) and issubclass(annotation, Component):
+        return _registered(annotation)
     low, high, open_low, open_high = _bounds(field)
+    if any(isinstance(mark, TableOf) for mark in field.metadata):
+        return st.sampled_from(NAMES)
     if get_origin(annotation) is Literal:
         return st.sampled_from(list(get_args(annotation)))
     if annotation is bool:
@@ -83,6 +103,22 @@ def _values(field: FieldInfo) -> SearchStrategy[Any] | None:
         shares = [0.0] * (not open_low) + [1.0] * (not open_high) + [0.5, 0.1, 0.9]
         return st.sampled_from([bottom + share * (top - bottom) for share in shares])
     return None
+
+
+def _registered(base: type[Component]) -> SearchStrategy[Component]:
+    """Draw registered components of a kind, or of a class, that are not made of other components themselves."""
+
+    def simple(cls: type[Component]) -> bool:
+        fields = cls.model_fields.values()
+        return issubclass(cls, base) and not any(
+            isinstance(f.annotation, type) and issubclass(f.annotation, Component) for f in fields
+        )
+
+    def drawn() -> SearchStrategy[Component]:
+        known = [entry.component for entry in catalog().entries(kind_of(base)) if simple(entry.component)]
+        return st.sampled_from(known).flatmap(components)
+
+    return st.deferred(drawn)
 
 
 def _bounds(field: FieldInfo) -> tuple[float | None, float | None, bool, bool]:

@@ -45,7 +45,7 @@ def laws_of(*subjects: Any, profile: str | None = None) -> Callable[..., None]:
         subjects: component classes or instances, policies, specifications, or policies' names or files.
         profile: ``quick`` or ``thorough``; what --kvpolicy-profile says if None.
     """
-    from kvpolicy.testing.checking import Subject, check, subject_of
+    from kvpolicy.testing.checking import BAD, Subject, check, subject_of
     from kvpolicy.testing.laws import Law
 
     pairs = [(subject, law) for subject in map(subject_of, subjects) for law in (None, *subject.laws)]
@@ -61,7 +61,7 @@ def laws_of(*subjects: Any, profile: str | None = None) -> Callable[..., None]:
         chosen: Any = profile or _profile
         results = check(subject, chosen, laws=[] if law is None else [law])
         for result in results if law is None else results[-1:]:
-            if result.failure is not None:
+            if result.status in BAD:
                 pytest.fail(str(result), pytrace=False)
             if result.status == "not applicable":
                 pytest.skip(result.reason)

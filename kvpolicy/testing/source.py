@@ -15,6 +15,7 @@ from kvpolicy.components import Component, kind_of
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.loading import catalog
 from kvpolicy.policy import Budget, Policy
+from kvpolicy.testing.tables import reads_tables
 
 
 @dataclass
@@ -124,7 +125,11 @@ def pasteable_test(law: str, text: str, subject: Component | Policy, drawn: Mapp
     lines = [f"{name} = {writer.expression(value)}" for name, value in drawn.items()]
     lines.insert(0, f"subject = {writer.expression(subject)}")
     arguments = "".join(f", {name}={name}" for name in drawn)
-    body = "\n".join([f'"""{_one_line(text)}"""', *lines, f"LAWS[{law!r}].holds(subject{arguments})"])
+    lines.append(f"LAWS[{law!r}].holds(subject{arguments})")
+    if reads_tables(subject):
+        writer.imports.add("from kvpolicy.testing.tables import stand_in_tables")
+        lines = ["with stand_in_tables():", *(indent(line, "    ") for line in lines)]
+    body = "\n".join([f'"""{_one_line(text)}"""', *lines])
     head = "\n".join(_merged(writer.imports))
     return f"{head}\n\n\ndef test_{law}():\n{indent(body, '    ')}\n"
 

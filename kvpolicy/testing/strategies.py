@@ -8,7 +8,7 @@ hold NaN.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from kvpolicy.testing._extra import require_hypothesis
@@ -27,7 +27,7 @@ from kvpolicy.loading import catalog  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.spec.reference import ComponentRef  # noqa: E402
 from kvpolicy.testing import poison  # noqa: E402
-from kvpolicy.testing.drawing import codes, positions_of, scores, valid_slots, vectors  # noqa: E402
+from kvpolicy.testing.drawing import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 from kvpolicy.testing.parameters import components  # noqa: E402
 from kvpolicy.view import CacheView, Rope  # noqa: E402
 
@@ -35,17 +35,14 @@ __all__ = ["MAX_SLOTS", "budgets", "cache_views", "components", "policy_specs", 
 
 MAX_SLOTS = 16
 """Most slots that are drawn, the one size cap."""
-DRAWN_NEEDS = frozenset({"queries", "attention", "rope"})
-"""Needs that `cache_views` can serve."""
+MODEL_DIM = 6
+"""Output dimensions of the drawn output projection."""
 
 
 def _checked_needs(needs: Collection[str]) -> frozenset[str]:
-    beyond = sorted(set(needs) - DRAWN_NEEDS)
-    if beyond:
-        raise UnsupportedError(
-            f"kvpolicy.testing cannot draw {', '.join(beyond)} ({NEEDS.get(beyond[0], 'an unknown need')}); "
-            f"it can draw {', '.join(sorted(DRAWN_NEEDS))}."
-        )
+    unknown = sorted(set(needs) - set(NEEDS))
+    if unknown:
+        raise UnsupportedError(f"needs: there is no {', '.join(unknown)}; known are {', '.join(NEEDS)}.")
     return frozenset(needs)
 
 
@@ -68,7 +65,7 @@ def cache_views(
 
     Args:
         draw: given by hypothesis.
-        needs: what components need; ``queries`` and ``rope`` are drawn only if it is among them.
+        needs: what components need; ``queries``, ``rope`` and the extras are drawn only if they are among them.
         states: slot state to draw, not negative.
         observe: queries to draw at most; some rows have fewer valid ones.
         slots: number of slots; drawn if None.
@@ -80,7 +77,7 @@ def cache_views(
         still_rope: the rotary embedding has frequency 0, so that equal keys are equal without it too.
 
     Raises:
-        UnsupportedError: one of the needs cannot be drawn.
+        UnsupportedError: there is no such need.
     """
     needs = _checked_needs(needs)
     if valid is None:
@@ -103,8 +100,9 @@ def cache_views(
     if seen_by is not None:
         prompts, compactions = seen_by.prompt_length, seen_by.compaction
     fields: dict[str, object] = {}
+    group = draw(st.integers(1, 3))
     if "queries" in needs or observe:
-        fields = draw(_queries(rows, heads, max(observe, 1), seen, seen_by))
+        fields = draw(_queries((rows, heads, group), max(observe, 1), seen, seen_by))
     if "rope" in needs:
         frequencies = torch.tensor([0.0, 0.0] if still_rope else [1.0, 0.25])
         fields["rope"] = Rope(frequencies, interleaved=draw(st.booleans()))
@@ -125,6 +123,8 @@ def cache_views(
         seen=torch.tensor(seen),
         compaction=compactions,
         state={s.name: spoilt(draw(_state(s, rows, heads, slots))) for s in states},
+        budget=torch.tensor([1 + code % MAX_SLOTS for code in draw(codes(rows))]),
+        extras=draw(_extras(needs, (rows, heads, group), valid)),
         **fields,  # type: ignore[arg-type]
     )
 
@@ -136,8 +136,29 @@ def _state(draw: DrawFn, state: SlotState, rows: int, heads: int, slots: int) ->
 
 
 @st.composite
+def _extras(
+    draw: DrawFn, needs: Collection[str], sizes: tuple[int, int, int], valid: Tensor
+) -> Mapping[str, Tensor]:
+    """Draw what is declared as a need, for so many rows, heads and query heads per head."""
+    rows, heads, group = sizes
+    found: dict[str, Tensor] = {}
+    if "query_statistics" in needs:
+        count = torch.tensor([code % 4 for code in draw(codes(rows))])
+        some = (count > 0)[:, None, None, None]
+        factor = draw(vectors(rows, heads, group, 2))
+        found["query_count"] = count
+        found["query_mean"] = draw(vectors(rows, heads, group)) * some
+        found["query_covariance"] = factor.transpose(-1, -2) @ factor * some.unsqueeze(-1) / 2
+    if "weights" in needs:
+        found["output_projection"] = draw(scores(heads, group, HEAD_DIM, MODEL_DIM)) / 16
+    if "modality" in needs:
+        found["modality"] = valid & (torch.tensor(draw(codes(valid.numel()))).reshape(valid.shape) % 2 == 1)
+    return found
+
+
+@st.composite
 def _queries(
-    draw: DrawFn, rows: int, heads: int, most: int, seen: list[int], seen_by: CacheView | None
+    draw: DrawFn, sizes: tuple[int, int, int], most: int, seen: list[int], seen_by: CacheView | None
 ) -> dict[str, object]:
     """Draw the last queries, NaN where a row has fewer; in order of position or turned round, as a ring holds them."""
     if seen_by is not None and seen_by.query_positions is not None and seen_by.query_valid is not None:
@@ -150,7 +171,7 @@ def _queries(
         positions = torch.tensor([[n - count + i for i in order] for n in seen], dtype=torch.int32)
         valid = positions >= 0
         positions = positions.masked_fill(~valid, torch.iinfo(torch.int32).max)
-    group = draw(st.integers(1, 3))
+    rows, heads, group = sizes
     queries = draw(vectors(rows, heads, group, count)).clone()
     queries[~valid[:, None, None].expand(-1, heads, group, -1)] = float("nan")
     sinks = draw(scores(heads, group)) / 4 if draw(st.booleans()) else None
@@ -193,11 +214,7 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
 
 
 def _references(kind: str) -> SearchStrategy[ComponentRef]:
-    """Draw a registered component of a kind that can be drawn and fed."""
+    """Draw a registered component of a kind."""
     return st.sampled_from(catalog().entries(kind)).flatmap(
-        lambda entry: (
-            components(entry.component)
-            .filter(lambda made: made.needs <= DRAWN_NEEDS)
-            .map(lambda made: ComponentRef(entry.name, made))
-        )
+        lambda entry: components(entry.component).map(lambda made: ComponentRef(entry.name, made))
     )

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.attention import AttentionFunction
-from kvpolicy.runtimes.hf.cache import Session
 from kvpolicy.runtimes.hf.layer import EvictingLayer
+from kvpolicy.runtimes.hf.session import Session
 from kvpolicy.testing.events import Crop, LayerInfo, LayerPass, Pass, Rows, Settled, Trace
 
 if TYPE_CHECKING:
@@ -37,11 +37,14 @@ class _TracingLayer(EvictingLayer):
         if self.layer_idx == engine.layers[0]:
             self.trace.events.append(Pass(engine.forward.query_valid.clone(), prefill=not engine.decoding))
         store = engine.stores[self.layer_idx]
-        lengths = [row.resident for row in engine.rows]
-        held = store.positions[store.index[self.layer_idx], :, :, : max(lengths)].clone()
+        slots = store.read(self.layer_idx, slice(None), [row.tail for row in engine.rows])
+        held = [
+            [positions[valid].tolist() for positions, valid in zip(*row, strict=True)]
+            for row in zip(slots.positions, slots.valid, strict=True)
+        ]
         current = self.trace.passes[-1]
         current.layers[self.layer_idx] = LayerPass(
-            key_states.detach().clone(), value_states.detach().clone(), held=held, lengths=lengths
+            key_states.detach().clone(), value_states.detach().clone(), held=held
         )
         return result
 

@@ -9,8 +9,9 @@ import torch
 
 from kvpolicy import PolicySpec, Rope
 from kvpolicy.components import Counters
-from kvpolicy.engine import Engine, LayerFacts
+from kvpolicy.engine import Engine
 from kvpolicy.errors import BudgetError, CacheStateError, UnsupportedError
+from kvpolicy.viewing import LayerFacts
 
 CPU = torch.device("cpu")
 GROUPS, DIM = 2, 8

@@ -180,5 +180,5 @@ def test_a_clone_shares_nothing(re_rotates):
 def test_bytes_are_those_of_the_tensors():
     store = make(dtype=torch.bfloat16)
     assert store.bytes_per_entry == (4 + 6) * 2
-    assert store.bytes_of_metadata == 2 * 2 * 8 * (4 + 4 + 4)
-    assert make(re_rotates=True).bytes_of_metadata == 2 * 2 * 8 * (4 + 4 + 4 + 4)
+    assert store.bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4)
+    assert make(re_rotates=True).bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4 + 4)

@@ -21,46 +21,19 @@ from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf.attention import announce, attach, attention_modules
 from kvpolicy.runtimes.hf.layer import EvictingLayer
+from kvpolicy.runtimes.hf.model_facts import head_shape, image_tokens
 from kvpolicy.runtimes.hf.rope import layer_ropes
+from kvpolicy.runtimes.hf.session import Session
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
+from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
 
-SERVED = frozenset({"queries", "attention", "rope"})
+SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", "rope", "weights", "modality"})
 """The needs of components that this runtime can serve."""
 
 _UNCHECKED_MOST = 64  # decode masks on a GPU are read back together, once in so many steps
-
-
-class Session:
-    """What the layers of one cache share: the engine and the forward pass that is under way."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.announced: tuple[int, Tensor | None] | None = None
-        self.prompt_end = 0  # columns that are known to belong to a prompt, whatever length they come in
-        self.unattended: int | None = None
-
-    def begin(self, keys: Tensor) -> None:
-        """Open the forward pass at its first layer; check that every earlier layer's attention came by.
-
-        Raises:
-            UnsupportedError: the model does not ask the registries for its mask or its attention.
-        """
-        if self.unattended is not None:
-            raise UnsupportedError(
-                f"the attention of layer {self.unattended} did not go through transformers' attention registry while "
-                "this cache was in use; do not change the model's attention implementation inside the cache's "
-                "`with` block."
-            )
-        if self.announced is not None:
-            columns, valid = self.announced
-            self.announced = None
-            if columns != keys.shape[2]:
-                raise UnsupportedError(f"the mask was made for {columns} tokens but {keys.shape[2]} arrived.")
-            prefill = self.engine.columns < self.prompt_end
-            self.engine.open(keys.shape[0], columns, valid, keys.device, prefill=prefill)
 
 
 class PolicyCache(Cache):
@@ -86,11 +59,6 @@ class PolicyCache(Cache):
                 f"policy {self.policy.name!r} needs {missing[0]} ({NEEDS[missing[0]]}), which the transformers runtime "
                 "cannot give; choose another component."
             )
-        if self.policy.allocator.counts != "equal":
-            raise UnsupportedError(
-                f"policy {self.policy.name!r}: allocator {type(self.policy.allocator).__name__} gives heads or layers "
-                "different counts, which the dense store cannot hold; use `allocator: uniform`."
-            )
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
         refuse_implementation(getattr(model.generation_config, "cache_implementation", None), "generation_config")
@@ -103,13 +71,15 @@ class PolicyCache(Cache):
             unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
             what = unseen or "it has no layer to evict from"
             raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
-        ropes = layer_ropes(model, evictable) if "rope" in self.policy.needs else {}
+        check_fit(self.policy.components, len(layers), *head_shape(model))
+        ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
         groups: dict[object, list[int]] = {}
         for i in evictable:
             first = next(modules[i].parameters())
             key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
             groups.setdefault(key, []).append(i)
         self._session = Session(Engine(self.policy, list(groups.values()), len(layers), ropes))
+        self._session.has_images = bool(image_tokens(model))
         for i in evictable:
             layers[i] = EvictingLayer(self._session, i)
         self.model = model
@@ -348,6 +318,21 @@ class PolicyCache(Cache):
             )  # fmt: skip
             seen = end
 
+    def set_modality(self, images: Tensor) -> None:
+        """Say which tokens of the prompt are image tokens, for policies that treat them apart.
+
+        `kvpolicy.runtimes.hf.generate` does so by itself, by the image and video tokens of the model's configuration.
+
+        Args:
+            images: bool `[B, P]`, columns as in ``input_ids``, padding included; later tokens are text.
+        """
+        if images.dim() != 2 or images.dtype != torch.bool:
+            raise CacheStateError(
+                f"set_modality: a mask of {images.dtype} {list(images.shape)} says nothing; give booleans "
+                "[batch, prompt tokens], True for image tokens."
+            )
+        self.engine.modality = images.to("cpu")
+
     def stats(self) -> CacheStats:
         """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""
         self._settle()
@@ -366,8 +351,8 @@ class PolicyCache(Cache):
                 f"kept: there is no layer {layer}, head {head}, row {row}; the policy works on layers "
                 f"{self.engine.layers} and the cache holds {len(self.engine.rows)} rows."
             )
-        resident = self.engine.rows[row].resident
-        positions: list[int] = store.positions[store.index[layer], row, head, :resident].tolist()
+        slots = store.read(layer, slice(row, row + 1), [self.engine.rows[row].tail])
+        positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
         return positions
 
     def _settle(self) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf.cache import PolicyCache, refuse_implementation
+from kvpolicy.runtimes.hf.model_facts import image_tokens
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
@@ -51,6 +52,9 @@ def generate(
         name: value.repeat_interleave(more, 0) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
     }
+    ids = repeated.get("input_ids")
+    if "modality" in cache.policy.needs and ids is not None and not cache.get_seq_length():
+        cache.set_modality(torch.isin(ids, torch.tensor(image_tokens(model), dtype=ids.dtype, device=ids.device)))
     try:
         if set(inputs) <= {"input_ids", "attention_mask", "token_type_ids"}:
             # generate() repeats the prompt for beams and samples only after the cache has been filled.

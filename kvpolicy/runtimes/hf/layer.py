@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.engine import LayerFacts
+from kvpolicy import ops
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import AttentionFunction, additive, mark
+from kvpolicy.runtimes.hf.attention import AttentionFunction, additive, mark, output_weight
+from kvpolicy.stores import Base
+from kvpolicy.viewing import LayerFacts
 
 if TYPE_CHECKING:
-    from kvpolicy.runtimes.hf.cache import Session
+    from kvpolicy.runtimes.hf.session import Session
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -40,13 +42,13 @@ class EvictingLayer(CacheLayerMixin):
         store = engine.stores.get(self.layer_idx)
         if store is None:
             return None
-        end = max((row.resident for row in engine.rows), default=0)
-        tensor: Tensor = getattr(store, arena)[store.index[self.layer_idx]][:, :, :end]
+        slots = store.read(self.layer_idx, slice(None), [row.tail for row in engine.rows])
+        tensor: Tensor = getattr(slots, arena)
         return tensor
 
     @property
     def keys(self) -> Tensor | None:
-        """Resident keys `[B, H, N, D]`; shorter rows have unused slots at their end."""
+        """Resident keys `[B, H, N, D]`; shorter rows, and heads that hold less, have unused slots."""
         return self._resident("keys")
 
     @property
@@ -86,12 +88,18 @@ class EvictingLayer(CacheLayerMixin):
             raise CacheStateError("attention was called outside of a forward pass of this cache.")
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
-        facts = engine.facts.get(self.layer_idx) or self._facts(module, query, key, kwargs)
+        facts = engine.facts.get(self.layer_idx) or self._facts(module, query, value, kwargs)
         if mask is not None and mask.shape[-1] != key.shape[2]:
             raise UnsupportedError(
                 "this model asks for a mask that is not simply causal, after padding or an eviction; "
                 "give such input (images, for example) in the first, unpadded forward pass."
             )
+        base_entries = engine.ragged_base(self.layer_idx)
+        if base_entries is not None:
+            attended = self._attend_ragged(base_entries, query, key, value, mask, facts)
+            engine.record(self.layer_idx, query, facts)
+            self.session.unattended = None
+            return attended, None
         if mask is None:
             allowed = forward.mask_on(key.device, explicit=base == "eager")
             mask = additive(allowed, query.dtype) if base == "eager" else allowed
@@ -100,16 +108,36 @@ class EvictingLayer(CacheLayerMixin):
         self.session.unattended = None
         return output
 
-    @staticmethod
-    def _facts(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> LayerFacts:
+    def _attend_ragged(
+        self, base: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, facts: LayerFacts
+    ) -> Tensor:
+        """Attend to a ragged base and its tail, which no attention function of a model knows; `[B, q, Hq, Dv]`."""
+        engine, forward = self.session.engine, self.session.engine.forward
+        assert forward is not None
+        if mask is not None:
+            raise UnsupportedError("this model asks for a mask that is not simply causal after a head-wise eviction.")
+        output = ops.ragged_attention(
+            engine.turn_queries(self.layer_idx, query), base.blocks, key, value,
+            forward.mask_on(key.device, explicit=True) if forward.columns > 1 or forward.visible is not None else None,
+            scale=facts.scale, softcap=facts.softcap, attention_sinks=facts.attention_sinks,
+        )  # fmt: skip
+        return output.transpose(1, 2).contiguous()
+
+    def _facts(self, module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> LayerFacts:
         scale = kwargs.get("scaling")
         sinks = kwargs.get("s_aux")
-        heads = key.shape[1]
+        heads, width = value.shape[1], value.shape[3]
+        groups = query.shape[1] // heads
+        projection = None
+        if "weights" in self.session.engine.policy.needs:
+            weight = output_weight(module, query.shape[1] * width)
+            projection = weight.detach().T.unflatten(0, (heads, groups, width))
         return LayerFacts(
-            groups=query.shape[1] // heads,
+            groups=groups,
             scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
             softcap=kwargs.get("softcap"),
             attention_sinks=None if sinks is None else sinks.detach().reshape(heads, -1),
+            output_projection=projection,
         )
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:

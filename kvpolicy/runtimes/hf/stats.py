@@ -11,6 +11,9 @@ from kvpolicy.engine import Engine
 class LayerStats:
     """One evictable layer. Entries are per KV head and, where rows differ, those of the row that has most.
 
+    Under a policy that gives heads or layers different counts they are means over all heads and layers, rounded up;
+    `PolicyCache.kept` lists what each head holds.
+
     Attributes:
         layer_idx: index as transformers counts.
         seen: tokens seen.
@@ -92,8 +95,11 @@ def collect(engine: Engine) -> CacheStats:
     layers = []
     for layer in engine.layers:
         store = engine.stores.get(layer)
-        entry = 0 if store is None else store.bytes_per_entry * store.shape.heads
         rows = engine.rows
+        held, data, metadata = 0, 0, 0
+        if store is not None:
+            held = store.bytes_per_entry * sum(store.entries(layer, [row.tail for row in rows]))
+            data, metadata = store.bytes_allocated(layer)
         layers.append(
             LayerStats(
                 layer_idx=layer,
@@ -102,9 +108,9 @@ def collect(engine: Engine) -> CacheStats:
                 peak_resident=max((r.peak for r in rows), default=0),
                 evicted=max((r.seen - r.resident for r in rows), default=0),
                 compactions=max((r.compactions for r in rows), default=0),
-                bytes_resident=entry * sum(r.resident for r in rows),
-                bytes_allocated=0 if store is None else entry * store.shape.batch * store.capacity,
-                bytes_metadata=0 if store is None else store.bytes_of_metadata,
+                bytes_resident=held,
+                bytes_allocated=data,
+                bytes_metadata=metadata,
             )
         )
     return CacheStats(layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ require_hypothesis()
 
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
-from kvpolicy.components import KINDS  # noqa: E402
+from kvpolicy.components import KINDS, Component  # noqa: E402
 
 LAW_KINDS = (*KINDS, "policy")
 """What a law can be about: a kind of component, or a whole policy."""
@@ -26,7 +26,13 @@ class LawBrokenError(AssertionError):
 
 
 class UndecidedError(Exception):
-    """Rounding decides in this example, so that it says nothing."""
+    """This example says nothing about the law; the message says why, to be counted."""
+
+
+def decided(says: object, why: str) -> None:
+    """Raise UndecidedError unless an example says something."""
+    if not says:
+        raise UndecidedError(why)
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,13 @@ def broken(message: str) -> LawBrokenError:
 
 
 def exceptions_of(subject: Any) -> Mapping[str, str]:
-    """Return the laws that a component, or a component of a policy, declares not to obey, with its reasons."""
+    """Return the laws that a component, or a component of a policy or of it, declares not to obey, with its reasons."""
     parts = getattr(subject, "components", None)
     if parts is None:
-        return dict(subject.laws_not_applicable)
-    return {name: f"{type(c).__name__}: {why}" for c in parts for name, why in c.laws_not_applicable.items()}
+        own, *held = subject.members()
+        return {**_told(held), **own.laws_excused()}
+    return _told(parts)
+
+
+def _told(parts: Iterable[Component]) -> dict[str, str]:
+    return {name: f"{type(c).__name__}: {why}" for c in parts for name, why in c.laws_excused().items()}

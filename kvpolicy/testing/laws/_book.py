@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,19 +12,23 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from kvpolicy.components import Counters, SlotState, Trigger
-from kvpolicy.engine import Engine, LayerFacts
+from kvpolicy.engine import Engine
 from kvpolicy.errors import CacheStateError
 from kvpolicy.policy import Policy
 from kvpolicy.testing.laws._base import broken
 from kvpolicy.types import Weights
 from kvpolicy.view import CacheView, Rope
+from kvpolicy.viewing import LayerFacts
 
 _LAYERS, _HEADS, _GROUP = 2, 2, 2
-_FACTS = LayerFacts(groups=_GROUP, scale=0.5)
+_PROJECTION = torch.randn(_HEADS, _GROUP, 4, 6, generator=torch.Generator().manual_seed(7))
+_FACTS = LayerFacts(groups=_GROUP, scale=0.5, output_projection=_PROJECTION)
 LONGEST_PROMPT = 4
 
 Step = tuple[Any, ...]
-"""("append", counts) | ("rows", index) | ("crop", columns) | ("settle",) | ("observe",) | ("fork",) | ("reset",)"""
+"""The name of a method of `Book`, without its underscore, and the arguments."""
+
+_ROLLBACK = 16  # single tokens that may be taken back at any time and still leave a policy the queries it looks at
 
 
 class _Needs:
@@ -71,41 +75,70 @@ class _Row:
         columns: for each column since the beginning, whether it was a token of this row.
         held: by layer and head, positions in order.
         compactions: how many the engine counted at the last look.
+        floor: tokens at the last compaction; a crop may go back so far.
     """
 
     uids: list[int] = field(default_factory=list)
     columns: list[bool] = field(default_factory=list)
     held: list[list[int]] = field(default_factory=lambda: [[] for _ in range(_LAYERS * _HEADS)])
     compactions: int = 0
+    floor: int = 0
 
 
 def _content(uid: int, layer: int, head: int) -> list[float]:
     return [uid / 1024, layer / 8, head / 8, 0.25]
 
 
+def _images(row: _Row) -> list[bool]:
+    """Return which columns are image tokens."""
+    uids = iter(row.uids)
+    return [real and next(uids) % 3 == 1 for real in row.columns]
+
+
 class Book:
-    """Applies steps to an engine and to lists, and compares them after each."""
+    """Applies steps to an engine and to lists, and compares them after each.
+
+    Attributes:
+        evictions: compactions of rows so far.
+    """
 
     def __init__(self, policy: Policy) -> None:
-        tokens = policy.budget.tokens
+        self.evictions = 0
+        self.uid = 0
+        self.given = policy
+        self._make(tagged=True, room=0)
+
+    def _make(self, *, tagged: bool, room: int) -> None:
+        """Begin with an empty engine.
+
+        Args:
+            tagged: entries carry tags as slot state, which takes observing attention; crops go back less far then.
+            room: entries more in the budget, so that more tokens come between compactions.
+        """
+        policy, tokens = self.given, self.given.budget.tokens
         if tokens is not None:
-            least = policy.reserved(LONGEST_PROMPT) + 2
-            policy = replace(policy, budget=policy.budget.model_copy(update={"tokens": max(tokens, least)}))
-        self.policy = replace(policy, trigger=Tagged(inner=policy.trigger))
+            tokens = max(tokens, policy.reserved(LONGEST_PROMPT) + 2) + room
+            policy = replace(policy, budget=policy.budget.model_copy(update={"tokens": tokens}))
+        self.tagged = tagged
+        self.policy = replace(policy, trigger=Tagged(inner=policy.trigger)) if tagged else policy
         rope = Rope(torch.tensor([1.0, 0.25]))
         ropes = dict.fromkeys(range(_LAYERS), rope) if "rope" in policy.needs else {}
         self.engine = Engine(self.policy, [tuple(range(_LAYERS))], _LAYERS, ropes)
         self.changes = {post.changes for post in policy.post}
         self.rows: list[_Row] = []
-        self.uid = 0
+        self.cropped = 0  # columns taken back since the queries that the policy looks at were last complete
+        self.fresh = 0  # tokens that every row has had since the last crop
 
     def apply(self, step: Step) -> None:
         """Apply one step to both and compare; raises LawBrokenError."""
         name, *arguments = step
-        if name != "append" and not self.rows:
+        if name == "make":
+            self._make(tagged=arguments[0], room=arguments[1])
+        if name == "make" or (name != "append" and not self.rows):
             return
+        before = [len(row.uids) for row in self.rows]
         getattr(self, f"_{name}")(*arguments)
-        self.compare(f"after {step}")
+        self.compare(f"after {step}", before if name in ("append", "settle") else None)
 
     def _append(self, counts: tuple[int, ...]) -> None:
         prompt = not self.rows
@@ -119,8 +152,10 @@ class Book:
             counts = (1,) * len(self.rows)
         columns = max(counts)
         valid = torch.tensor([[False] * (columns - n) + [True] * n for n in counts])
-        whole = bool(valid.all())
-        self.engine.open(len(self.rows), columns, None if whole else valid, torch.device("cpu"), prefill=prompt)
+        whole = None if bool(valid.all()) else valid
+        if self._refused(lambda: self.engine.open(len(self.rows), columns, whole, torch.device("cpu"), prefill=prompt)):
+            return
+        self.fresh += min(counts)
         for row, count in zip(self.rows, counts, strict=True):
             row.columns += [False] * (columns - count) + [True] * count
             for _ in range(count):
@@ -128,10 +163,16 @@ class Book:
                     held.append(len(row.uids))
                 row.uids.append(self.uid)
                 self.uid += 1
+        if "modality" in self.policy.needs:
+            self.engine.modality = torch.tensor([_images(row) for row in self.rows])
         for layer in range(_LAYERS):
             keys = self._new(counts, columns, layer, _HEADS)
             self.engine.append(layer, keys, keys.clone())
             self.engine.record(layer, self._new(counts, columns, layer, _HEADS * _GROUP), _FACTS)
+
+    def _decode(self, times: int) -> None:
+        for _ in range(times):
+            self.apply(("append", (1,) * len(self.rows)))
 
     def _new(self, counts: tuple[int, ...], columns: int, layer: int, heads: int) -> Tensor:
         new = torch.full((len(self.rows), heads, columns, 4), float("nan"))
@@ -148,18 +189,37 @@ class Book:
 
     def _crop(self, columns: int) -> None:
         columns = min(columns, len(self.rows[0].columns) - 1)
+        losses = [sum(row.columns[len(row.columns) - columns :]) for row in self.rows]
+        behind = any(len(row.uids) - lost < row.floor for row, lost in zip(self.rows, losses, strict=True))
+        observed = "attention" in self.policy.needs and columns > self.engine.log.unobserved
         try:
             self.engine.crop(columns)
-        except CacheStateError:  # behind a compaction, or observed: refused, and nothing has changed
+        except CacheStateError as error:
+            if not behind and not observed:
+                raise broken(f"a crop by {columns} is refused, and nothing has been compacted since: {error}") from None
             return
-        for row in self.rows:
-            lost = sum(row.columns[len(row.columns) - columns :])
+        if behind or observed:
+            raise broken(f"a crop by {columns} goes back behind {'a compaction' if behind else 'what was observed'}.")
+        self.cropped, self.fresh = self.cropped + columns, 0
+        for row, lost in zip(self.rows, losses, strict=True):
             row.columns = row.columns[: len(row.columns) - columns]
             row.uids = row.uids[: len(row.uids) - lost]
             row.held = [[p for p in held if p < len(row.uids)] for held in row.held]
 
     def _settle(self) -> None:
-        self.engine.settle()
+        self._refused(self.engine.settle)
+
+    def _refused(self, compact: Callable[[], Any]) -> bool:
+        """Run what may compact; whether that is refused because a deep crop has taken queries that are looked at."""
+        if self.fresh >= self.policy.observed_queries + _ROLLBACK:
+            self.cropped = 0
+        try:
+            compact()
+        except CacheStateError as error:
+            if self.cropped <= _ROLLBACK:
+                raise broken(f"a compaction is refused after {self.cropped} columns were taken back: {error}") from None
+            return True
+        return False
 
     def _observe(self) -> None:
         self.engine.observe()
@@ -167,15 +227,19 @@ class Book:
     def _fork(self) -> None:
         twin = copy(self)
         twin.engine, twin.rows = self.engine.clone(), deepcopy(self.rows)
-        for _ in range(3):
-            twin.apply(("append", (1,) * len(self.rows)))
+        twin.apply(("decode", self.policy.trigger.buffer() + 2))  # so that the copy is compacted
 
     def _reset(self) -> None:
         self.engine.reset()
-        self.rows = []
+        self.rows, self.cropped, self.fresh = [], 0, 0
 
-    def compare(self, when: str) -> None:
-        """Compare the engine with the lists; what was evicted is taken over from it, everything else must agree."""
+    def compare(self, when: str, before: list[int] | None = None) -> None:
+        """Compare the engine with the lists; what was evicted is taken over from it, everything else must agree.
+
+        Args:
+            when: beginning of messages.
+            before: tokens of each row when a compaction may have run; None if none may have.
+        """
         observed = self.engine.log.unobserved == 0
         for b, row in enumerate(self.rows):
             counters = self.engine.rows[b]
@@ -187,11 +251,17 @@ class Book:
                 for h in range(_HEADS):
                     where = f"{when}, row {b}, layer {layer}, head {h}"
                     place = layer * _HEADS + h
-                    may_evict = counters.compactions > row.compactions
+                    may_evict = before is not None and counters.compactions > row.compactions
                     self._compare_head(where, view, row, (layer, h), may_evict=may_evict, observed=observed)
-                    if len(row.held[place]) != counters.resident:
+                    if self.policy.counts == "equal" and len(row.held[place]) != counters.resident:
                         raise broken(f"{where}: {len(row.held[place])} entries, {counters.resident} are counted.")
                 self._compare_queries(f"{when}, row {b}, layer {layer}", view, row, layer)
+            mean = -(-sum(map(len, row.held)) // len(row.held))
+            if mean != counters.resident:
+                raise broken(f"{when}, row {b}: {mean} entries on average, {counters.resident} are counted.")
+            if before is not None and counters.compactions > row.compactions:
+                self.evictions += 1
+                row.floor = before[b]
             row.compactions = counters.compactions
 
     def _compare_head(
@@ -211,6 +281,8 @@ class Book:
         for name, tensor, comparable in stored:
             if comparable and not torch.equal(tensor[0, h, slots], content):
                 raise broken(f"{where}: the {name} are not those of positions {now}.")
+        if not self.tagged:
+            return
         owners = view.state["law_owner"][0, h, slots]
         if "values" not in self.changes and bool(((owners != content[:, 0]) & (owners >= 0)).any()):
             raise broken(f"{where}: slot state is not that of positions {now}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from kvpolicy.components import Component, kind_of
+from kvpolicy.components import Component, SlotState, kind_of
 from kvpolicy.policy import Policy
 from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.drawing import codes, scores, valid_slots
@@ -29,7 +30,7 @@ def cases(draw: DrawFn, /, subject: Any, **view: Any) -> Case:
         return draw(policy_cases(subject, **view))
     if kind == "allocator":
         return draw(allocator_cases(subject))
-    asks = {"needs": subject.needs, "states": subject.slot_state(), "observe": subject.observed_queries()}
+    asks = {"needs": needs_of(subject), "states": states_of(subject), "observe": observed_by(subject)}
     seen = draw(cache_views(**{**asks, **view}))
     aligned: dict[str, Tensor] = {}
     counts = None
@@ -85,16 +86,20 @@ def allocator_cases(draw: DrawFn, subject: Any) -> Case:
 def policy_cases(draw: DrawFn, /, policy: Policy, **view: Any) -> Case:
     """Draw the layers of a model, and for each row a budget that holds what is protected."""
     total = draw(st.integers(1, 2))
-    asks: dict[str, Any] = {"needs": policy.needs, "states": policy.slot_states, "observe": policy.observed_queries}
+    asks: dict[str, Any] = {"needs": needs_of(policy), "states": states_of(policy), "observe": observed_by(policy)}
     shared: Literal["none", "heads"] = "none" if policy.selector.scope == "head" else "heads"
+    view.setdefault("slots", draw(st.integers(1, MAX_SLOTS) | st.just(MAX_SLOTS)))
     first = draw(cache_views(**asks, ragged=False, shared=shared, layer=(0, total), **view))
     views = [first]
     others = range(1, total)
     views += [draw(cache_views(**asks, valid=first.valid, layer=(i, total), seen_by=first)) for i in others]
     least = least_budget(policy, views)
-    most = first.shape[2] + 2
-    drawn = zip(draw(codes(len(least))), least, strict=True)
-    return Case(tuple(Layer(v) for v in views), budget=tuple(n + code % max(1, most - n + 1) for code, n in drawn))
+    # Mostly less than there is, for else nothing is evicted.
+    there = first.valid.sum(-1).amax(-1).tolist()
+    most = [n - 1 if draw(st.integers(0, 3)) else first.shape[2] + 2 for n in there]
+    drawn = zip(draw(codes(len(least))), least, most, strict=True)
+    budget = tuple(low + code % max(1, high - low + 1) for code, low, high in drawn)
+    return Case(tuple(Layer(v) for v in views), budget=budget)
 
 
 def least_budget(policy: Policy, views: list[Any]) -> list[int]:
@@ -122,6 +127,20 @@ def order(most: int = 3) -> SearchStrategy[tuple[int, ...]]:
     return st.permutations(range(most)).map(tuple)
 
 
+def _members(subject: Component | Policy) -> Sequence[Component]:
+    return subject.components if isinstance(subject, Policy) else list(subject.members())
+
+
 def needs_of(subject: Component | Policy) -> frozenset[str]:
-    """Return what a component or a policy needs."""
-    return subject.needs
+    """Return what a component or a policy needs, with all that it is made of."""
+    return frozenset().union(*(c.needs for c in _members(subject)))
+
+
+def states_of(subject: Component | Policy) -> tuple[SlotState, ...]:
+    """Return the slot state of a component or a policy, with all that it is made of."""
+    return tuple(state for c in _members(subject) for state in c.slot_state())
+
+
+def observed_by(subject: Component | Policy) -> int:
+    """Return how many queries a component or a policy looks at, with all that it is made of."""
+    return max(c.observed_queries() for c in _members(subject))

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpolicy.engine import Engine, LayerFacts
+from kvpolicy.engine import Engine
 from kvpolicy.policy import Policy
 from kvpolicy.view import Rope
+from kvpolicy.viewing import LayerFacts
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 4
-_FACTS = LayerFacts(groups=GROUP, scale=0.5)
+_PROJECTION = torch.randn(HEADS, GROUP, DIM, 6, generator=torch.Generator().manual_seed(7))
+_FACTS = LayerFacts(groups=GROUP, scale=0.5, output_projection=_PROJECTION)
 _ROPE = Rope(torch.tensor([1.0, 0.25]))
 
 Held = dict[int, tuple[Tensor, ...]]
@@ -67,6 +69,7 @@ class Drive:
         self.texts = list(texts)
         self._tensors = [text.tensors(self.jitter) for text in self.texts]
         self.read = [0] * len(self.texts)
+        self.images = torch.zeros(len(self.texts), 0, dtype=torch.bool)
 
     def forward(self, counts: Sequence[int], *, prefill: bool) -> None:
         """Run the next `counts[b]` tokens of each row, padded on the left with NaN."""
@@ -74,6 +77,10 @@ class Drive:
         rows = len(self.texts)
         pads = [columns - count for count in counts]
         valid = torch.tensor([[False] * pad + [True] * (columns - pad) for pad in pads])
+        at = torch.tensor(self.read)[:, None] + valid.cumsum(1) - 1
+        self.images = torch.cat([self.images, valid & (at % 3 == 1)], 1)
+        if "modality" in self.policy.needs:
+            self.engine.modality = self.images
         forward = self.engine.open(
             rows, columns, None if not any(pads) else valid, torch.device("cpu"), prefill=prefill
         )
@@ -92,6 +99,11 @@ class Drive:
         new = text[:, self.read[row] : self.read[row] + count]
         blank = torch.full((text.shape[0], columns - count, DIM), float("nan"))
         return torch.cat([blank, new], dim=1)
+
+    @property
+    def compactions(self) -> int:
+        """How many compactions the row has had that had most."""
+        return max(row.compactions for row in self.engine.rows)
 
     def settle(self) -> None:
         """Run due compactions and observe all attention."""

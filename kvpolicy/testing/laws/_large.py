@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvpolicy.testing.cases import Case, Layer
-from kvpolicy.testing.laws._draws import kind_of_subject
+from kvpolicy.testing.laws._draws import kind_of_subject, needs_of, observed_by, states_of
 from kvpolicy.view import CacheView, Rope
 
 _HEADS, _GROUP, _DIM = 2, 2, 16
@@ -17,8 +20,7 @@ def make(subject: Any, *, rows: int, slots: int, seed: int, dtype: torch.dtype =
     """Make a case with all slots valid; keys lie near a few directions, as those of a model do."""
     kind = kind_of_subject(subject)
     g = torch.Generator().manual_seed(seed)
-    states = subject.slot_states if kind == "policy" else subject.slot_state()
-    observe = subject.observed_queries if kind == "policy" else subject.observed_queries()
+    needs, states, observe = needs_of(subject), states_of(subject), observed_by(subject)
     shape = (rows, _HEADS, slots)
 
     def normal(*size: int) -> torch.Tensor:
@@ -49,8 +51,10 @@ def make(subject: Any, *, rows: int, slots: int, seed: int, dtype: torch.dtype =
         state={s.name: (8 * normal(*shape).abs()).to(s.dtype) for s in states},
         rope=Rope(1.0 / 100.0 ** (torch.arange(0, _DIM, 2) / _DIM)),
         rope_positions=positions,
+        budget=torch.full((rows,), slots // 2),
         **queries,
     )
+    view = replace(view, extras=_extras(needs, normal, view))
     aligned = {name: normal(*shape) for name in ("importance", "redundancy", "scores")}
     marked = torch.rand(shape, generator=g)
     aligned |= {"protected": marked < 0.1, "kept": marked < 0.5}
@@ -61,3 +65,19 @@ def make(subject: Any, *, rows: int, slots: int, seed: int, dtype: torch.dtype =
 
         budget = max(budget, *least_budget(subject, [view]))
     return Case((Layer(view, aligned),), protected.clamp(min=slots // 2), (budget,) * rows)
+
+
+def _extras(needs: Collection[str], normal: Callable[..., Tensor], view: CacheView) -> Mapping[str, Tensor]:
+    """Return what is declared as a need."""
+    rows, heads, _ = view.shape
+    found: dict[str, Tensor] = {}
+    if "query_statistics" in needs:
+        factor = normal(rows, heads, _GROUP, 2 * _DIM, _DIM)
+        found["query_count"] = view.seen
+        found["query_mean"] = normal(rows, heads, _GROUP, _DIM)
+        found["query_covariance"] = factor.transpose(-1, -2) @ factor / (2 * _DIM)
+    if "weights" in needs:
+        found["output_projection"] = normal(heads, _GROUP, _DIM, 2 * _DIM).to(view.keys.dtype) / 8
+    if "modality" in needs:
+        found["modality"] = view.valid & (view.positions % 3 == 1)
+    return found

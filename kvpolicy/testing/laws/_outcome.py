@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpolicy.components import AllocationRequest, Slots
 from kvpolicy.testing.cases import Case, keep_indices
-from kvpolicy.testing.laws._base import LawBrokenError, UndecidedError, broken
+from kvpolicy.testing.laws._base import LawBrokenError, broken, decided
 from kvpolicy.testing.laws._draws import kind_of_subject
 from kvpolicy.types import KeepIndices
 
@@ -72,6 +72,7 @@ def allocation_request(case: Case) -> AllocationRequest:
         masks=[layer.view.valid for layer in layers],
         layers=[layer.view.layer_idx for layer in layers],
         num_layers=layers[0].view.num_layers,
+        protected_masks=[layer.aligned["protected"] for layer in layers],
     )
 
 
@@ -109,8 +110,8 @@ def expect_same(
         difference = _difference(a, b, mask, exact=exact)
         if difference is None:
             continue
-        if not exact and rounding_decides(subject, case, at_least=_largest(a, b, mask) / 4):
-            raise UndecidedError
+        rounded = not exact and rounding_decides(subject, case, at_least=_largest(a, b, mask) / 4)
+        decided(not rounded, "rounding decides")
         raise broken(f"{what} {difference}")
 
 

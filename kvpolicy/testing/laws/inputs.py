@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from kvpolicy.testing.cases import Case
-from kvpolicy.testing.laws._base import SEES_VIEW, broken, law
+from kvpolicy.testing.laws._base import SEES_VIEW, broken, decided, law
 from kvpolicy.testing.laws._draws import case_and, cases, kind_of_subject, one_case
 from kvpolicy.testing.laws._outcome import expect_same, outcome
 from kvpolicy.testing.poison import poisoned_memory
@@ -50,6 +50,7 @@ def inputs_untouched(subject: Any, case: Case) -> None:
 )
 def invalid_slots_unread(subject: Any, case: Case, garbage: float) -> None:
     """What stands in slots that are not valid never reaches a result: NaN there or a number, it is the same."""
+    decided(any(not bool(v.all()) for v in case.valid), "all slots are valid")
     expected = outcome(subject, case.with_garbage(garbage))
     got = outcome(subject, case)
     what = f"with NaN instead of {garbage} in slots that are not valid,"

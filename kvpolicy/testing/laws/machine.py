@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvpolicy.policy import Policy
 from kvpolicy.testing.laws._base import law
 from kvpolicy.testing.laws._book import LONGEST_PROMPT, Book, Step
+from kvpolicy.testing.laws.engine import evicts
 
 _PROMPTS = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=3).map(tuple)
 _COUNTS = st.lists(st.integers(0, 2), min_size=3, max_size=3).map(tuple)
@@ -19,7 +20,14 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
     """Return a state machine that drives `policy`; its list `steps` repeats a run without hypothesis."""
 
     class CacheMachine(RuleBasedStateMachine):
-        """Appends, evicts, reorders, crops, forks and resets."""
+        """Appends, evicts, reorders, crops, forks and resets.
+
+        Class attributes:
+            runs: how many have ended.
+            decided: how many of them evicted something, if the policy ever does.
+        """
+
+        runs = decided = 0
 
         def __init__(self) -> None:
             super().__init__()
@@ -31,10 +39,19 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
             self.steps.append(step)
             self.book.apply(step)
 
-        @initialize(prompts=_PROMPTS)
-        def start(self, prompts: tuple[int, ...]) -> None:
-            """Read prompts into an empty cache."""
+        def teardown(self) -> None:
+            """Count the run."""
+            CacheMachine.runs += 1
+            CacheMachine.decided += bool(self.book.evictions) or not evicts(policy)
+
+        @initialize(
+            prompts=_PROMPTS, tagged=st.booleans(), room=st.sampled_from([0, 0, 0, 24]), times=st.integers(0, 32)
+        )
+        def start(self, prompts: tuple[int, ...], *, tagged: bool, room: int, times: int) -> None:
+            """Read prompts into an empty cache, and decode."""
+            self._do("make", tagged, room)
             self._do("append", prompts)
+            self._do("decode", times)
 
         @rule(counts=_COUNTS, times=st.integers(1, 5))
         def append(self, counts: tuple[int, ...], times: int) -> None:
@@ -42,11 +59,10 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
             for _ in range(times):
                 self._do("append", counts)
 
-        @rule(times=st.integers(1, 8))
+        @rule(times=st.integers(1, 16))
         def decode(self, times: int) -> None:
             """Append one token to every row, and again."""
-            for _ in range(times):
-                self._do("append", (1, 1, 1))
+            self._do("decode", times)
 
         @rule(index=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple), observed=st.booleans())
         def rows(self, index: tuple[int, ...], *, observed: bool) -> None:
@@ -55,7 +71,7 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
                 self._do("observe")
             self._do("rows", index)
 
-        @rule(columns=st.integers(1, 3))
+        @rule(columns=st.sampled_from([1, 2, 3, 1, 2, 3, 5, 10, 24]))
         def crop(self, columns: int) -> None:
             """Take columns back."""
             self._do("crop", columns)
@@ -75,11 +91,13 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
             """Feed waiting queries to the scorers that accumulate attention."""
             self._do("observe")
 
-        @rule(prompts=_PROMPTS)
-        def reset(self, prompts: tuple[int, ...]) -> None:
-            """Forget everything and read other prompts."""
+        @precondition(lambda self: self.book.evictions > 0)
+        @rule(prompts=_PROMPTS, times=st.integers(0, 16))
+        def reset(self, prompts: tuple[int, ...], times: int) -> None:
+            """Forget everything, read other prompts and decode."""
             self._do("reset")
             self._do("append", prompts)
+            self._do("decode", times)
 
     return CacheMachine
 
@@ -96,7 +114,7 @@ def latest_steps() -> list[Step]:
     "Scores that stay behind when their entries move rank the wrong entries from then on.",
     ("policy",),
     machine=cache_machine,
-    effort=0.6,
+    effort=1.0,
 )
 def state_moves_with_slots(subject: Policy, steps: list[Step]) -> None:
     """Keys, values, positions, queries and slot state stay together through any sequence of cache operations.

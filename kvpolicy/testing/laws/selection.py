@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.testing.cases import Case
-from kvpolicy.testing.laws._base import broken, law
+from kvpolicy.testing.laws._base import broken, decided, law
 from kvpolicy.testing.laws._draws import kind_of_subject, least_budget, one_case
 from kvpolicy.testing.laws._outcome import expect_same, outcome, selected
 from kvpolicy.types import KeepIndices
 
 _BOTH = ("selector", "policy")
+_NO_CHOICE = "nothing is evicted, or nothing kept"
 
 
 def _kept(subject: Any, case: Case) -> list[KeepIndices]:
@@ -48,6 +49,14 @@ def _expected_counts(subject: Any, case: Case) -> list[Tensor]:
     return [torch.minimum(budget, a.sum(-1)) for a in allowed]
 
 
+def _exact(subject: Any) -> bool:
+    return bool(subject.exact if kind_of_subject(subject) == "selector" else subject.selector.exact)
+
+
+def _upper_limits(subject: Any) -> str | None:
+    return None if _exact(subject) else "its counts are upper limits"
+
+
 def _unequal(subject: Any) -> str | None:
     if kind_of_subject(subject) == "policy" and subject.allocator.counts != "equal":
         return "its allocator gives heads or layers different shares"
@@ -62,7 +71,8 @@ def _unequal(subject: Any) -> str | None:
 def exact_count(subject: Any, case: Case) -> None:
     """Exactly as many entries are kept as were asked for; all, when there are fewer.
 
-    A policy whose allocator shares unequally is held to the total over heads and layers.
+    A policy whose allocator shares unequally is held to the total over heads and layers. A selector that declares
+    ``exact = False`` keeps at most as many, and at least what is protected.
     """
     kept = _kept(subject, case)
     counts = _expected_counts(subject, case)
@@ -72,14 +82,17 @@ def exact_count(subject: Any, case: Case) -> None:
         for b, budget in enumerate(case.budget):
             want = min(budget * heads, sum(int(a[b]) for a in allowed))
             got = sum(int(k.lengths[b].sum()) for k in kept)
-            if got != want:
+            if got > want or (got < want and _exact(subject)):
                 raise broken(f"row {b}: {got} entries are kept in all heads and layers instead of {want}.")
         return
-    for i, (k, wanted) in enumerate(zip(kept, counts, strict=True)):
-        if not torch.equal(k.lengths.to(torch.int64), wanted.to(torch.int64)):
-            raise broken(f"layer {i}: lengths are {k.lengths.tolist()} instead of {wanted.tolist()}.")
-        if k.indices.shape[-1] < int(wanted.max()):
-            raise broken(f"layer {i}: {k.indices.shape[-1]} columns cannot hold {int(wanted.max())} entries.")
+    for i, (k, wanted, held) in enumerate(zip(kept, counts, _protected(subject, case), strict=True)):
+        lengths = k.lengths.to(torch.int64)
+        least = wanted if _exact(subject) else held.sum(-1)
+        if bool((lengths > wanted).any()) or bool((lengths < least).any()):
+            limits = wanted.tolist() if _exact(subject) else f"{least.tolist()} to {wanted.tolist()}"
+            raise broken(f"layer {i}: lengths are {lengths.tolist()} instead of {limits}.")
+        if k.indices.shape[-1] < int(lengths.max()):
+            raise broken(f"layer {i}: {k.indices.shape[-1]} columns cannot hold {int(lengths.max())} entries.")
 
 
 @law("Order of slots is order of time: windows, ties and cropping all read it off the slots.", _BOTH, one_case)
@@ -109,7 +122,9 @@ def indices_increase(subject: Any, case: Case) -> None:
 def protected_stay_pads_go(subject: Any, case: Case) -> None:
     """Every protected slot is kept, and no slot that is not valid ever is."""
     masks = outcome(subject, case)
-    for i, (mask, protected, valid) in enumerate(zip(masks, _protected(subject, case), case.valid, strict=True)):
+    held = _protected(subject, case)
+    decided(any(bool(p.any() or not v.all()) for p, v in zip(held, case.valid, strict=True)), "no pads, no protection")
+    for i, (mask, protected, valid) in enumerate(zip(masks, held, case.valid, strict=True)):
         for name, wrong in (("protected and evicted", protected & ~mask), ("not valid and kept", mask & ~valid)):
             if bool(wrong.any()):
                 b, h, n = wrong.nonzero()[0].tolist()
@@ -125,7 +140,9 @@ def _not_by_head(subject: Any) -> str | None:
 @law("Scores are there to be followed.", _BOTH, one_case, unless=_not_by_head)
 def highest_scores_stay(subject: Any, case: Case) -> None:
     """No evicted entry scores higher than a kept one, protected entries aside."""
-    for kept, evicted, where in _choices(subject, case):
+    choices = _choices(subject, case)
+    decided(any(kept and evicted for kept, evicted, _ in choices), _NO_CHOICE)
+    for kept, evicted, where in choices:
         if kept and evicted and max(s for s, _ in evicted) > min(s for s, _ in kept):
             raise broken(f"{where}: an entry with score {max(evicted)[0]} is evicted, one with {min(kept)[0]} kept.")
 
@@ -138,7 +155,9 @@ def highest_scores_stay(subject: Any, case: Case) -> None:
 )
 def ties_to_the_oldest(subject: Any, case: Case) -> None:
     """Of entries with equal scores those in the lowest slots stay, protected entries aside."""
-    for kept, evicted, where in _choices(subject, case):
+    choices = _choices(subject, case)
+    decided(any(kept and evicted for kept, evicted, _ in choices), _NO_CHOICE)
+    for kept, evicted, where in choices:
         for score, slot in evicted:
             later = [n for s, n in kept if s == score and n > slot]
             if later:
@@ -179,7 +198,12 @@ def constant_ignored(subject: Any, case: Case) -> None:
         expect_same(subject, case, expected, got, case.valid, what, exact=True)
 
 
-@law("A cache that fits must not be touched; the released R-KV code permutes it.", _BOTH, one_case)
+@law(
+    "A cache that fits must not be touched; the released R-KV code permutes it.",
+    _BOTH,
+    one_case,
+    unless=_upper_limits,
+)
 def enough_is_identity(subject: Any, case: Case) -> None:
     """With a budget of at least the resident entries every valid entry stays."""
     if case.counts is not None:
@@ -203,6 +227,7 @@ def enough_is_identity(subject: Any, case: Case) -> None:
 def more_keeps_a_superset(subject: Any, case: Case) -> None:
     """With a larger budget everything that was kept still is, for equal shares and one decision from the same view."""
     few = outcome(subject, case)
+    decided(any(bool((v & ~m).any()) for v, m in zip(case.valid, few, strict=True)), _NO_CHOICE)
     for more in (1, 2, 3):
         if case.counts is not None:
             larger = replace(case, counts=torch.minimum(case.counts + more, case.view.valid.sum(-1)))
@@ -235,15 +260,23 @@ def shared_scope_shares(subject: Any, case: Case) -> None:
             raise broken(f"layer {i}: its heads keep different slots under scope {subject.selector.scope!r}.")
 
 
-@law("Evicting what was promised to stay, without a word, is worse than stopping.", ("policy",), one_case, effort=0.5)
+def _protects_nothing(policy: Any) -> str | None:
+    return None if any(p.effect == "keep" for p in policy.protections) else "it protects nothing"
+
+
+@law(
+    "Evicting what was promised to stay, without a word, is worse than stopping.",
+    ("policy",),
+    one_case,
+    unless=_protects_nothing,
+    effort=0.5,
+)
 def too_small_is_refused(subject: Any, case: Case) -> None:
     """A budget below what is protected raises BudgetError, and the message says both numbers."""
     least = least_budget(subject, case.views)
     most = max(least)
-    if most <= 1 or case.rows > 1:
-        case = case.with_rows([least.index(most)])
-    if most <= 1:
-        return
+    decided(most > 1, "fewer than two entries are protected")
+    case = case.with_rows([least.index(most)])
     try:
         subject.select(case.views, [most - 1])
     except BudgetError as error:

@@ -9,10 +9,12 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy.testing.cases import Case
-from kvpolicy.testing.laws._base import SEES_VIEW, law
-from kvpolicy.testing.laws._draws import case_and, kind_of_subject, one_case, order
+from kvpolicy.testing.laws._base import SEES_VIEW, decided, law
+from kvpolicy.testing.laws._draws import case_and, kind_of_subject, observed_by, one_case, order
 from kvpolicy.testing.laws._outcome import expect_equivariant, expect_same, outcome
 from kvpolicy.view import CacheView
+
+_UNMOVED = "the order stayed what it was"
 
 
 def _pools_heads(subject: Any) -> str | None:
@@ -30,6 +32,7 @@ def _pools_heads(subject: Any) -> str | None:
 def permuting_heads(subject: Any, case: Case, heads: tuple[int, ...]) -> None:
     """Permuting the KV heads, with their query heads, permutes the result."""
     chosen = [h for h in heads if h < case.heads]
+    decided(chosen != sorted(chosen), _UNMOVED)
     expect_equivariant(
         subject, case, lambda c: c.with_heads(chosen), lambda t: t[:, chosen], f"with heads in order {chosen},"
     )
@@ -43,6 +46,7 @@ def permuting_heads(subject: Any, case: Case, heads: tuple[int, ...]) -> None:
 def permuting_rows(subject: Any, case: Case, rows: tuple[int, ...]) -> None:
     """Permuting the rows of the batch permutes the result."""
     chosen = [b for b in rows if b < case.rows]
+    decided(chosen != sorted(chosen), _UNMOVED)
     expect_equivariant(
         subject, case, lambda c: c.with_rows(chosen), lambda t: t[chosen], f"with rows in order {chosen},"
     )
@@ -55,6 +59,8 @@ def permuting_rows(subject: Any, case: Case, rows: tuple[int, ...]) -> None:
 )
 def row_alone(subject: Any, case: Case) -> None:
     """A row in a batch gets what it gets alone, without the padding that only the others need."""
+    padded = any(not bool(v.flatten(0, 1).any(0).all()) for v in case.valid)
+    decided(case.rows > 1 or padded, "one row without padding")
     together = outcome(subject, case)
     for b in range(case.rows):
         row = case.with_rows([b])
@@ -71,6 +77,7 @@ def row_alone(subject: Any, case: Case) -> None:
 )
 def left_padding(subject: Any, case: Case, left: int, right: int) -> None:
     """Padding before the tokens (and free slots behind them) changes nothing."""
+    decided(left or right, "no padding")
 
     def moved(t: torch.Tensor) -> torch.Tensor:
         if t.dim() == 2:
@@ -84,7 +91,7 @@ def left_padding(subject: Any, case: Case, left: int, right: int) -> None:
 
 
 def _sees_no_queries(subject: Any) -> str | None:
-    return None if "queries" in subject.needs else "it looks at no queries"
+    return None if observed_by(subject) else "it looks at no queries"
 
 
 @law(
@@ -100,11 +107,11 @@ def permuting_entries(subject: Any, case: Case, first: int, second: int) -> None
     """
     case = case.with_rows([0])
     view = case.view
-    old = view.positions < view.seen[:, None, None] - max(1, subject.observed_queries())
+    old = view.positions < view.seen[:, None, None] - max(1, observed_by(subject))
     free = (view.valid & old).all(0).all(0).nonzero()[:, 0].tolist()
-    if len(free) < 2:
-        return
-    a, b = free[first % len(free)], free[second % len(free)]
+    decided(len(free) > 1, "fewer than two old entries")
+    a = free[first % len(free)]
+    b = free[(free.index(a) + 1 + second % (len(free) - 1)) % len(free)]
     index = torch.arange(view.shape[2])
     index[a], index[b] = b, a
 
@@ -130,6 +137,7 @@ def query_order_ignored(subject: Any, case: Case, columns: tuple[int, ...]) -> N
     assert view.query_positions is not None
     count = view.query_positions.shape[1]
     chosen = [i for i in columns if i < count] + list(range(len(columns), count))
+    decided(chosen != sorted(chosen), _UNMOVED)
 
     def turned(v: CacheView) -> CacheView:
         if v.queries is None or v.query_positions is None or v.query_valid is None:

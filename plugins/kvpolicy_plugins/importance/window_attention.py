@@ -14,14 +14,6 @@ from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 
 
-class _UnlessSmooth:
-    """`laws_not_applicable` of a scorer whose smoothing mixes neighbours."""
-
-    def __get__(self, scorer: WindowAttention | None, owner: type[WindowAttention]) -> Mapping[str, str]:
-        mixes = scorer is not None and scorer.smooth > 1
-        return {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"} if mixes else {}
-
-
 class WindowAttention(ImportanceScorer):
     """Mean attention of the last queries to everything older than them, smoothed along the sequence.
 
@@ -32,7 +24,6 @@ class WindowAttention(ImportanceScorer):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
     paper: ClassVar[str] = "arXiv:2404.14469 (SnapKV), arXiv:2505.24133 (R-KV)"
     comparable_across_heads: ClassVar[bool] = True
-    laws_not_applicable = _UnlessSmooth()
 
     observe: int = Field(default=8, ge=1)
     """Number of last queries to look at; fewer when the row is shorter."""
@@ -51,6 +42,10 @@ class WindowAttention(ImportanceScorer):
 
     def observed_queries(self) -> int:
         return self.observe
+
+    def laws_excused(self) -> Mapping[str, str]:
+        mixes = {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"}
+        return mixes if self.smooth > 1 else {}
 
     def score(self, view: CacheView) -> Scores:
         if view.queries is None or view.query_positions is None or view.query_valid is None:

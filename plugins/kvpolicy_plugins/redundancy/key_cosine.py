@@ -9,9 +9,9 @@ from pydantic import Field
 
 from kvpolicy import ops
 from kvpolicy.components import RedundancyScorer
-from kvpolicy.errors import UnsupportedError
-from kvpolicy.types import Keys, Scores
+from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
+from kvpolicy_plugins._rope import unrotated_keys
 
 
 class _NeedsRope:
@@ -19,17 +19,6 @@ class _NeedsRope:
 
     def __get__(self, scorer: KeyCosine | None, owner: type[KeyCosine]) -> frozenset[str]:
         return frozenset({"rope"}) if scorer is not None and scorer.rope == "pre" else frozenset()
-
-
-class _Oldest:
-    """`laws_not_applicable` of a scorer that may spare others than the newest of similar keys."""
-
-    def __get__(self, scorer: KeyCosine | None, owner: type[KeyCosine]) -> Mapping[str, str]:
-        if scorer is not None and scorer.spare == "own":
-            return {"newest_twin_spared": "equations 5 and 6 of the paper spare the keys that have a newer twin"}
-        if scorer is not None and scorer.index_zero:
-            return {"newest_twin_spared": "the accidental sink of the released code spares the oldest key"}
-        return {}
 
 
 class KeyCosine(RedundancyScorer):
@@ -42,7 +31,6 @@ class KeyCosine(RedundancyScorer):
     needs = _NeedsRope()
     paper: ClassVar[str] = "arXiv:2505.24133"
     comparable_across_heads: ClassVar[bool] = True
-    laws_not_applicable = _Oldest()
 
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Cosine above which two keys count as similar."""
@@ -57,10 +45,17 @@ class KeyCosine(RedundancyScorer):
     rope: Literal["post", "pre"] = "post"
     """Compare the keys as cached (`post`) or with the rotary embedding taken off (`pre`)."""
 
+    def laws_excused(self) -> Mapping[str, str]:
+        if self.spare == "own":
+            return {"newest_twin_spared": "equations 5 and 6 of the paper spare the keys that have a newer twin"}
+        if self.index_zero:
+            return {"newest_twin_spared": "the accidental sink of the released code spares the oldest key"}
+        return {}
+
     def score(self, view: CacheView) -> Scores:
         participates = ~view.newest(self.window) if self.window else None
         return ops.redundancy(
-            self._keys(view),
+            unrotated_keys(view, "redundancy: key_cosine with `rope: pre`") if self.rope == "pre" else view.keys,
             view.valid,
             participates=participates,
             threshold=self.threshold,
@@ -68,14 +63,3 @@ class KeyCosine(RedundancyScorer):
             spare=self.spare,
             index_zero=self.index_zero,
         )
-
-    def _keys(self, view: CacheView) -> Keys:
-        if self.rope == "post":
-            return view.keys
-        if view.rope is None:
-            raise UnsupportedError(
-                "redundancy: key_cosine needs the rotary embedding to compare keys before it, use rope: post."
-            )
-        at = view.positions if view.rope_positions is None else view.rope_positions
-        # In fp32, or half-precision keys would be rounded a second time.
-        return ops.rotate(view.keys.float(), view.rope, -at)

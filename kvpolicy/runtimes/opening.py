@@ -1,0 +1,112 @@
+"""Opens a model of transformers by name, and says in a sentence why it cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from kvpolicy.errors import KVPolicyError
+
+DEMO_MODEL: Final = "smollm2"
+"""The name of the demo model."""
+
+_UNREADABLE: Final = (OSError, ValueError, RuntimeError, ImportError, KeyError)
+
+
+def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str], None] | None = None) -> Path | str:
+    """Return the folder of a model, or its id on the hub.
+
+    Args:
+        name: the demo model's name, a model folder or a hub id.
+        user: what needs the model, for the error when transformers is missing.
+        option: what errors begin with.
+        say: called with one sentence when the demo model is being converted.
+
+    Raises:
+        KVPolicyError: transformers is missing, or the folder.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise KVPolicyError(f"{user} needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if name == DEMO_MODEL:
+        from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
+
+        return ensure_demo_model(say)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")):
+        raise KVPolicyError(f"{option}: there is no folder {name!r}; give a model folder or a hub id.")
+    return name
+
+
+def open_tokenizer(place: Path | str, name: str, *, option: str = "--model", revision: str | None = None) -> Any:
+    """Return the tokenizer of a model; raises KVPolicyError when the place holds no model.
+
+    Args:
+        place: what `locate` returned.
+        name: what errors call the model.
+        option: what errors begin with.
+        revision: commit or tag on the hub.
+    """
+    import transformers
+
+    try:
+        # What is no model at all fails here with the clearest words.
+        transformers.AutoConfig.from_pretrained(place, revision=revision)
+        return transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    except _UNREADABLE as error:
+        raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {first_line(error)}.") from error
+
+
+def open_model(
+    place: Path | str, name: str, *, dtype: str, device: str, option: str = "--model", revision: str | None = None
+) -> Any:
+    """Return a model in evaluation mode on a device.
+
+    Args:
+        place: what `locate` returned.
+        name: what errors call the model.
+        dtype: "auto" (as stored) or the name of a dtype of torch.
+        device: as torch names it.
+        option: what errors begin with.
+        revision: commit or tag on the hub.
+
+    Raises:
+        KVPolicyError: the weights cannot be loaded, or the device cannot be used.
+    """
+    import transformers
+
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, revision=revision)
+    except _UNREADABLE as error:
+        raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {first_line(error)}.") from error
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise KVPolicyError(f"--device: {device!r} cannot be used: {first_line(error)}.") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first words of an exception, without a full stop."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(".:")
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool | None, *, option: str = "--chat") -> Any:
+    """Return the prompt's tokens, through the chat template if asked for or, by default, if there is one."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise KVPolicyError(f"{option}: this model's tokenizer has no chat template; leave {option} out.")
+    if has_template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    return tokenizer(prompt, return_tensors="pt")

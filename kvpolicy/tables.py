@@ -1,0 +1,367 @@
+"""Calibration tables: what a method has measured on a model beforehand, as a file that says how it was made.
+
+A table is a safetensors file whose metadata name the kind of table, the model and its shape, the method and the
+command. `kvpolicy calibrate` makes them; components name one in a parameter of type ``Annotated[str, TableOf(kind)]``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from torch import Tensor
+
+from kvpolicy import loading
+from kvpolicy.errors import TableError, UnknownComponentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvpolicy.components import Component
+    from kvpolicy.view import CacheView
+
+FORMAT_VERSION: Final = 1
+SUFFIX: Final = ".safetensors"
+MAX_BYTES: Final = 1 << 28
+"""Larger files are refused; the tables of a 70-billion-parameter model have a few MiB."""
+
+KINDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "head_scores": {"scores": "L H"},
+    "head_curves": {"fractions": "P", "kept": "P L H"},
+    "query_filters": {"filters": "L H D"},
+    "query_frequencies": {"mean": "L H G F 2", "magnitude": "L H G F"},
+}
+"""Kind -> tensors and their axes: P points, F = half the rotated dimensions, the other letters as in `CacheView`.
+
+``head_scores``: how much each KV head gains from a large budget, >= 0. ``head_curves``: the share of its entries that
+each head keeps when all keep `fractions` on average. ``query_filters``: a direction in each head's rotated key space;
+keys along it are attended to. ``query_frequencies``: for each query head and rotary frequency the mean of the
+un-rotated queries as a complex number (real, imaginary) and the mean of their magnitudes.
+"""
+
+_SIGNED: Final = frozenset({"filters", "mean"})
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A calibration table, checked.
+
+    Attributes:
+        kind: one of `KINDS`.
+        model: the model it was measured on.
+        method: name of the calibration.
+        num_layers, num_kv_heads, head_dim: shape of that model.
+        tensors: fp32 on the CPU, by name, with the axes of `KINDS`.
+        command: the command that made it.
+        source: the file it was read from; empty for one made in Python.
+        notes: further metadata, such as the text it was measured on.
+    """
+
+    kind: str
+    model: str
+    method: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    command: str = ""
+    source: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    _elsewhere: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def check_model(self, num_layers: int, num_kv_heads: int, head_dim: int | None = None) -> None:
+        """Raise TableError when the table is not of a model of this shape."""
+        mine, asked = [self.num_layers, self.num_kv_heads], [num_layers, num_kv_heads]
+        if head_dim is not None:
+            mine, asked = [*mine, self.head_dim], [*asked, head_dim]
+        if mine != asked:
+            words = "layers, KV heads, head dim"
+            raise TableError(
+                f"table {self.called}: was measured on {self.model} ({words}: {_numbers(mine)}) and does not fit a "
+                f"model of {_numbers(asked)}; make one with `kvpolicy calibrate {self.method} --model ...`."
+            )
+
+    def layer(self, name: str, view: CacheView) -> Tensor:
+        """Return one layer of a tensor on the view's device, fp32 `[H, ...]`; raises as `check_model`."""
+        self.check_model(view.num_layers, view.shape[1], view.keys.shape[-1])
+        return self._on(name, view.device)[view.layer_idx]
+
+    def rows(
+        self, name: str, layers: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
+    ) -> Tensor:
+        """Return some layers of a tensor, fp32 `[len(layers), H, ...]`; raises as `check_model`.
+
+        For ``kept`` of ``head_curves`` the result is `[P, len(layers), H]`.
+        """
+        self.check_model(num_layers, num_kv_heads)
+        tensor = self._on(name, device)
+        return tensor[:, list(layers)] if KINDS[self.kind][name].startswith("P ") else tensor[list(layers)]
+
+    @property
+    def called(self) -> str:
+        """What messages call it: its file, or its method."""
+        return repr(self.source or self.method)
+
+    def _on(self, name: str, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return self.tensors[name]
+        if (name, device) not in self._elsewhere:
+            self._elsewhere[name, device] = self.tensors[name].to(device)
+        return self._elsewhere[name, device]
+
+
+@dataclass(frozen=True)
+class TableOf:
+    """Marks a text parameter of a component as the name of a table: ``table: Annotated[str, TableOf("head_scores")]``.
+
+    The table is read when the component is made, so that a specification with a missing, uniform or damaged one is
+    refused; in JSON schemas the installed tables of the kind are examples.
+    """
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.kind!r} is not a kind of table; the kinds are {', '.join(KINDS)}.")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        described = handler(schema)
+        names = [name for name, table in installed() if isinstance(table, Table) and table.kind == self.kind]
+        return {**described, **({"examples": names} if names else {})}
+
+    def _checked(self, name: str) -> str:
+        try:
+            load_table(name, self.kind)
+        except (TableError, UnknownComponentError) as error:
+            raise PydanticCustomError("table", "{message}", {"message": str(error)}) from None
+        return name
+
+
+def load_table(name_or_path: str | os.PathLike[str], kind: str) -> Table:
+    """Return a table; read again only when its file has changed.
+
+    Args:
+        name_or_path: a registered name such as ``smollm2-135m/headkv``, or the path of a file (what ends in
+            ``.safetensors`` or is an `os.PathLike`), relative to the working directory.
+        kind: one of `KINDS`.
+
+    Raises:
+        UnknownComponentError: no table has that name.
+        TableError: the file is missing, not a table, of another kind or format version, uniform, or not finite.
+    """
+    supplier = _supplier.get()
+    supplied = supplier(os.fspath(name_or_path), kind) if supplier is not None else None
+    table = supplied if supplied is not None else _read(_find(name_or_path))
+    if table.kind != kind:
+        raise TableError(
+            f"table {str(name_or_path)!r}: is of kind {table.kind!r} (made by {table.method}), but {kind!r} is needed "
+            "here; name another table."
+        )
+    return table
+
+
+def installed() -> Iterator[tuple[str, Table | TableError]]:
+    """Yield the registered tables by name, each read, or the error that says what is wrong with it."""
+    for entry in loading.catalog().tables():
+        try:
+            yield entry.name, _read(entry.path)
+        except TableError as error:
+            yield entry.name, error
+
+
+def of_component(component: Component) -> Iterator[Table]:
+    """Yield the tables that the parameters of a component name."""
+    for name, info in type(component).model_fields.items():
+        value = getattr(component, name)
+        for mark in info.metadata:
+            if isinstance(mark, TableOf) and isinstance(value, str):
+                yield load_table(value, mark.kind)
+
+
+def check_fit(components: Iterable[Component], num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raise TableError when a table that one of the components names is not of a model of this shape."""
+    for component in components:
+        for table in of_component(component):
+            table.check_model(num_layers, num_kv_heads, head_dim)
+
+
+def save_table(table: Table, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    """Write a table; raises TableError when that is not possible.
+
+    Args:
+        table: what to write.
+        path: a file that ends in ``.safetensors``; its folder must exist.
+        dtype: of the numbers in the file; they are fp32 again when it is read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if target.suffix != SUFFIX:
+        raise TableError(f"{target}: a table's file ends in {SUFFIX}; name it so.")
+    shape = {"num_layers": table.num_layers, "num_kv_heads": table.num_kv_heads, "head_dim": table.head_dim}
+    metadata = {
+        **table.notes,
+        "kvpolicy_table": str(FORMAT_VERSION),
+        **{name: getattr(table, name) for name in ("kind", "model", "method", "command")},
+        **{name: str(number) for name, number in shape.items()},
+    }
+    try:
+        save_file({name: t.to(dtype).contiguous() for name, t in table.tensors.items()}, target, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise TableError(f"{target}: cannot be written ({error}).") from None
+
+
+@contextmanager
+def supplying(supplier: Callable[[str, str], Table | None]) -> Iterator[None]:
+    """Ask `supplier(name, kind)` for tables first, inside the block and this context; for tests."""
+    token = _supplier.set(supplier)
+    try:
+        yield
+    finally:
+        _supplier.reset(token)
+
+
+_supplier: ContextVar[Callable[[str, str], Table | None] | None] = ContextVar("kvpolicy_tables", default=None)
+_cache: dict[Path, tuple[tuple[int, int], Table]] = {}
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(name_or_path)
+    if not isinstance(name_or_path, str) or text.endswith(SUFFIX):
+        return Path(text).expanduser()
+    catalog = loading.catalog()
+    found = {entry.name: entry.path for entry in catalog.tables()}
+    if text not in found:
+        raise catalog.unknown("table", text, found)
+    return found[text]
+
+
+def _read(path: Path) -> Table:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        raise TableError(f"table {str(path)!r}: there is no such file; make it with `kvpolicy calibrate`.") from None
+    stamp = (status.st_mtime_ns, status.st_size)
+    known = _cache.get(path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    if not path.is_file() or status.st_size > MAX_BYTES:
+        raise TableError(f"table {str(path)!r}: is not an ordinary file of at most {MAX_BYTES >> 20} MiB.")
+    table = _parsed(path)
+    _cache[path] = (stamp, table)
+    return table
+
+
+def _parsed(path: Path) -> Table:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            version = metadata.pop("kvpolicy_table", None)
+            if version is None:
+                raise TableError(
+                    f"table {str(path)!r}: is not a table of kvpolicy; make one with `kvpolicy calibrate`."
+                )
+            if version != str(FORMAT_VERSION):
+                raise TableError(
+                    f"table {str(path)!r}: has format version {version[:20]!r} and this kvpolicy reads "
+                    f"{FORMAT_VERSION}; make it again with `kvpolicy calibrate`."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise TableError(f"table {str(path)!r}: is not a readable safetensors file ({error}).") from None
+    try:
+        words: dict[str, Any] = {name: metadata.pop(name) for name in ("kind", "model", "method", "command")}
+        shape: dict[str, Any] = {name: int(metadata.pop(name)) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    except (KeyError, ValueError) as error:
+        raise TableError(f"table {str(path)!r}: its metadata are damaged ({error}); make it again.") from None
+    return Table(**words, **shape, tensors=tensors, source=str(path), notes=metadata)
+
+
+def _check(table: Table) -> None:
+    """Refuse what a component could not use; bring the tensors to fp32."""
+    tensors: dict[str, Tensor] = {}
+    problem = next(_wrong_shapes(table), None)
+    if problem is None:
+        tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in table.tensors.items()}
+        problem = next(_wrong_numbers(table.kind, tensors), None)
+    if problem is None and _uniform(table):
+        problem = "is uniform: it says the same of every head, which is no information; measure again."
+    if problem is not None:
+        raise TableError(f"table {table.called}: {problem}")
+    object.__setattr__(table, "tensors", MappingProxyType(tensors))
+
+
+def _wrong_shapes(table: Table) -> Iterator[str]:
+    if table.kind not in KINDS:
+        yield f"{table.kind!r} is not a kind of table; the kinds are {', '.join(KINDS)}."
+        return
+    axes = KINDS[table.kind]
+    if set(table.tensors) != set(axes):
+        yield f"has the tensors {', '.join(sorted(table.tensors))}; a {table.kind} has {', '.join(axes)}."
+        return
+    sizes = {"L": table.num_layers, "H": table.num_kv_heads, "D": table.head_dim, "2": 2}
+    for name, letters in axes.items():
+        tensor, names = table.tensors[name], letters.split()
+        if not tensor.is_floating_point() or tensor.dim() != len(names) or tensor.numel() == 0:
+            yield f"{name} should be floating-point numbers [{letters}], got {_shown(tensor)}."
+            return
+        for axis, size in zip(names, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                yield f"{name} should be [{letters}] with {axis} = {sizes[axis]}, got {_shown(tensor)}."
+
+
+def _wrong_numbers(kind: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            yield f"{name} holds NaN or infinity; make it again with `kvpolicy calibrate`."
+        if name not in _SIGNED and (tensor < 0).any():
+            yield f"{name} holds negative numbers, which make no sense there."
+    if kind == "query_filters" and not tensors["filters"].any(-1).all():
+        yield "a head has a filter of zeros, which is no direction; measure again."
+    if kind == "head_curves":
+        fractions, kept = tensors["fractions"], tensors["kept"]
+        if not bool((fractions.diff() > 0).all()) or not 0 < float(fractions[0]) <= float(fractions[-1]) <= 1:
+            yield "fractions should rise, all above 0 and at most 1."
+        if float(kept.max()) > 1 or float((kept.mean((1, 2)) - fractions).abs().max()) > 1e-3:
+            yield "kept should be at most 1, and fractions its mean over layers and heads."
+
+
+def _uniform(table: Table) -> bool:
+    """Whether all heads of all layers (at every point of a curve) have the same entries, or none but zeros."""
+    count = table.num_layers * table.num_kv_heads
+    if count == 1:
+        return not any(bool(tensor.any()) for tensor in table.tensors.values())
+    for name, letters in KINDS[table.kind].items():
+        if "H" not in letters.split():
+            continue
+        tensor = table.tensors[name]
+        heads = tensor.flatten(-2) if letters.startswith("P ") else tensor.flatten(0, 1).reshape(count, -1).T
+        if bool((heads != heads[..., :1]).any()):
+            return False
+    return True
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _numbers(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

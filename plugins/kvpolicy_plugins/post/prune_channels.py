@@ -1,0 +1,55 @@
+"""The channels of the keys that queries do not look at become 0 (ThinK)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvpolicy.components import PostOperation
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.types import KeepIndices
+from kvpolicy.view import CacheView
+
+
+class PruneChannels(PostOperation):
+    """Sets the least used channels of the kept keys to 0; the newest entries keep all channels. **No memory is freed.**
+
+    A channel is worth ``mean(q^2) * mean(k^2)``, over the last `observe` queries of all query heads of the KV head and
+    over the keys that stay (arXiv:2407.21018, equation 4 with its greedy solution). The channels are zeroed where they
+    are: attention is what it would be with keys of fewer channels, but the cache stores the zeros. Of equal channels the
+    first ones go.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+    paper: ClassVar[str] = "arXiv:2407.21018"
+    changes: ClassVar[Literal["positions", "values", "keys"]] = "keys"
+
+    ratio: float = Field(default=0.4, ge=0, lt=1)
+    """Share of the channels that are zeroed, rounded down."""
+    observe: int = Field(default=32, ge=1)
+    """Number of last queries to look at; fewer when the row is shorter."""
+    recent: int = Field(default=32, ge=0)
+    """Newest entries that keep all channels."""
+
+    def observed_queries(self) -> int:
+        return self.observe
+
+    def apply(self, view: CacheView, kept: KeepIndices) -> Mapping[str, Tensor]:
+        if view.queries is None or view.query_positions is None or view.query_valid is None:
+            raise UnsupportedError("post: prune_channels needs the last queries and the view holds none.")
+        newest = view.query_positions.masked_fill(~view.query_valid, -1).amax(dim=-1, keepdim=True)
+        asked = view.query_valid & (view.query_positions > newest - self.observe)
+        queries = torch.where(asked[:, None, None, :, None], view.queries, 0.0).to(torch.float32)
+        stays = kept.mask(view.shape[2]) & view.valid
+        keys = torch.where(stays.unsqueeze(-1), view.keys, 0.0).to(torch.float32)
+        # Means over the same queries and keys for all channels rank as sums do.
+        worth = queries.square().sum((2, 3)) * keys.square().sum(2)
+        order = worth.sort(dim=-1, stable=True).indices
+        gone = torch.zeros_like(worth, dtype=torch.bool)
+        gone.scatter_(-1, order[..., : int(self.ratio * worth.shape[-1])], True)
+        pruned = stays & ~view.newest(self.recent)
+        return {"keys": view.keys.masked_fill(gone.unsqueeze(2) & pruned.unsqueeze(-1), 0.0)}
