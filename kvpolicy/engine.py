@@ -153,6 +153,7 @@ class Engine:
             )
         store = self.stores.get(layer)
         if store is None:
+            ops.choose_backend(self.policy.backend, keys)  # refuses now, rather than at the first compaction
             store = self.stores.make(layer, Shape.of(keys, values))
             self._make_room(store)
         shape = store.shape
@@ -218,8 +219,9 @@ class Engine:
         if self.stores.ragged:
             self._compact_ragged(parts)
             return
-        for part in parts:
-            self._compact(part)
+        with ops.using_backend(self.policy.backend):
+            for part in parts:
+                self._compact(part)
         longest = max(row.resident for row in self.rows)
         bound = self.policy.bound
         for store in self.stores.distinct():
@@ -379,8 +381,9 @@ class Engine:
             for store in self.stores.distinct():
                 index = slots.to(store.shape.device).expand(1, store.shape.heads, -1)
                 lengths = torch.full(index.shape[:2], slots.numel(), device=index.device)
-                for layer in store.layers:
-                    store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
+                with ops.using_backend(self.policy.backend):
+                    for layer in store.layers:
+                        store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
             row = self.rows[b]
             row.resident, row.floor = slots.numel(), row.seen
         self._columns.replace(past)

@@ -26,6 +26,8 @@ from kvpolicy.components import (
     Trigger,
 )
 from kvpolicy.errors import BudgetError, ScoreError, SpecError
+from kvpolicy.folding import folded
+from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.types import KeepIndices, Mask, Scores
 from kvpolicy.view import CacheView
 
@@ -180,6 +182,14 @@ class Policy:
         return self.allocator.counts if self.selector.exact else "per_head"
 
     @property
+    def _folds(self) -> bool:
+        """Whether several layers can be scored as one."""
+        scoring = [self.mixer, *self.protections]
+        scoring += [self.importance] if self.mixer.uses_importance else []
+        scoring += [self.redundancy] if self.mixer.uses_redundancy else []
+        return all(member.same_for_layers for part in scoring for member in part.members())
+
+    @property
     def needs(self) -> frozenset[str]:
         """Everything that the components need from a runtime."""
         return frozenset().union(*(c.needs for c in self.components))
@@ -213,8 +223,10 @@ class Policy:
     def retention(self, view: CacheView) -> Scores:
         """Return the mixed score of one layer, fp32 `[B, H, N]`; higher = keep. Raises ScoreError on a wrong shape."""
         zeros = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
-        importance = self._scored(self.importance, view) if self.mixer.uses_importance else zeros
-        redundancy = self._scored(self.redundancy, view) if self.mixer.uses_redundancy else zeros
+        both = self.mixer.uses_importance and self.mixer.uses_redundancy
+        with using_backend(self.backend, shared=both):
+            importance = self._scored(self.importance, view) if self.mixer.uses_importance else zeros
+            redundancy = self._scored(self.redundancy, view) if self.mixer.uses_redundancy else zeros
         return _checked(self.mixer.mix(importance, redundancy, view), view, self.mixer)
 
     @staticmethod
@@ -247,13 +259,17 @@ class Policy:
             BudgetError: more entries are protected than the budget holds.
             ScoreError: a component returned a wrong shape or dtype, or scores that are not finite.
         """
-        scores, protected, allowed, slots = [], [], [], []
-        for view in views:  # one after the other: a runtime may make them on the way
-            scores.append(self.retention(view))
-            stays, may_stay = self.masks(view)
-            protected.append(stays)
-            allowed.append(may_stay)
-            slots.append(Slots.of(view))
+        scores: list[Scores] = []
+        protected: list[Mask] = []
+        allowed: list[Mask] = []
+        slots: list[Slots] = []
+        # Views that a runtime makes on the way are taken one after the other, and never all at once.
+        runs = folded(views) if self._folds and isinstance(views, list) else ((view, 1) for view in views)
+        for view, layers_in_it in runs:
+            parts = (self.retention(view), *self.masks(view))
+            for mine, part in zip((scores, protected, allowed), parts, strict=True):
+                mine.extend(part.unflatten(0, (layers_in_it, -1)).unbind(0))
+            slots += [Slots.of(view)] if layers_in_it == 1 else map(Slots.of, views[len(slots) : len(scores)])
             num_layers = view.num_layers
         scores, protected, allowed = self._share(scores, protected, allowed)
         valid_counts = [mask.sum(-1) for mask in allowed]
@@ -274,8 +290,9 @@ class Policy:
         counts = self.allocator.allocate(request)
         if self.selector.scope == "model":
             slots = [replace(each, layer_idx=layers[0]) for each in slots]
-        parts = zip(scores, counts, protected, allowed, slots, strict=True)
-        return [self.selector.select(*part) for part in parts]
+        asked = zip(scores, counts, protected, allowed, slots, strict=True)
+        with using_backend(self.backend):
+            return [self.selector.select(*each) for each in asked]
 
     def _share(
         self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]

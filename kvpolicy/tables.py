@@ -208,8 +208,7 @@ def save_table(table: Table, path: str | os.PathLike[str], dtype: torch.dtype = 
         path: a file that ends in ``.safetensors``; its folder must exist.
         dtype: of the numbers in the file; they are fp32 again when it is read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     target = Path(path)
     if target.suffix != SUFFIX:
@@ -221,10 +220,11 @@ def save_table(table: Table, path: str | os.PathLike[str], dtype: torch.dtype = 
         **{name: getattr(table, name) for name in ("kind", "model", "method", "command")},
         **{name: str(number) for name, number in shape.items()},
     }
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in table.tensors.items()}
     try:
-        save_file({name: t.to(dtype).contiguous() for name, t in table.tensors.items()}, target, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise TableError(f"{target}: cannot be written ({error}).") from None
+        target.write_bytes(save(tensors, metadata=metadata))  # save_file would make a file that only its owner reads
+    except OSError as error:
+        raise TableError(f"{target}: cannot be written ({error.strerror}).") from None
 
 
 @contextmanager

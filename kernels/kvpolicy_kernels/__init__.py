@@ -1,5 +1,17 @@
 """Triton implementations of `kvpolicy.ops`, under the same names and signatures.
 
-There are none yet: every operation runs its plain-torch definition. The package already has its place and its entry
-point so that kernels can be added without moving anything. Importing it never imports triton.
+They enter as the backend ``triton``, through the same hook as anybody's. Importing this package never imports triton;
+the first launch does.
 """
+
+from __future__ import annotations
+
+from kvpolicy.hookspecs import RegisterBackend, hookimpl
+
+
+@hookimpl
+def kvpolicy_register_backends(register: RegisterBackend) -> None:
+    """Register the kernels."""
+    from kvpolicy_kernels.backend import TritonBackend
+
+    register("triton", TritonBackend())

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.calibrating import calibrate
 from kvpolicy.cli.checking import check
 from kvpolicy.cli.explaining import explain
 from kvpolicy.cli.scaffolding import new
+from kvpolicy.cli.studying import study
 
 app = typer.Typer(
     name="kvpolicy",
@@ -131,7 +133,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")],
     *,
     model: Annotated[
-        str, typer.Option(help="A model folder, an id on the Hugging Face hub, or smollm2 (the demo model).")
+        str, typer.Option(help="A model folder, an id on the Hugging Face hub, smollm2 (the demo model) or reasoner.")
     ] = "smollm2",
     policy: Annotated[str, typer.Option(metavar="NAME|FILE", help="The policy.")] = "rkv",
     budget: Annotated[
@@ -169,6 +171,8 @@ def generate(
     )
 
 
+app.command()(calibrate)
 app.command()(check)
 app.command()(explain)
 app.add_typer(new, name="new")
+app.add_typer(study, name="study")

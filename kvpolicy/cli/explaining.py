@@ -105,7 +105,8 @@ def _said(ref: ComponentRef) -> str:
     from kvpolicy.cli.listing import summary
 
     text = summary(type(ref.component))
-    return f"{ref}: {text}." if text else f"{ref}."
+    held = "".join(f" Its {name} is {_said(inner)}" for name, inner in ref.held.items())
+    return f"{ref}: {text}.{held}" if text else f"{ref}.{held}"
 
 
 def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: int) -> Iterator[tuple[str, str]]:

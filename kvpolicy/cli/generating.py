@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvpolicy
 from kvpolicy.cli.report import Run, table
 from kvpolicy.cli.terminal import messages, output
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.runtimes.opening import encode
 from kvpolicy.spec import PolicySpec
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEMO_MODEL = "smollm2"
 
 
 @dataclass(frozen=True)
@@ -89,57 +86,17 @@ def _check_sampling(sampling: Mapping[str, float]) -> None:
 
 def load_model(request: Request, note: Console) -> tuple[Any, Any]:
     """Return model and tokenizer; raises KVPolicyError in one sentence when they cannot be loaded."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise KVPolicyError("generate needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    place: Any = request.model
-    if request.model == DEMO_MODEL:
-        from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
+    from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
 
-        place = ensure_demo_model(note.print)
-    elif request.model.startswith((".", "/", "~")) and not Path(request.model).expanduser().is_dir():
-        raise KVPolicyError(f"--model: there is no folder {request.model!r}; give a model folder or a hub id.")
-    else:
-        place = Path(request.model).expanduser() if Path(request.model).expanduser().is_dir() else request.model
+    place = locate(request.model, user="generate", say=note.print)
+    import torch
+
     device = request.device if request.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Any = request.dtype
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
+    dtype = "float32" if request.dtype == "auto" and device == "cpu" else request.dtype
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")
-    try:
-        transformers.AutoConfig.from_pretrained(place)  # what is no model at all fails here with the clearest words
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise KVPolicyError(f"--model: {request.model!r} cannot be loaded: {_first_line(error)}.") from error
-    try:
-        return model.to(device).eval(), tokenizer
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise KVPolicyError(f"--device: {device!r} cannot be used: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__).rstrip(".:")
-
-
-def encode(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
-    """Return the prompt's tokens, through the chat template if asked for or, by default, if there is one."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if chat and not has_template:
-        raise KVPolicyError("--chat: this model's tokenizer has no chat template; leave --chat out.")
-    if has_template and chat is not False:
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    return tokenizer(prompt, return_tensors="pt")
+    tokenizer = open_tokenizer(place, request.model)
+    return open_model(place, request.model, dtype=dtype, device=device), tokenizer
 
 
 def _warm_up(model: Any, inputs: Any) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 import kvpolicy
 from kvpolicy.cli.listing import summary
 from kvpolicy.cli.terminal import output
+from kvpolicy.components import kind_of
 from kvpolicy.spec import ComponentRef, PolicySpec
 
 
@@ -54,15 +55,24 @@ def _parameters(spec: PolicySpec) -> Table:
     return table
 
 
-def _rows(ref: ComponentRef) -> list[tuple[str, str, str, str]]:
+def _rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str, str, str]]:
     properties = type(ref.component).model_json_schema().get("properties", {})
     rows = []
+    held = ref.held
     for name, value in ref.params.items():
         schema = properties[name]
+        if name in held:
+            what = f"{schema.get('description', '')} Here: {summary(type(held[name].component))}.".strip()
+            kind = f"a component: {kind_of(type(held[name].component))}"
+            rows.append((f"{'  ' * depth}{name}", f"[bold]{held[name].use}[/]", kind, escape(what)))
+            rows += _rows(held[name], depth + 1)
+            continue
         shown = _text(value)
         if "default" in schema and value != schema["default"]:
             shown += f" (default {_text(schema['default'])})"
-        rows.append((f"  {name}", escape(shown), escape(allowed(schema)), escape(schema.get("description", ""))))
+        rows.append(
+            (f"{'  ' * depth}{name}", escape(shown), escape(allowed(schema)), escape(schema.get("description", "")))
+        )
     return rows
 
 

@@ -60,7 +60,10 @@ def _scale(weight: Tensor, wanted: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(scale * weight, high), low)
 
     # Search the last bend whose sum is not above what is wanted; between two bends the sum is a straight line.
-    first, beyond = torch.zeros_like(wanted, dtype=torch.int64), torch.full_like(wanted, bends.shape[-1], dtype=torch.int64)
+    first, beyond = (
+        torch.zeros_like(wanted, dtype=torch.int64),
+        torch.full_like(wanted, bends.shape[-1], dtype=torch.int64),
+    )
     for _ in range(bends.shape[-1].bit_length()):
         middle = (first + beyond) // 2
         reached = shares(bends.gather(-1, middle.clamp(max=bends.shape[-1] - 1))).sum(-1, keepdim=True) <= wanted

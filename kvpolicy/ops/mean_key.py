@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from kvpolicy.ops.similarity import unit_keys
 from kvpolicy.types import Keys, Mask, Scores
+
+_TINY = 1e-30
 
 
 def mean_key_similarity(keys: Keys, takes_part: Mask, *, unit_mean: bool = False) -> Scores:
@@ -22,7 +23,7 @@ def mean_key_similarity(keys: Keys, takes_part: Mask, *, unit_mean: bool = False
     Returns:
         fp32 `[B, H, N]`, within [-1, 1]; 0 for slots that take no part. A zero key has no direction and gets 0.
     """
-    unit = unit_keys(keys, takes_part)
+    unit = _unit_keys(keys, takes_part)
     mean = unit.sum(2) / takes_part.sum(-1).clamp(min=1).unsqueeze(-1)
     if unit_mean:
         mean = torch.nn.functional.normalize(mean, dim=-1)
@@ -39,8 +40,15 @@ def head_redundancy(keys: Keys, takes_part: Mask) -> Float32[Tensor, "B H"]:
     Returns:
         fp32 `[B, H]`, within [-1, 1]; 0 for heads with fewer than two keys.
     """
-    unit = unit_keys(keys, takes_part)
+    unit = _unit_keys(keys, takes_part)
     count = takes_part.sum(-1)
     # The sum of the squared lengths is T, but for zero keys.
     pairs = unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))
     return pairs / (count * (count - 1)).clamp(min=1)
+
+
+def _unit_keys(keys: Keys, takes_part: Mask) -> Float32[Tensor, "B H N D"]:
+    """Return the directions of keys `[B, H, N, D]` in fp32; 0 for zero keys and for slots that take no part."""
+    # `where`, not a product: a slot that takes no part may hold NaN.
+    held = torch.where(takes_part.unsqueeze(-1), keys, 0).float()
+    return held * torch.rsqrt((held * held).sum(dim=-1, keepdim=True).clamp(min=_TINY))

@@ -14,17 +14,17 @@ _CELLS = 1 << 23
 def merged_values(keys: Keys, values: Values, valid: Mask, kept: KeepIndices, threshold: float) -> Values:
     """Return the values after each evicted one has been folded into the nearest entry that stays.
 
-    Nearest is by the cosine of the keys, equal ones to the lowest slot. With ``w = max(cosine, 0) * |v| / (|v| + |v_s|)``
-    for every evicted `v` whose cosine to its nearest `s` is at least `threshold`, ``v_s`` becomes
-    ``(v_s + sum(w * v)) / (1 + sum(w))``. Sums are fp32. Evicted entries are taken in blocks, so that at most about 2^23
-    similarities exist at a time.
+    Nearest is by the cosine of the keys, equal ones to the lowest slot. With ``w = max(cosine, 0) * |v| / (|v| +
+    |v_s|)`` for every evicted `v` whose cosine to its nearest `s` is at least `threshold`, ``v_s`` becomes
+    ``(v_s + sum(w * v)) / (1 + sum(w))``. Sums are fp32. Evicted entries are taken in blocks, so that at most about
+    2^23 similarities exist at a time.
 
     Args:
         keys: `[B, H, N, D]`.
         values: `[B, H, N, Dv]`.
         valid: bool `[B, H, N]`; other slots are not read.
         kept: the slots that stay.
-        threshold: smallest cosine at which values are merged.
+        threshold: smallest cosine at which values are merged, not negative.
 
     Returns:
         `[B, H, N, Dv]`, the dtype of `values`; slots that receive nothing are returned as they are.
@@ -47,8 +47,8 @@ def merged_values(keys: Keys, values: Values, valid: Mask, kept: KeepIndices, th
     block = max(1, _CELLS // (batch * heads * columns))
     for start in range(0, rows, block):
         part = slice(start, start + block)
-        cosine = (away[:, :, part] @ towards).masked_fill(~lives.unsqueeze(-2), float("-inf"))
-        nearest, target = cosine.max(dim=-1)
+        # A column that is no survivor holds zeros: its cosine is 0, and at most 0 nothing is merged.
+        nearest, target = (away[:, :, part] @ towards).max(dim=-1)
         moves = leaves[:, :, part] & (nearest >= threshold)
         lost = share[:, :, part]
         amount = nearest.clamp(min=0) * lost / (lost + size.gather(-1, target)).clamp(min=1e-30)

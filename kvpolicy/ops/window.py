@@ -17,6 +17,8 @@ from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
 SmoothKind = Literal["max", "mean", "mean_zero_padded"]
 
 _NO_QUERY = torch.iinfo(torch.int32).max
+_TINY = torch.finfo(torch.float32).tiny
+_LOGITS = 1 << 17  # logits of all query heads that are held at a time
 
 
 @dispatched
@@ -73,13 +75,15 @@ def window_importance(
     else:
         visible = causal_mask(query_positions, query_valid, positions, valid)
 
-    logits = attention_logits(queries, keys, scale, softcap)
     if group_stage == "logits":
         sinks = None if attention_sinks is None else _over_group(attention_sinks.float(), group, 1)[None, :, None]
-        rows = masked_softmax(_over_group(logits, group, 2), visible, sinks)
+        pooled = torch.empty(visible.shape[:3] + keys.shape[2:3], dtype=torch.float32, device=keys.device)
+        for part in _parts(queries, keys):
+            pooled[..., part] = _over_group(attention_logits(queries, keys[:, :, part], scale, softcap), group, 2)
+        rows = masked_softmax(pooled, visible, sinks)
     else:
-        sinks = None if attention_sinks is None else attention_sinks[None, :, :, None]
-        rows = _over_group(masked_softmax(logits, visible.unsqueeze(2), sinks), group, 2)
+        sinks = None if attention_sinks is None else attention_sinks[None, :, :, None].float()
+        rows = _grouped_weights(queries, keys, visible, sinks, scale, softcap, group)
 
     rows = rows.masked_fill(~candidates.unsqueeze(2), 0.0)
     if smooth_stage == "query":
@@ -89,6 +93,45 @@ def window_importance(
     if smooth_stage == "mean":
         scores = smooth_scores(scores, candidates, smooth, smooth_kind)
     return torch.where(valid & ~candidates, scores.amax(dim=-1, keepdim=True), scores)
+
+
+def _parts(queries: Queries, keys: Keys) -> list[slice]:
+    """Cut the slots so that the logits of all query heads over a part stay small."""
+    size = max(64, _LOGITS // max(queries.shape[:4].numel(), 1))
+    return [slice(start, start + size) for start in range(0, keys.shape[2], size)]
+
+
+def _grouped_weights(
+    queries: Queries,
+    keys: Keys,
+    visible: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    group: Literal["max", "mean"],
+) -> Float32[Tensor, "B H Q N"]:
+    """Softmax weights per query head, reduced over the group: two passes over the keys, no weights of all heads."""
+    lowest = torch.finfo(torch.float32).min
+    most = torch.full(queries.shape[:4], lowest, device=keys.device)
+    total = torch.zeros_like(most)
+    if sinks is not None:
+        most, total = sinks.expand_as(most).contiguous(), torch.ones_like(most)
+
+    def logits(part: slice) -> Tensor:
+        return attention_logits(queries, keys[:, :, part], scale, softcap).masked_fill_(
+            ~visible[:, :, None, :, part], -torch.inf
+        )
+
+    for part in _parts(queries, keys):
+        some = logits(part)
+        higher = torch.maximum(most, some.amax(-1))
+        total = total * torch.exp(most - higher) + torch.exp(some - higher.unsqueeze(-1)).sum(-1)
+        most = higher
+    rows = torch.empty(visible.shape[:3] + keys.shape[2:3], dtype=torch.float32, device=keys.device)
+    for part in _parts(queries, keys):
+        weights = torch.exp(logits(part) - most.unsqueeze(-1)) / total.clamp(min=_TINY).unsqueeze(-1)
+        rows[..., part] = _over_group(weights, group, 2)
+    return rows
 
 
 def smooth_scores(

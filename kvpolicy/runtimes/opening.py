@@ -12,6 +12,9 @@ from kvpolicy.errors import KVPolicyError
 DEMO_MODEL: Final = "smollm2"
 """The name of the demo model."""
 
+REASONER: Final = "reasoner"
+"""The name of the small reasoning model that ships with the package; examples/reasoning_model made it."""
+
 _UNREADABLE: Final = (OSError, ValueError, RuntimeError, ImportError, KeyError)
 
 
@@ -19,7 +22,7 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
     """Return the folder of a model, or its id on the hub.
 
     Args:
-        name: the demo model's name, a model folder or a hub id.
+        name: the demo model's name, the reasoning model's, a model folder or a hub id.
         user: what needs the model, for the error when transformers is missing.
         option: what errors begin with.
         say: called with one sentence when the demo model is being converted.
@@ -32,12 +35,13 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
     except ImportError:
         raise KVPolicyError(f"{user} needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _silence(transformers)
     if name == DEMO_MODEL:
         from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 
         return ensure_demo_model(say)
+    if name == REASONER:
+        return Path(__file__).with_name("models") / REASONER
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -57,6 +61,7 @@ def open_tokenizer(place: Path | str, name: str, *, option: str = "--model", rev
     """
     import transformers
 
+    _silence(transformers)
     try:
         # What is no model at all fails here with the clearest words.
         transformers.AutoConfig.from_pretrained(place, revision=revision)
@@ -91,6 +96,11 @@ def open_model(
         return model.to(device).eval()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise KVPolicyError(f"--device: {device!r} cannot be used: {first_line(error)}.") from error
+
+
+def _silence(transformers: Any) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

@@ -262,6 +262,13 @@ def _resolved(data: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
             )
         data["mixer"] = {"use": "importance_only"}
     fields = {field: resolve(field, data[field], (field,), catalog) for field in forms.REFERENCES}
+    for field in ("importance", "redundancy"):
+        if fields[field].use != "none" and not getattr(fields["mixer"].component, f"uses_{field}"):
+            raise FieldError(
+                (field,),
+                f"{fields[field].use!r} has no effect, for the mixer {fields['mixer'].use!r} does not use it; "
+                f"write `{field}: none` or a mixer that uses it.",
+            )
     protect = data.get("protect", {})
     return {
         **data,

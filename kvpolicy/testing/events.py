@@ -76,6 +76,7 @@ class LayerInfo:
         attention_sinks: `[H, G]` sink logits or None.
         inv_freq: radians per position of each rotated pair, or None when unknown.
         interleaved: whether neighbours are rotated (else dimension `i` with `i + R/2`).
+        output_projection: `[H, G, Dv, M]`, the rows of the output projection that each query head meets, or None.
     """
 
     heads: int
@@ -85,6 +86,7 @@ class LayerInfo:
     attention_sinks: Tensor | None = None
     inv_freq: Tensor | None = None
     interleaved: bool = False
+    output_projection: Tensor | None = None
 
 
 @dataclass

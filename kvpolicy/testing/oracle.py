@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from kvpolicy.loading import catalog
 from kvpolicy.policy import Policy
+from kvpolicy.testing import oracle_memory as memory
 from kvpolicy.testing import oracle_scores as scores
+from kvpolicy.testing import oracle_statistics as statistics
 from kvpolicy.testing.events import Crop, Pass, Rows, Settled, Trace
 
 TOLERANCE = 1e-6
@@ -66,7 +69,7 @@ class _Row:
     queries: dict[int, list[Tensor]]
     held: dict[int, Sets]
     turned: dict[int, list[dict[int, int]]]
-    received: dict[int, list[dict[int, float]]]
+    memory: dict[int, list[dict[str, dict[int, float]]]]
     columns: list[bool] = field(default_factory=list)
     prompt: int = 0
     compactions: int = 0
@@ -87,7 +90,7 @@ class _Row:
             queries={i: [] for i in heads},
             held={i: [[] for _ in range(count)] for i, count in heads.items()},
             turned={i: [{} for _ in range(count)] for i, count in heads.items()},
-            received={i: [{} for _ in range(count)] for i, count in heads.items()},
+            memory={i: [{} for _ in range(count)] for i, count in heads.items()},
         )
 
     def copy(self) -> _Row:
@@ -96,7 +99,7 @@ class _Row:
 
         return _Row(
             each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
-            each(self.received), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
+            each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
             self.decoded,
         )  # fmt: skip
 
@@ -113,8 +116,10 @@ class Oracle:
     def __init__(self, trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> None:
         self.trace = trace
         self.policy = policy
-        self.importance = {**scores.IMPORTANCE, **(scorers or {})}[_name(policy.importance)]
-        self.redundancy = {**scores.REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
+        known = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
+        self.importance = {**known, **(scorers or {})}[_name(policy.importance)]
+        self.memories = {_name(c): c for c in policy.components if _name(c) in memory.REMEMBER}
+        self.redundancy = {**scores.REDUNDANCY, **statistics.REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
         self.mixer = scores.MIXERS[_name(policy.mixer)]
         self.trigger = _name(policy.trigger)
         self.rerotates = [_name(post) for post in policy.post] == ["rerotate"]
@@ -179,7 +184,6 @@ class Oracle:
                     position = len(row.keys[i]) - 1
                     row.held[i][h].append(position)
                     row.turned[i][h][position] = position - row.shift
-                    row.received[i][h][position] = 0.0
         row.columns.extend(valid)
         row.decoded = row.decoded or not event.prefill
         if not row.decoded:
@@ -236,7 +240,7 @@ class Oracle:
         heads = {(i, h): self._head(row, i, h) for i in self.layers for h in range(self.trace.layers[i].heads)}
         retention = {key: self._retention(head) for key, head in heads.items()}
         protected = {key: self._protected(row, head.positions) for key, head in heads.items()}
-        received = {key: head.received() for key, head in heads.items()} if self._accumulates else {}
+        memories = {key: self._remembered(head) for key, head in heads.items()}
         for group in self._shared():
             score = self._reduced([retention[key] for key in group], group)
             positions = heads[group[0]].positions
@@ -249,8 +253,8 @@ class Oracle:
                 self.report.evictions += len(positions) - count
                 if recorded[i][h] != kept:
                     self._differs(kept, recorded[i][h], heads[i, h], score, f"{where}, layer {i}, head {h}")
-        for (i, h), state in received.items():
-            row.received[i][h] = dict(zip(heads[i, h].positions, state.tolist(), strict=True))
+        for (i, h), state in memories.items():
+            row.memory[i][h] = state
         self._adopt(row, recorded)
         row.compactions += 1
         row.observed = row.seen
@@ -259,9 +263,14 @@ class Oracle:
                 row.turned[i] = [{position: n for n, position in enumerate(held)} for held in row.held[i]]
             row.shift = row.seen - len(row.held[self.layers[0]][0])
 
-    @property
-    def _accumulates(self) -> bool:
-        return self.importance is scores.accumulated_attention
+    def _remembered(self, head: scores.HeadView) -> dict[str, dict[int, float]]:
+        """Return what the scorers remember of each entry from this compaction on."""
+        found: dict[str, dict[int, float]] = {}
+        for name, component in self.memories.items():
+            for part, values in memory.REMEMBER[name](component, head).items():
+                pairs = zip(head.positions, values, strict=True)
+                found[part] = {position: value for position, value in pairs if value is not None}
+        return found
 
     @staticmethod
     def _adopt(row: _Row, recorded: dict[int, Sets]) -> None:
@@ -301,12 +310,16 @@ class Oracle:
             turned_to=places,
             queries=self._turned_queries(queries, i, row),
             query_positions=list(range(first, row.seen)),
-            received=lambda: self._received(row, i, h, view),
+            asked=lambda: torch.stack([query[h].double() for query in row.queries[i]]),
+            history=cache(lambda: self._history(row, i, h, view)),
+            memory=row.memory[i][h],
             info=info,
             layer=i,
             head=h,
             sinks=sinks,
             compactions=row.compactions,
+            seen=row.seen,
+            budget=self._entries(row),
         )
         return view
 
@@ -314,22 +327,23 @@ class Oracle:
         flat = queries.flatten(0, 1)
         return scores.turn(flat, self.trace.layers[i], [-row.shift] * len(flat)).view_as(queries)
 
-    def _received(self, row: _Row, i: int, h: int, view: scores.HeadView) -> Tensor:
-        """Attention up to the last compaction, and of every query since then: nothing has been evicted in between."""
-        total = torch.tensor([row.received[i][h][p] for p in view.positions], dtype=torch.float64)
+    def _history(self, row: _Row, i: int, h: int, view: scores.HeadView) -> list[tuple[int, Tensor]]:
+        """Return the attention of every query since the last compaction: nothing has been evicted in between."""
+        found = []
+        sinks = [None] * view.info.groups if view.sinks is None else view.sinks.tolist()
         for position in range(row.observed, row.seen):
             query = self._turned_queries(row.queries[i][position][None, h].double(), i, row)[0]
             visible = [p <= position for p in view.positions]
-            for g, line in enumerate(scores.logits_of(query, view.keys, view.info)):
-                total += scores.softmax_among(line, visible, None if view.sinks is None else float(view.sinks[g]))
-        return total
+            lines = zip(scores.logits_of(query, view.keys, view.info), sinks, strict=True)
+            found.append((position, torch.stack([scores.softmax_among(line, visible, sink) for line, sink in lines])))
+        return found
 
     def _retention(self, head: scores.HeadView) -> Tensor:
         zero = torch.zeros(len(head.positions), dtype=torch.float64)
         mixer = self.policy.mixer
         importance = self.importance(self.policy.importance, head) if mixer.uses_importance else zero
         redundancy = self.redundancy(self.policy.redundancy, head) if mixer.uses_redundancy else zero
-        return self.mixer(mixer, importance, redundancy)
+        return self.mixer(mixer, importance, redundancy, head)
 
     def _protected(self, row: _Row, positions: list[int]) -> list[bool]:
         limit = {"sinks": 0, "prompt": 0}

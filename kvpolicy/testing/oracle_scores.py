@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
+from kvpolicy.loading import catalog
 from kvpolicy.testing.events import LayerInfo
 
 
@@ -27,11 +28,15 @@ class HeadView:
         turned_to: the rotary position of each key.
         queries: float64 `[t, G, D]`, the row's last `t` queries, turned as the keys are.
         query_positions: their original positions.
-        received: attention that each entry has received so far, `[n]`.
+        asked: all queries of the row, float64 `[seen, G, D]`, as the model made them.
+        history: the attention of every query since the last compaction: its position and float64 `[G, n]`.
+        memory: what a scorer remembered of each entry at the last compaction, by its name: by position.
         info: facts of the layer.
         layer, head: which head this is.
         sinks: `[G]` sink logits or None.
         compactions: how many the row has had.
+        seen: tokens that the row has seen.
+        budget: entries that the compaction keeps.
     """
 
     positions: list[int]
@@ -40,16 +45,28 @@ class HeadView:
     turned_to: list[int]
     queries: Tensor
     query_positions: list[int]
-    received: Callable[[], Tensor]
+    asked: Callable[[], Tensor]
+    history: Callable[[], list[tuple[int, Tensor]]]
+    memory: dict[str, dict[int, float]]
     info: LayerInfo
     layer: int
     head: int
     sinks: Tensor | None
     compactions: int
+    seen: int
+    budget: int
+
+    def remembered(self, name: str, otherwise: float | list[int]) -> list[float]:
+        """Return what is remembered of each entry, or what stands for an entry that is new."""
+        known = self.memory.get(name, {})
+        new = otherwise if isinstance(otherwise, list) else [otherwise] * len(self.positions)
+        return [known.get(position, start) for position, start in zip(self.positions, new, strict=True)]
 
 
 Scorer = Callable[[Any, HeadView], Tensor]
 """(parameters, head) -> float64 `[n]`."""
+Mixer = Callable[[Any, Tensor, Tensor, HeadView], Tensor]
+"""(parameters, importance `[n]`, redundancy `[n]`, head) -> float64 `[n]`."""
 
 
 def turn(vectors: Tensor, info: LayerInfo, by: list[int]) -> Tensor:
@@ -102,10 +119,10 @@ def window_attention(p: Any, head: HeadView) -> Tensor:
             each = [softmax_among(line, visible, sink) for line, sink in zip(logits, sinks, strict=True)]
             row = _over(p.group, torch.stack(each))
         row = torch.where(torch.tensor(candidate), row, 0.0)
-        rows.append(_smooth(row, candidate, p.smooth, p.smooth_kind) if p.smooth_stage == "query" else row)
+        rows.append(smooth(row, candidate, p.smooth, p.smooth_kind) if p.smooth_stage == "query" else row)
     score = torch.stack(rows).mean(0)
     if p.smooth_stage == "mean":
-        score = _smooth(score, candidate, p.smooth, p.smooth_kind)
+        score = smooth(score, candidate, p.smooth, p.smooth_kind)
     best = max((float(s) for s, c in zip(score, candidate, strict=True) if c), default=0.0)
     return torch.tensor([float(s) if c else best for s, c in zip(score, candidate, strict=True)], dtype=torch.float64)
 
@@ -114,7 +131,8 @@ def _over(how: str, tensor: Tensor) -> Tensor:
     return tensor.max(0).values if how == "max" else tensor.mean(0)
 
 
-def _smooth(row: Tensor, candidate: list[bool], size: int, kind: str) -> Tensor:
+def smooth(row: Tensor, candidate: list[bool], size: int, kind: str) -> Tensor:
+    """Pool `[n]` scores over neighbouring candidates; 0 elsewhere."""
     where = [i for i, yes in enumerate(candidate) if yes]
     result = torch.zeros_like(row)
     for rank, slot in enumerate(where):
@@ -125,11 +143,6 @@ def _smooth(row: Tensor, candidate: list[bool], size: int, kind: str) -> Tensor:
         else:
             result[slot] = sum(values) / (len(values) if kind == "mean" else size)
     return result
-
-
-def accumulated_attention(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
-    """Attention received since an entry was written."""
-    return head.received()
 
 
 def key_norm(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
@@ -190,25 +203,88 @@ def key_cosine(p: Any, head: HeadView) -> Tensor:
     return result
 
 
-def linear(p: Any, importance: Tensor, redundancy: Tensor) -> Tensor:
+def mean_key(p: Any, head: HeadView) -> Tensor:
+    """Mean cosine to all keys, or the cosine with the mean direction."""
+    unit = _directions(head)
+    mean = unit.mean(0)
+    if p.unit_mean:
+        mean = mean / mean.pow(2).sum().sqrt().clamp(min=1e-12)
+    return unit @ mean
+
+
+def _directions(head: HeadView) -> Tensor:
+    return head.keys / head.keys.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=1e-15)
+
+
+def linear(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:  # noqa: ARG001
     """Weighted difference."""
     share = float(p.weight)
     return share * importance - (1 - share) * redundancy
 
 
-def importance_only(p: Any, importance: Tensor, redundancy: Tensor) -> Tensor:  # noqa: ARG001
+def max_normalised(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
+    """Weighted difference of shares of the largest magnitude."""
+    first, second = (x / x.abs().max() if float(x.abs().max()) else x for x in (importance, redundancy))
+    return linear(p, first, second, head)
+
+
+def z_score(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
+    """Weighted difference of standard scores."""
+    first, second = (x - x.mean() for x in (importance, redundancy))
+    first, second = (x / x.pow(2).mean().sqrt() if float(x.abs().max()) > 1e-12 else 0 * x for x in (first, second))
+    return linear(p, first, second, head)
+
+
+def rank(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
+    """Weighted difference of ranks, equal scores in the middle of their places."""
+
+    def ranks(x: Tensor) -> Tensor:
+        lower, upper = (x[:, None] > x).sum(1), (x[:, None] >= x).sum(1)
+        return (lower + upper - 1).double() / 2 / max(len(x) - 1, 1)
+
+    return linear(p, ranks(importance), ranks(redundancy), head)
+
+
+def head_adaptive(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
+    """Importance where keys differ, diversity where they are alike."""
+    if p.by_modality:
+        raise NotImplementedError("the oracle does not know which tokens are images")
+    count = len(importance)
+    counted = max(count - p.window, 0)
+    unit = _directions(head)
+    pairs = [float(unit[i] @ unit[j]) for i in range(count) for j in range(count) if i != j]
+    r = max(sum(pairs) / max(len(pairs), 1), 0.0)
+
+    def stretched(x: Tensor) -> Tensor:
+        inside = x[:counted]
+        if counted == 0 or float(inside.max()) == float(inside.min()):
+            return torch.zeros_like(x)
+        share = (x - inside.min()) / (inside.max() - inside.min())
+        return share * importance[:counted].abs().mean() / share[:counted].mean()
+
+    intrinsic = IMPORTANCE[catalog().name_of(type(p.intrinsic))](p.intrinsic, head)
+    return (1 - r) * (importance + stretched(intrinsic)) + r * stretched(-redundancy)
+
+
+def importance_only(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:  # noqa: ARG001
     """The importance."""
     return importance
 
 
 IMPORTANCE: dict[str, Scorer] = {
     "window_attention": window_attention,
-    "accumulated_attention": accumulated_attention,
     "key_norm": key_norm,
     "value_norm": value_norm,
     "random": random,
     "recency": recency,
     "none": nothing,
 }
-REDUNDANCY: dict[str, Scorer] = {"key_cosine": key_cosine, "none": nothing}
-MIXERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {"linear": linear, "importance_only": importance_only}
+REDUNDANCY: dict[str, Scorer] = {"key_cosine": key_cosine, "mean_key": mean_key, "none": nothing}
+MIXERS: dict[str, Mixer] = {
+    "head_adaptive": head_adaptive,
+    "importance_only": importance_only,
+    "linear": linear,
+    "max_normalised": max_normalised,
+    "rank": rank,
+    "z_score": z_score,
+}

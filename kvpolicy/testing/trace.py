@@ -69,6 +69,7 @@ class _TracingLayer(EvictingLayer):
             heads, groups = key.shape[1], query.shape[1] // key.shape[1]
             sinks, scale = kwargs.get("s_aux"), kwargs.get("scaling")
             rope = self.session.engine.ropes.get(self.layer_idx)
+            after: Any = getattr(getattr(module, "o_proj", None), "weight", None)
             self.trace.layers[self.layer_idx] = LayerInfo(
                 heads,
                 groups,
@@ -77,6 +78,7 @@ class _TracingLayer(EvictingLayer):
                 attention_sinks=None if sinks is None else sinks.detach().reshape(heads, groups).clone(),
                 inv_freq=None if rope is None else rope.inv_freq.clone(),
                 interleaved=rope is not None and rope.interleaved,
+                output_projection=None if after is None else after.detach().T.unflatten(0, (heads, groups, -1)),
             )
         return output
 

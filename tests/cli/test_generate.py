@@ -11,7 +11,7 @@ from rich.console import Console
 
 import kvpolicy
 from kvpolicy.cli import main
-from kvpolicy.cli.generating import encode
+from kvpolicy.runtimes.opening import encode
 from kvpolicy.cli.report import Run, table
 from kvpolicy.cli.streaming import TextStream
 

@@ -289,11 +289,22 @@ def test_model_copy_is_checked(rkv):
         rkv.model_copy(update={"budget": 0})
 
 
+def test_a_scorer_without_effect_is_refused(rkv):
+    text = "schema_version: 1\npolicy: p\nbudget: 64\ntrigger: each_step\nimportance: key_norm\n"
+    text += "redundancy: key_cosine\nmixer: importance_only\n"
+    said = r"<text>:6:\d+: redundancy: 'key_cosine' has no effect, .* write `redundancy: none` or a mixer that uses it"
+    with pytest.raises(SpecError, match=said):
+        PolicySpec.from_yaml(text)
+    with pytest.raises(SpecError, match="redundancy: 'key_cosine' has no effect"):
+        rkv.replace("mixer", "importance_only")
+    assert rkv.replace({"redundancy": "none", "mixer": "importance_only"}).build().mixer.uses_importance
+
+
 @pytest.mark.parametrize(
     ("path", "value", "field", "expected"),
     [
         ("mixer.weight", 0.3, "mixer", {"use": "linear", "weight": 0.3}),
-        ("mixer", "importance_only", "mixer", {"use": "importance_only"}),
+        ("mixer", "rank", "mixer", {"use": "rank", "weight": 0.5}),
         ("budget", 300, "budget", {"tokens": 300}),
         ("budget.tokens", 300, "budget", {"tokens": 300}),
         ("budget.fraction", 0.5, "budget", {"fraction": 0.5}),

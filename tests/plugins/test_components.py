@@ -18,10 +18,11 @@ from kvpolicy.types import KeepIndices
 
 BUNDLED = {
     "importance": {
-        "accumulated_attention", "key_norm", "none", "random", "recency", "value_norm", "window_attention",
+        "accumulated_attention", "attention_memory", "critical", "decayed_attention", "key_norm", "last_used",
+        "none", "random", "recency", "recurrence", "tova", "value_norm", "window_attention",
     },
-    "redundancy": {"key_cosine", "none"},
-    "mixer": {"importance_only", "linear"},
+    "redundancy": {"key_cosine", "mean_key", "none"},
+    "mixer": {"head_adaptive", "importance_only", "linear", "max_normalised", "rank", "z_score"},
     "allocator": {"uniform"},
     "protection": {"pads", "prompt", "recent", "sinks"},
     "selector": {"top_k"},
@@ -43,6 +44,8 @@ SCORERS = [
         {"observe": 3, "group": "mean", "group_stage": "weights", "softmax_over": "row"},
     ),
     ("importance", "window_attention", {"smooth": 6, "smooth_stage": "query", "smooth_kind": "mean"}),
+    ("importance", "attention_memory", {"smooth": 3, "combine": "mean"}),
+    ("redundancy", "mean_key", {"unit_mean": True, "by_modality": True}),
     ("redundancy", "key_cosine", {"beta": 2, "spare": "own", "window": 3}),
     ("redundancy", "key_cosine", {"index_zero": True, "rope": "pre", "threshold": 0.8}),
 ]
@@ -80,12 +83,19 @@ def test_declaration(kind, name):
         ("importance", "window_attention", {"smooth": 0}),
         ("importance", "window_attention", {"group": "sum"}),
         ("importance", "random", {"seed": -1}),
+        ("importance", "attention_memory", {"decay": 1.1}),
+        ("importance", "attention_memory", {"base": 3}),
+        ("importance", "recurrence", {"threshold": 2.0}),
+        ("importance", "last_used", {"share": 0.0}),
+        ("importance", "decayed_attention", {"decay": -0.1}),
+        ("importance", "critical", {"first_share": 1.5}),
         ("redundancy", "key_cosine", {"threshold": 1.5}),
         ("redundancy", "key_cosine", {"threshold": float("nan")}),
         ("redundancy", "key_cosine", {"beta": -1}),
         ("redundancy", "key_cosine", {"window": -1}),
         ("mixer", "linear", {"weight": 1.1}),
         ("mixer", "linear", {"weight": "0.1"}),
+        ("mixer", "head_adaptive", {"window": -1}),
         ("protection", "sinks", {"count": -1}),
         ("protection", "recent", {"count": 1.0}),
         ("trigger", "every", {"interval": 0}),
@@ -97,17 +107,25 @@ def test_parameters_are_checked(kind, name, params):
         make(kind, name, **params)
 
 
-def full_view(make_view, **fields):
-    queries = torch.randn(2, 2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
-    state = {"accumulated_attention": torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(4))}
-    return make_view(shape=(2, 2, 40, 8), queries=queries, state=state, **fields)
+def full_view(make_view, scorer, **fields):
+    """A view with everything that a scorer may ask for."""
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn(2, 2, 2, 8, 8, generator=generator)
+    states = [state for member in scorer.members() for state in member.slot_state()]
+    state = {s.name: (9 * torch.rand(2, 2, 40, generator=generator)).to(s.dtype) for s in states}
+    extras = {
+        "output_projection": torch.randn(2, 2, 8, 16, generator=generator),
+        "modality": torch.rand(2, 2, 40, generator=generator) < 0.5,
+    }
+    budget = torch.tensor([12, 20])
+    return make_view(shape=(2, 2, 40, 8), queries=queries, state=state, extras=extras, budget=budget, **fields)
 
 
 @pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
 def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
     """fp32, finite, nothing written; poison in an invalid slot changes no other slot."""
     scorer = make(kind, name, **params)
-    view = full_view(make_view)
+    view = full_view(make_view, scorer)
     valid = view.valid.clone()
     valid[0, :, :6], valid[1, :, 30:] = False, False
     clean = replace(view, valid=valid)
@@ -123,7 +141,10 @@ def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
         keys=view.keys.masked_fill(bad, float("nan")),
         values=view.values.masked_fill(bad, float("inf")),
         positions=view.positions.masked_fill(~valid, -(2**31)),
-        state={name: t.masked_fill(~valid, float("nan")) for name, t in view.state.items()},
+        state={
+            name: t.masked_fill(~valid, float("nan") if t.is_floating_point() else 2**31 - 1)
+            for name, t in view.state.items()
+        },
     )
     torch.testing.assert_close(scorer.score(poisoned)[valid], scores[valid], atol=0, rtol=0)
 
@@ -131,7 +152,7 @@ def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
 @pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
 def test_a_row_of_a_batch_scores_as_alone(make_view, kind, name, params):
     scorer = make(kind, name, **params)
-    view = full_view(make_view, compaction=torch.tensor([0, 3]), prompt_length=torch.tensor([5, 9]))
+    view = full_view(make_view, scorer, compaction=torch.tensor([0, 3]), prompt_length=torch.tensor([5, 9]))
     together = scorer.score(view)
     for b in range(2):
         row = slice(b, b + 1)
@@ -141,10 +162,11 @@ def test_a_row_of_a_batch_scores_as_alone(make_view, kind, name, params):
                 name: getattr(view, name)[row]
                 for name in (
                     "keys", "values", "positions", "valid", "queries", "query_positions", "query_valid",
-                    "prompt_length", "seen", "compaction",
+                    "prompt_length", "seen", "compaction", "budget",
                 )
             },
             state={name: t[row] for name, t in view.state.items()},
+            extras={**view.extras, "modality": view.extras["modality"][row]},
         )  # fmt: skip
         torch.testing.assert_close(scorer.score(single), together[row], atol=1e-6, rtol=0)
 
@@ -253,7 +275,7 @@ def test_key_cosine_window_and_rope(make_view):
         rotated, keys=ops.rotate(view.keys, view.rope, torch.tensor(3)), rope_positions=view.positions * 0 + 3
     )
     torch.testing.assert_close(pre.score(elsewhere), bare, atol=1e-6, rtol=0)
-    with pytest.raises(UnsupportedError, match="use rope: post"):
+    with pytest.raises(UnsupportedError, match="needs the rotary embedding"):
         pre.score(replace(view, rope=None))
 
 
@@ -270,7 +292,7 @@ def test_mixers(make_view):
 
 def test_uniform_gives_the_budget_or_all_there_is():
     valid = [torch.tensor([[9, 9], [3, 3]]), torch.tensor([[9, 9], [3, 3]])]
-    request = AllocationRequest(torch.tensor([5, 5]), valid, [v * 0 for v in valid], [], [], [0, 1], 2)
+    request = AllocationRequest(torch.tensor([5, 5]), valid, [v * 0 for v in valid], [], [], [0, 1], 2, [])
     counts = make("allocator", "uniform").allocate(request)
     assert [c.tolist() for c in counts] == [[[5, 5], [3, 3]]] * 2
     assert counts[0].dtype == torch.int64

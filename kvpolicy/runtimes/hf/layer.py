@@ -116,11 +116,13 @@ class EvictingLayer(CacheLayerMixin):
         assert forward is not None
         if mask is not None:
             raise UnsupportedError("this model asks for a mask that is not simply causal after a head-wise eviction.")
-        output = ops.ragged_attention(
-            engine.turn_queries(self.layer_idx, query), base.blocks, key, value,
-            forward.mask_on(key.device, explicit=True) if forward.columns > 1 or forward.visible is not None else None,
-            scale=facts.scale, softcap=facts.softcap, attention_sinks=facts.attention_sinks,
-        )  # fmt: skip
+        masked = forward.columns > 1 or forward.visible is not None
+        with ops.using_backend(engine.policy.backend):
+            output = ops.ragged_attention(
+                engine.turn_queries(self.layer_idx, query), base.blocks, key, value,
+                forward.mask_on(key.device, explicit=True) if masked else None,
+                scale=facts.scale, softcap=facts.softcap, attention_sinks=facts.attention_sinks,
+            )  # fmt: skip
         return output.transpose(1, 2).contiguous()
 
     def _facts(self, module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> LayerFacts:

@@ -114,7 +114,7 @@ def latest_steps() -> list[Step]:
     "Scores that stay behind when their entries move rank the wrong entries from then on.",
     ("policy",),
     machine=cache_machine,
-    effort=1.0,
+    effort=0.6,
 )
 def state_moves_with_slots(subject: Policy, steps: list[Step]) -> None:
     """Keys, values, positions, queries and slot state stay together through any sequence of cache operations.

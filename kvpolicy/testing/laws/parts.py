@@ -248,11 +248,11 @@ def protection_lasts(subject: Any, case: Case, drops: list[int]) -> None:
     dropped &= ~mask.any(0).any(0)
     # The newest entry is never evicted by anything but its score; keep it so that the row still ends where it did.
     dropped &= ~case.view.newest(1).any(0).any(0)
-    decided(bool(mask.any()) and bool(dropped.any()), "nothing is protected, or nothing else evicted")
     stay = (~dropped).nonzero()[:, 0]
     after = case.at_slots(stay)
     got = outcome(subject, after)[0] & after.view.valid
     expect_same(subject, case, [mask[:, :, stay]], [got], after.valid, "after a compaction,", exact=True)
+    decided(bool(mask.any()) and bool(dropped.any()), "nothing is protected, or nothing else evicted")
 
 
 _COUNTERS = st.builds(

@@ -260,15 +260,15 @@ def shared_scope_shares(subject: Any, case: Case) -> None:
             raise broken(f"layer {i}: its heads keep different slots under scope {subject.selector.scope!r}.")
 
 
-def _protects_nothing(policy: Any) -> str | None:
-    return None if any(p.effect == "keep" for p in policy.protections) else "it protects nothing"
+def _protects_one(policy: Any) -> str | None:
+    return None if policy.reserved(2) > 1 else "it protects one entry at most, and every budget holds one"
 
 
 @law(
     "Evicting what was promised to stay, without a word, is worse than stopping.",
     ("policy",),
     one_case,
-    unless=_protects_nothing,
+    unless=_protects_one,
     effort=0.5,
 )
 def too_small_is_refused(subject: Any, case: Case) -> None:

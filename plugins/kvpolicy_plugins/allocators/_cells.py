@@ -57,7 +57,7 @@ class Cells:
         return self.split(self.protected + ops.apportion(weights, free, torch.zeros_like(room), room))
 
     def of_table(self, table: Table, name: str, request: AllocationRequest) -> Tensor:
-        """Return a table's numbers for these heads, fp32 `[C]` or `[P, C]`; raises TableError if it is of another model."""
+        """Return a table's numbers for these heads, fp32 `[C]` or `[P, C]`; TableError if it is of another model."""
         rows = table.rows(name, request.layers, request.num_layers, max(self.heads), self.total.device)
         return rows.flatten(-2)
 

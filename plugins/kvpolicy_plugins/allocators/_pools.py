@@ -16,7 +16,7 @@ Normalise = Literal["none", "concentration", "z_score"]
 def pooled_shares(
     scores: list[Scores], candidates: list[Mask], free: Tensor, normalise: Normalise, floor: float
 ) -> Tensor:
-    """Return what each head earns of `free` entries by its place in one ranking of all heads, blended with equal shares.
+    """Return what each head earns of `free` entries in one ranking of all heads, blended with equal shares.
 
     Args:
         scores: fp32 `[B, H, N]` of each layer that is pooled.

@@ -29,7 +29,7 @@ class AdaptiveHeads(BudgetAllocator):
     counts: ClassVar[Literal["equal", "per_layer", "per_head"]] = "per_head"
 
     floor: float = Field(default=0.2, ge=0, le=1)
-    """Weight of the equal share in the blend, the authors' `floor_alpha`: 0 = all by rank, 1 = the same for all heads."""
+    """Weight of the equal share in the blend, the authors' `floor`: 0 = all by rank, 1 = the same for all heads."""
     normalise: Normalise = "none"
     """Scores of a head before they are pooled: `z_score` (of its unprotected entries; makes any scores comparable),
     `concentration` (times the share of its mass that its top entries hold, as the authors' code can), or `none`."""

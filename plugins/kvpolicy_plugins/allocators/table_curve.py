@@ -29,8 +29,8 @@ class TableCurve(BudgetAllocator):
     def allocate(self, request: AllocationRequest) -> list[Counts]:
         cells = Cells.of(request)
         table = load_table(self.table, "head_curves")
-        points, order = table.tensors["fractions"].to(cells.total.device, torch.float64).sort()
-        kept = cells.of_table(table, "kept", request).to(torch.float64)[order]
+        points = table.tensors["fractions"].to(cells.total.device, torch.float64)
+        kept = cells.of_table(table, "kept", request).to(torch.float64)
         room = (cells.valid - cells.protected).to(torch.float64)
         free = (cells.total - cells.protected.sum(-1)).to(torch.float64)
         fraction = (free / room.sum(-1).clamp(min=1)).clamp(points[0], points[-1])

@@ -21,6 +21,7 @@ class AccumulatedAttention(ImportanceScorer):
     queries than new ones, so a recent window has to be protected.
     """
 
+    same_for_layers: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     paper: ClassVar[str] = "arXiv:2306.14048"
     comparable_across_heads: ClassVar[bool] = True

@@ -20,8 +20,9 @@ class Critical(ImportanceScorer):
     """Two stages: the best of the base score first, then the others by ``(s + epsilon) * |W_o v|_1``.
 
     The first stage takes ``first_share`` of the budget, rounded down. The norm is the mean over the query heads that
-    share the value. The result is a rank, the same for equal scores: stage one stands above stage two, each in its own
-    order. The formula is meant for scores that are not negative; others are counted from the lowest of their head.
+    share the value. The numbers only rank: 2 and more for stage one, shares of the head's best for stage two. The
+    formula is meant for scores that are not negative; others are counted from the lowest of their head. Where layers
+    have budgets of their own, the first stage is still a share of the average one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
@@ -51,6 +52,6 @@ class Critical(ImportanceScorer):
         counts = torch.minimum(share[:, None], held)
         slots = view.shape[2]
         first = ops.top_k(base, counts, torch.zeros_like(view.valid), view.valid, width=slots).mask(slots)
-        # A rank is at most 1 in `ops.ranks`; stage one starts above that.
-        staged = torch.where(first, 2.0 + ops.ranks(base, view.valid), ops.ranks(refined, view.valid))
-        return staged.masked_fill(~view.valid, 0.0)
+        # Nothing of stage two is above 1, nothing of stage one below 2.
+        rest = ops.by_maximum(refined, view.valid & ~first)
+        return torch.where(first, 2.0 + ops.ranks(base, view.valid), rest)

@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class KeyNorm(ImportanceScorer):
     """Minus the Euclidean norm of the key, which a rotary embedding does not change."""
 
+    same_for_layers: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2406.11430"
 
     def score(self, view: CacheView) -> Scores:

@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class NoImportance(ImportanceScorer):
     """Zero for every entry: redundancy, protections and age decide (ties keep the older entry)."""
 
+    same_for_layers: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
 

@@ -16,6 +16,7 @@ class Recency(ImportanceScorer):
     fp32 holds positions up to 2^24 exactly; beyond, neighbours tie and the older one stays.
     """
 
+    same_for_layers: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2309.17453"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True

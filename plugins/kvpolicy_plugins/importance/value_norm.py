@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class ValueNorm(ImportanceScorer):
     """Euclidean norm of the value: what an entry can add to the output at most."""
 
+    same_for_layers: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2510.20707 (VNorm in MixKV)"
 
     def score(self, view: CacheView) -> Scores:

@@ -21,6 +21,7 @@ class WindowAttention(ImportanceScorer):
     softmax_over: row``; the equations of the R-KV paper are an even `smooth` with ``smooth_stage: query``.
     """
 
+    same_for_layers: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
     paper: ClassVar[str] = "arXiv:2404.14469 (SnapKV), arXiv:2505.24133 (R-KV)"
     comparable_across_heads: ClassVar[bool] = True

@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class Linear(Mixer):
     """``weight * importance - (1 - weight) * redundancy`` (eq. 7), without any normalisation."""
 
+    same_for_layers: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "weight"
     paper: ClassVar[str] = "arXiv:2505.24133"
 

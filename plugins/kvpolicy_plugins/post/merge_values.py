@@ -18,15 +18,15 @@ class MergeValues(PostOperation):
     """Folds the value of every evicted entry into the entry that stays with the most similar key.
 
     With ``w = max(cos, 0) * |v| / (|v| + |v_s|)`` for the evicted values `v` whose nearest survivor is `s`, ``v_s``
-    becomes ``(v_s + sum(w * v)) / (1 + sum(w))``, summed in fp32. Keys stay as they are, because the mean of two rotated
-    keys is no rotation of anything. Cost: evicted x kept similarities, in blocks.
+    becomes ``(v_s + sum(w * v)) / (1 + sum(w))``, summed in fp32. Keys stay as they are, because the mean of two
+    rotated keys is no rotation of anything. Cost: evicted x kept similarities, in blocks.
     """
 
     shorthand: ClassVar[str | None] = "threshold"
     paper: ClassVar[str] = "arXiv:2406.13035 (D2O)"
     changes: ClassVar[Literal["positions", "values", "keys"]] = "values"
 
-    threshold: float = Field(default=0.0, ge=-1, le=1)
+    threshold: float = Field(default=0.0, ge=0, le=1)
     """Smallest cosine between the keys at which a value is merged; an entry that is near to none is lost."""
 
     def apply(self, view: CacheView, kept: KeepIndices) -> Mapping[str, Tensor]:

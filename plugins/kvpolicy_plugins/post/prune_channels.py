@@ -16,12 +16,11 @@ from kvpolicy.view import CacheView
 
 
 class PruneChannels(PostOperation):
-    """Sets the least used channels of the kept keys to 0; the newest entries keep all channels. **No memory is freed.**
+    """Sets the least used channels of the kept keys to 0, and frees no memory; the newest entries keep all channels.
 
     A channel is worth ``mean(q^2) * mean(k^2)``, over the last `observe` queries of all query heads of the KV head and
-    over the keys that stay (arXiv:2407.21018, equation 4 with its greedy solution). The channels are zeroed where they
-    are: attention is what it would be with keys of fewer channels, but the cache stores the zeros. Of equal channels the
-    first ones go.
+    over the keys that stay (arXiv:2407.21018, section 3). The channels are zeroed where they are: attention is what it
+    would be with keys of fewer channels, but the cache stores the zeros. Of equal channels the first ones go.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
@@ -51,5 +50,5 @@ class PruneChannels(PostOperation):
         order = worth.sort(dim=-1, stable=True).indices
         gone = torch.zeros_like(worth, dtype=torch.bool)
         gone.scatter_(-1, order[..., : int(self.ratio * worth.shape[-1])], True)
-        pruned = stays & ~view.newest(self.recent)
+        pruned = stays & ~view.newest(self.recent) & asked.any(-1)[:, None, None]
         return {"keys": view.keys.masked_fill(gone.unsqueeze(2) & pruned.unsqueeze(-1), 0.0)}

@@ -12,6 +12,7 @@ from kvpolicy.view import CacheView
 class Pads(Protection):
     """Drops every slot that holds no token. Each policy does so anyway; here it can be said."""
 
+    same_for_layers: ClassVar[bool] = True
     effect: ClassVar[Literal["keep", "drop"]] = "drop"
 
     def mask(self, view: CacheView) -> Mask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvpolicy.components import Protection
 from kvpolicy.types import Mask
 from kvpolicy.view import CacheView
@@ -9,6 +11,8 @@ from kvpolicy.view import CacheView
 
 class Prompt(Protection):
     """Keeps every entry of the prompt; it counts inside the budget, so the budget must be longer than the prompt."""
+
+    same_for_layers: ClassVar[bool] = True
 
     def mask(self, view: CacheView) -> Mask:
         return view.valid & (view.positions < view.prompt_length.to(view.device)[:, None, None])

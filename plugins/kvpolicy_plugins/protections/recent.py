@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class Recent(Protection):
     """Keeps the newest entries."""
 
+    same_for_layers: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "count"
 
     count: int = Field(default=8, ge=0)

@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class Sinks(Protection):
     """Keeps the entries of the first tokens of the sequence."""
 
+    same_for_layers: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "count"
     paper: ClassVar[str] = "arXiv:2309.17453"
 

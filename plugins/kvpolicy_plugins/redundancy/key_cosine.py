@@ -28,6 +28,7 @@ class KeyCosine(RedundancyScorer):
     are exact, but no keys x keys matrix is built (`kvpolicy.ops.redundancy`).
     """
 
+    same_for_layers: ClassVar[bool] = True
     needs = _NeedsRope()
     paper: ClassVar[str] = "arXiv:2505.24133"
     comparable_across_heads: ClassVar[bool] = True

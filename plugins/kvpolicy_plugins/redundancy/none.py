@@ -14,6 +14,7 @@ from kvpolicy.view import CacheView
 class NoRedundancy(RedundancyScorer):
     """Zero for every entry."""
 
+    same_for_layers: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
 

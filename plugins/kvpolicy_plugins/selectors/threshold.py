@@ -14,7 +14,7 @@ from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 
 class Threshold(Selector):
-    """Protected entries and those whose score is at least a threshold; heads keep as many as they have, up to the count.
+    """Protected entries and those whose score is at least a threshold: as many as a head has, up to the count.
 
     The count is an upper limit (arXiv:2506.05345 decides each entry by itself): where more pass, the highest scores
     stay, and equal scores go to the older entry.

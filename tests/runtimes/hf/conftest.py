@@ -71,6 +71,11 @@ def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
         changes["protect.recent"] = budget // 2
     if data["importance"].get("observe", 0) > budget // 2:
         changes["importance.observe"] = budget // 2
+    if data["protect"].get("sinks", {}).get("count", 0) > budget // 4:
+        changes["protect.sinks"] = budget // 4
+    for size in ("lag", "chunk"):  # of partitions of the sequence
+        if data["importance"].get(size, 0) > budget // 4:
+            changes[f"importance.{size}"] = budget // 4
     if spec.prefill_chunk is not None:
         changes["prefill_chunk"] = interval
     return spec.replace(changes).build()

@@ -1,0 +1,41 @@
+"""What several kernels share.
+
+The interpreter keeps bfloat16 as bare bits, so every load is widened to fp32 before anything is done with it, and
+operands of `dot` are when `UPCAST` says that the interpreter runs. Products of two bf16 numbers are exact in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+NEVER = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def dot(left, right, UPCAST: tl.constexpr):
+    """Product of two tiles in fp32."""
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(n, heads, TILE: tl.constexpr):
+    """Return row, batch index, head and columns of a program of a flat grid over (rows, tiles)."""
+    tiles = tl.cdiv(n, TILE)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    row, b, h = row_of(pid // tiles, heads)
+    return row, b, h, tile, tiles, tile * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def row_of(row, heads):
+    """Return row, batch index and head as 64-bit numbers; divided as 32-bit ones, which is an instruction or two."""
+    return row.to(tl.int64), (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+
+
+@triton.jit
+def load_mask(pointer, stride, column, inside):
+    """Load bytes of a bool tensor."""
+    return tl.load(pointer + column * stride, mask=inside, other=0) != 0

@@ -1,0 +1,125 @@
+"""The calls that stand for all kernels: what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.ops.dispatch import using_backend
+from kvpolicy.types import KeepIndices
+from kvpolicy.ops.ragged import Blocks
+from kvpolicy_kernels import compaction, ragged, selection, similarity, window
+from kvpolicy_kernels._launch import Launch
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SLOTS = 160  # divisible by 16, as the strides of an arena are
+
+
+def multiplies(launch: Launch) -> bool:
+    """Whether a launch has a matrix product in it."""
+    of = launch.constants
+    return (
+        (launch.name == "scan.scan_keys" and of["LOGITS"])
+        or (launch.name == "window.mean_weights" and of["BY_HEAD"])
+        or (launch.name == "similarity.exempt" and of["BETA"] > 0)
+        or launch.name == "ragged.attend_part"
+    )
+
+
+def variants(*, full: bool) -> dict[str, Callable[[], object]]:
+    """Return calls by label. `full` spans dtypes, head dims, groups and options."""
+    calls: dict[str, Callable[[], object]] = {}
+    widths = [(torch.bfloat16, 64), (torch.bfloat16, 128)]
+    if full:
+        widths += [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 128)]
+    for dtype, dim in widths:
+        _of_keys(calls, dtype, dim, every=full and dim == 128, full=full)
+    for slots in (200, 1000, 2000, 4000, 20000) if full else (1000, 4000, 20000):
+        calls[f"top_k {slots}"] = partial(_top_k, slots)
+    calls["positions"] = partial(_compact, torch.int32, ())
+    if full:
+        calls["state"] = partial(_compact, torch.float32, (3,))
+        calls["flags"] = partial(_compact, torch.int8, ())
+        calls["means"] = partial(similarity.mean_similarity, _keys(torch.float16, 64), _mask())
+    return calls
+
+
+def _of_keys(
+    calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: int, *, every: bool, full: bool
+) -> None:
+    """Add the calls that read keys; every option for one head dim, and some for the others."""
+    name, wide = f"{_SHORT[dtype]} D{dim}", dim == 128
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 16) if every else (1, 3, 8) if full else (4, 8) if wide else (3,):
+        calls[f"{name} rkv G{group}"] = partial(_importance, dtype, dim, group, 8, shared=True)
+    snapkv = {"group_stage": "weights", "softmax_over": "row", "mean": True}
+    for group in (1, 4, 7, 8) if every else (4,) if wide or full else ():
+        for queries in (8, 32, 64) if every else (8, 32):
+            calls[f"{name} snapkv G{group} Q{queries}"] = partial(
+                _importance, dtype, dim, group, queries, **snapkv
+            )
+    if full:
+        calls[f"{name} mean logits"] = partial(_importance, dtype, dim, 4, 16, mean=True, softmax_over="row")
+        calls[f"{name} max weights"] = partial(_importance, dtype, dim, 4, 16, group_stage="weights")
+    for beta in (0, 1, 2, 3, 4) if every else (1, 3) if wide else (1,):
+        calls[f"{name} beta{beta}"] = partial(_redundancy, dtype, dim, beta=beta)
+    if wide or full:
+        calls[f"{name} index_zero"] = partial(_redundancy, dtype, dim, index_zero=True)
+    if full:
+        calls[f"{name} own"] = partial(_redundancy, dtype, dim, own=True)
+        calls[f"{name} own index_zero"] = partial(_redundancy, dtype, dim, own=True, index_zero=True)
+    for group in (1, 8, 16) if every else (4,):
+        for count in (1, 5, 64) if every else (1,):
+            calls[f"{name} ragged G{group} q{count}"] = partial(_ragged, dtype, dim, group, count)
+    calls[f"{name} ragged masked"] = partial(_ragged, dtype, dim, 2, 2, masked=True)
+    calls[f"{name} compact"] = partial(_compact, dtype, (dim,))
+
+
+def _keys(dtype: torch.dtype, dim: int) -> Tensor:
+    return torch.empty(2, 2, 2 * _SLOTS, dim, dtype=dtype)[:, :, :_SLOTS]
+
+
+def _mask() -> Tensor:
+    return torch.empty(2, 2, _SLOTS, dtype=torch.bool)
+
+
+def _importance(
+    dtype: torch.dtype, dim: int, group: int, queries: int, *, mean: bool = False, shared: bool = False, **options: Any
+) -> None:
+    with using_backend("triton", shared=shared):
+        window.window_importance(
+            torch.empty(2, 2, group, queries, dim, dtype=dtype),
+            torch.empty(2, queries, dtype=torch.int32), torch.empty(2, queries, dtype=torch.bool),
+            _keys(dtype, dim), torch.empty(2, 2, _SLOTS, dtype=torch.int32), _mask(),
+            scale=0.125, group="mean" if mean else "max", **options,
+        )  # fmt: skip
+
+
+def _redundancy(dtype: torch.dtype, dim: int, *, beta: int = 1, own: bool = False, index_zero: bool = False) -> None:
+    similarity.redundancy(
+        _keys(dtype, dim), _mask(), beta=beta, spare="own" if own else "newest", index_zero=index_zero
+    )
+
+
+def _compact(dtype: torch.dtype, trailing: tuple[int, ...]) -> None:
+    kept = KeepIndices(torch.empty(2, 2, 64, dtype=torch.int64), torch.empty(2, 2, dtype=torch.int64))
+    compaction.compact(torch.empty(2, 2, _SLOTS, *trailing, dtype=dtype), kept)
+
+
+def _ragged(dtype: torch.dtype, dim: int, group: int, count: int, *, masked: bool = False) -> None:
+    kept = torch.empty(8, 16, dim, dtype=dtype)
+    base = Blocks(kept, kept, torch.arange(8) // 2, torch.full((8,), 16))
+    tail = torch.empty(2, 2, 128, dim, dtype=dtype)
+    seen = torch.empty(2, 1, count, 128, dtype=torch.bool) if masked else None
+    sinks = torch.empty(2, group, dtype=dtype) if masked else None
+    queries = torch.empty(2, 2 * group, count, dim, dtype=dtype)
+    ragged.ragged_attention(queries, base, tail, tail, seen, scale=0.125, attention_sinks=sinks)
+
+
+def _top_k(slots: int) -> None:
+    mask = torch.empty(2, 2, slots, dtype=torch.bool)
+    counts = torch.empty(2, 2, dtype=torch.int64)
+    selection.top_k(torch.empty(2, 2, slots), counts, mask, mask, width=64)

@@ -1,0 +1,138 @@
+"""Redundancy of keys in Triton; the definition is `kvpolicy.ops.similarity`."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.ops.dispatch import scratch
+from kvpolicy.types import Keys, Mask, Scores
+from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
+
+TILE = 64
+
+
+class Norms(NamedTuple):
+    """What one read of the keys of `R = B*H` heads leaves behind for their redundancy.
+
+    Attributes:
+        inverse: fp32 `[R, N]`, 1 / length of each key, 0 for those that take no part.
+        partial: fp32 `[R, tiles, D]`, sums of unit keys.
+        first: int32 `[R, tiles]`, lowest slot of a tile that takes part.
+        held: int32 `[R, tiles]`, how many do.
+        lost: int64 `[R, N]`, zeros.
+    """
+
+    inverse: Tensor
+    partial: Tensor
+    first: Tensor
+    held: Tensor
+    lost: Tensor
+
+    @staticmethod
+    def like(keys: Keys) -> Norms:
+        """Allocate for `[B, H, N, D]` keys."""
+        batch, heads, n, dim = keys.shape
+        rows, tiles = batch * heads, -(-n // TILE)
+        device = keys.device
+        return Norms(
+            torch.empty(rows, n, dtype=torch.float32, device=device),
+            torch.empty(rows, tiles, dim, dtype=torch.float32, device=device),
+            torch.empty(rows, tiles, dtype=torch.int32, device=device),
+            torch.empty(rows, tiles, dtype=torch.int32, device=device),
+            torch.empty(rows, n, dtype=torch.int64, device=device),
+        )
+
+    @staticmethod
+    def bytes_each(keys: Keys) -> int:
+        """Bytes per batch row, what `_reduced` adds included."""
+        _, heads, n, dim = keys.shape
+        return heads * (16 * n + (4 * dim + 8) * (-(-n // TILE)))
+
+
+def redundancy(
+    keys: Keys,
+    valid: Mask,
+    *,
+    participates: Mask | None = None,
+    threshold: float = 0.5,
+    beta: int = 1,
+    spare: Literal["newest", "own"] = "newest",
+    index_zero: bool = False,
+) -> Scores:
+    """As `kvpolicy.ops.redundancy`. Raises ValueError when arguments do not fit together."""
+    takes_part = valid if participates is None else valid & participates
+    return _scores(keys, takes_part, threshold, beta, spare == "own", index_zero, softmax=True)
+
+
+def mean_similarity(
+    keys: Keys,
+    takes_part: Mask,
+    *,
+    threshold: float = 0.5,
+    beta: int = 1,
+    spare: Literal["newest", "own"] = "newest",
+    index_zero: bool = False,
+) -> Scores:
+    """As `kvpolicy.ops.mean_similarity`. Raises ValueError when arguments do not fit together."""
+    return _scores(keys, takes_part, threshold, beta, spare == "own", index_zero, softmax=False)
+
+
+def _scores(
+    keys: Keys, mask: Mask, threshold: float, beta: int, own: bool, index_zero: bool, *, softmax: bool
+) -> Scores:
+    expect(mask, "valid", tuple(keys.shape[:3]), torch.bool, keys.device)
+    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    if out.numel() == 0:
+        return out
+    at_hand = scratch()
+    left = at_hand.pop("norms", None) if at_hand is not None else None
+    # What the importance of the same view has left here; for the same tensors, not equal ones.
+    if left is not None and left[0] is keys and left[1] is mask:
+        _reduced(keys, mask, left[2], out, threshold, beta, own, index_zero, softmax)
+        return out
+    for part in batches(keys.shape[0], Norms.bytes_each(keys)):
+        norms = Norms.like(keys[part])
+        scan(keys[part], mask[part], norms)
+        _reduced(keys[part], mask[part], norms, out[part], threshold, beta, own, index_zero, softmax)
+    return out
+
+
+def scan(keys: Keys, mask: Mask, norms: Norms) -> None:
+    """Read the keys once for their norms alone."""
+    batch, heads, n, dim = keys.shape
+    nothing = (None, 0, 0, 0, 0, None, None, None, 0, 0, 0, None, None, None, None)
+    launch(
+        "scan.scan_keys", batch * heads * -(-n // TILE),
+        keys, *keys.stride()[:3], as_bytes(mask), *mask.stride(), *norms, *nothing, 0.0, n, heads, 0,
+        D=dim, TILE=TILE, GROUP=1, QUERIES=16,
+        NORMS=True, LOGITS=False, BY_HEAD=False, MEAN=False, OVER_ROW=False, UPCAST=upcast(),
+    )  # fmt: skip
+
+
+def _reduced(
+    keys: Keys, mask: Mask, norms: Norms, out: Tensor,
+    threshold: float, beta: int, own: bool, index_zero: bool, softmax: bool,
+) -> None:  # fmt: skip
+    batch, heads, n, dim = keys.shape
+    rows, tiles = norms.first.shape
+    total = torch.empty(rows, dim, dtype=torch.float32, device=keys.device)
+    oldest = torch.empty(rows, dtype=torch.int32, device=keys.device)
+    number = torch.empty_like(oldest)
+    launch(
+        "similarity.fold_sums", rows, norms.partial, norms.first, norms.held, total, oldest, number, tiles,
+        D=dim, BLOCK=padded(min(tiles, 32)),
+    )  # fmt: skip
+    base = torch.empty(rows, n, dtype=torch.float32, device=keys.device)
+    launch(
+        "similarity.exempt", rows * tiles,
+        keys, *keys.stride()[:3], norms.inverse, total, oldest, base, norms.lost, threshold, n, heads,
+        D=dim, TILE=TILE, BETA=beta, OWN=own, INDEX_ZERO=index_zero, UPCAST=upcast(), warps=8,
+    )  # fmt: skip
+    launch(
+        "similarity.finish_redundancy", rows,
+        base, norms.lost, as_bytes(mask), *mask.stride(), number, out, n, heads,
+        BLOCK=1024, LOST=beta > 0 and not own, SOFTMAX=softmax,
+    )  # fmt: skip

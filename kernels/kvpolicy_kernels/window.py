@@ -1,0 +1,111 @@
+"""Importance from an observation window in Triton; the definition is `kvpolicy.ops.window`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
+
+from kvpolicy.ops.dispatch import scratch
+from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
+from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
+from kvpolicy_kernels.similarity import TILE, Norms
+
+
+def window_importance(
+    queries: Queries,
+    query_positions: Int32[Tensor, "B Q"],
+    query_valid: Bool[Tensor, "B Q"],
+    keys: Keys,
+    positions: Positions,
+    valid: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    attention_sinks: Float[Tensor, "H G"] | None = None,
+    group: Literal["max", "mean"] = "max",
+    group_stage: Literal["logits", "weights"] = "logits",
+    softmax_over: Literal["candidates", "row"] = "candidates",
+    smooth: int = 7,
+    smooth_kind: str = "max",
+    smooth_stage: str = "mean",
+) -> Scores:
+    """As `kvpolicy.ops.window_importance`, for the options that `kvpolicy_kernels.backend` does not refuse.
+
+    Raises ValueError when arguments do not fit together.
+    """
+    batch, heads, n, dim = keys.shape
+    size, count = queries.shape[2:4]
+    device = keys.device
+    expect(queries, "queries", (batch, heads, size, count, dim), keys.dtype, device)
+    expect(query_positions, "query_positions", (batch, count), torch.int32, device)
+    expect(query_valid, "query_valid", (batch, count), torch.bool, device)
+    expect(positions, "positions", (batch, heads, n), torch.int32, device)
+    expect(valid, "valid", (batch, heads, n), torch.bool, device)
+    if count == 0 or n == 0 or batch == 0:
+        return torch.zeros(batch, heads, n, dtype=torch.float32, device=device)
+    out = torch.empty(batch, heads, n, dtype=torch.float32, device=device)
+    asked, at = query_valid.contiguous(), query_positions.contiguous()
+    by_head = group_stage == "weights"
+    parts = list(batches(batch, Norms.bytes_each(keys) + heads * n * (8 if by_head else 8 + 4 * count)))
+    # The redundancy of the same view finds its norms here, from this one read of the keys.
+    at_hand = scratch()
+    norms = Norms.like(keys) if at_hand is not None and len(parts) == 1 else None
+    for part in parts:
+        _part(
+            queries[part], at[part], asked[part], keys[part], positions[part], valid[part], out[part], norms,
+            scale, smooth, by_head, group == "mean", softmax_over == "row",
+        )  # fmt: skip
+    if at_hand is not None and norms is not None:
+        at_hand["norms"] = (keys, valid, norms)
+    return out
+
+
+def _part(
+    queries: Queries, at: Tensor, asked: Tensor, keys: Keys, positions: Positions, valid: Mask, out: Tensor,
+    norms: Norms | None, scale: float, smooth: int, by_head: bool, mean: bool, over_row: bool,
+) -> None:  # fmt: skip
+    batch, heads, n, dim = keys.shape
+    size, count = queries.shape[2:4]
+    rows, tiles = batch * heads, -(-n // TILE)
+    stats = size * count if by_head else count
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=keys.device)
+
+    logits = None if by_head else new(rows, count, n)
+    most, total = new(rows, tiles, stats), new(rows, tiles, stats)
+    counts = new(rows, tiles, dtype=torch.int32)
+    flags = {"BY_HEAD": by_head, "MEAN": mean, "OVER_ROW": over_row, "UPCAST": upcast()}
+    sizes = {"D": dim, "TILE": TILE, "GROUP": size, "QUERIES": padded(count)}
+    warps = 8 if sizes["QUERIES"] > 32 else 4
+    held = (as_bytes(valid), *valid.stride())
+    asking = (queries, *queries.stride()[:4], as_bytes(asked), at, positions, *positions.stride())
+    launch(
+        "scan.scan_keys", rows * tiles,
+        keys, *keys.stride()[:3], *held, *(norms or (None,) * 5), *asking, logits, most, total, counts,
+        scale, n, heads, count, **sizes, **flags, NORMS=norms is not None, LOGITS=True,
+        warps=warps,
+    )  # fmt: skip
+    shift, weight = new(rows, stats), new(rows, stats)
+    before, peak = new(rows, tiles + 1, dtype=torch.int32), new(rows, dtype=torch.int32)
+    launch(
+        "window.fold_statistics", rows,
+        most, total, counts, as_bytes(asked), shift, weight, before, peak, heads, count, tiles,
+        GROUP=size if by_head else 1, ROWS=padded(stats), MEAN=mean, BLOCK=16,
+    )  # fmt: skip
+    packed, rank = new(rows, n), new(rows, n, dtype=torch.int32)
+    if not by_head:  # it then depends on neither; fewer variants to compile
+        sizes |= {"D": 16, "GROUP": 1}
+        flags |= {"MEAN": False, "OVER_ROW": False}
+    launch(
+        "window.mean_weights", rows * tiles,
+        keys, *keys.stride()[:3], *held, *asking, logits, shift, weight, before, packed, rank, peak,
+        scale, n, heads, count, **sizes, **flags, warps=warps,
+    )  # fmt: skip
+    launch(
+        "window.smooth_weights", rows * tiles,
+        packed, rank, before, peak, out, n, heads, tiles, smooth // 2, (smooth - 1) // 2, TILE=TILE,
+    )  # fmt: skip

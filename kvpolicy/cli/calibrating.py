@@ -1,0 +1,76 @@
+"""`kvpolicy calibrate`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def calibrate(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="headkv, duo-attention, qfilter, triattention or lu-kv.")
+    ],
+    *,
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="What the model reads; may be given several times.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The table, a .safetensors file.")],
+    model: Annotated[
+        str, typer.Option(help="A model folder, an id on the Hugging Face hub, or smollm2 (the demo model).")
+    ] = "smollm2",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of the model at most.")] = 24,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each run.")] = 640,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
+) -> None:
+    """Measure on a model the table that a method needs, such as the scores of its heads; minutes on a CPU."""
+    from rich.progress import Progress
+
+    from kvpolicy.cli.generating import Request, load_model
+    from kvpolicy.cli.terminal import messages, output
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.tables import SUFFIX, save_table
+
+    if out.suffix != SUFFIX or not out.parent.is_dir():
+        raise KVPolicyError(f"--out: {out} should end in {SUFFIX}, and its folder should exist.")
+    words = "\n\n".join(_read(file) for file in text)
+    note = messages()
+    with note.status(f"loading {model}"):
+        loaded, tokenizer = load_model(Request("", model, (), device=device, dtype=dtype), note)
+    from kvpolicy.runtimes.hf.calibration import Settings, calibrate
+
+    command = ["kvpolicy", "calibrate", method, "--model", model]
+    command += [part for file in text for part in ("--text", file.as_posix())]
+    command += ["--runs", str(runs), "--length", str(length), "--seed", str(seed), "--out", out.as_posix()]
+    with Progress(console=note, transient=True) as bar:
+        task = bar.add_task(method, total=None)
+
+        def show(left: int) -> None:
+            total = bar.tasks[0].total or left
+            bar.update(task, total=total, completed=total - left)
+
+        table = calibrate(
+            method,
+            loaded,
+            tokenizer,
+            words,
+            name=Path(str(loaded.config._name_or_path)).name,  # noqa: SLF001
+            command=shlex.join(command),
+            settings=Settings(length=length, runs=runs, seed=seed),
+            progress=show,
+        )
+    save_table(table, out)
+    output().print(f"{out}: {table.kind} of {model}, {out.stat().st_size:,} bytes.", soft_wrap=True)
+
+
+def _read(file: Path) -> str:
+    from kvpolicy.errors import KVPolicyError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise KVPolicyError(f"--text: {file} cannot be read ({error.strerror}); name a text file.") from None
+    except UnicodeDecodeError:
+        raise KVPolicyError(f"--text: {file} is not UTF-8 text; name a text file.") from None

@@ -1,0 +1,1 @@
+"""Ablation studies: tasks, specifications, runs and reports."""

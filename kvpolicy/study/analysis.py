@@ -1,0 +1,255 @@
+"""From recorded runs to tables: means with intervals, and differences between variants on the same problems.
+
+The unit is the problem: runs of one problem with several seeds are averaged first, so that intervals say how sure one
+can be about *other problems*. Proportions that are 0 or 1 for each problem get Wilson's interval, everything else a
+percentile bootstrap over problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvpolicy.errors import KVPolicyError, did_you_mean
+from kvpolicy.study.extra import library
+from kvpolicy.study.metrics import METRICS
+from kvpolicy.study.plan import REFERENCE
+from kvpolicy.study.results import CellRecord, Record, Results
+
+RESAMPLES: Final = 9999
+CONFIDENCE: Final = 0.95
+
+Values = dict[int, float]
+"""Mean over seeds by problem."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its interval; the interval is NaN with fewer than two problems."""
+
+    value: float
+    low: float
+    high: float
+    problems: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant on a dataset with a model.
+
+    Attributes:
+        cell: which.
+        runs: finished runs.
+        failed: failed runs.
+        error: why some failed, or why the variant is not possible.
+        metrics: estimates by metric, as far as there are runs.
+        values: mean over seeds by metric and problem.
+    """
+
+    cell: CellRecord
+    runs: int
+    failed: int
+    error: str | None
+    metrics: dict[str, Estimate]
+    values: dict[str, Values]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against another on the problems that both have.
+
+    Attributes:
+        cell: the variant.
+        baseline: name of the other.
+        metric: what is compared.
+        difference: variant minus baseline, with a paired bootstrap interval.
+        wins, losses: problems with a larger, a smaller value than the baseline's.
+        mcnemar: for 0-or-1 metrics with one value per problem, the interval of the difference that follows from the
+            exact (Clopper-Pearson) interval of wins among the problems that differ; otherwise None.
+        p: two-sided p value: McNemar's exact test where `mcnemar` is given, else a sign-flip permutation test.
+        p_holm: `p` after Holm's correction for all comparisons of this metric in the study.
+    """
+
+    cell: CellRecord
+    baseline: str
+    metric: str
+    difference: Estimate
+    wins: int
+    losses: int
+    mcnemar: tuple[float, float] | None
+    p: float
+    p_holm: float
+
+
+def summarise(results: Results, metrics: Sequence[str] = tuple(METRICS)) -> list[Row]:
+    """Return one row per variant, condition, model and dataset, in the order of the study.
+
+    Args:
+        results: the results file.
+        metrics: which to estimate.
+    """
+    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in results.records():
+        found[record.model, record.dataset, record.digest].append(record)
+    return [_row(cell, found[cell.model, cell.dataset, cell.digest], metrics) for cell in results.cells()]
+
+
+def _row(cell: CellRecord, records: Sequence[Record], metrics: Sequence[str]) -> Row:
+    good = [record for record in records if record.error is None]
+    failures = [record.error for record in records if record.error is not None]
+    values = {name: _values(good, name) for name in metrics}
+    values = {name: of_problem for name, of_problem in values.items() if of_problem}
+    estimates = {
+        name: estimate(list(of_problem.values()), proportion=METRICS[name].binary)
+        for name, of_problem in values.items()
+    }
+    return Row(cell, len(good), len(failures), cell.error or next(iter(failures), None), estimates, values)
+
+
+def _values(records: Sequence[Record], metric: str) -> Values:
+    of_problem: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        # Where runs of both kinds give it, it is the run on its own that counts.
+        if metric in record.metrics and (record.kind == METRICS[metric].run[0] or not _generated(records)):
+            of_problem[record.problem].append(record.metrics[metric])
+    return {problem: math.fsum(values) / len(values) for problem, values in sorted(of_problem.items())}
+
+
+def _generated(records: Sequence[Record]) -> bool:
+    return any(record.kind == "generate" for record in records)
+
+
+def compare(
+    rows: Sequence[Row], metric: str, baseline: str | None = None, *, resamples: int = RESAMPLES
+) -> list[Comparison]:
+    """Compare every variant with one of them, condition by condition, on the problems that both have.
+
+    Args:
+        rows: of `summarise`.
+        metric: what to compare.
+        baseline: name of a variant, or "full"; the first variant of the study if None.
+        resamples: of the bootstrap and the permutation test.
+
+    Raises:
+        KVPolicyError: there is no such variant.
+    """
+    names = list(dict.fromkeys(row.cell.name for row in rows))
+    others = [name for name in names if name != REFERENCE]
+    baseline = baseline or next(iter(others), REFERENCE)
+    if baseline not in names:
+        raise KVPolicyError(
+            f"there is no variant {baseline!r}.{did_you_mean(baseline, names)} Variants: {', '.join(names)}."
+        )
+    bases = {
+        (row.cell.model, row.cell.dataset, row.cell.condition): row.values.get(metric, {})
+        for row in rows
+        if row.cell.name == baseline
+    }
+    drafts = []
+    for row in rows:
+        condition = "" if baseline == REFERENCE else row.cell.condition
+        base = bases.get((row.cell.model, row.cell.dataset, condition), {})
+        both = [problem for problem in row.values.get(metric, {}) if problem in base]
+        if row.cell.name in (baseline, REFERENCE) or not both:
+            continue
+        differences = [row.values[metric][problem] - base[problem] for problem in both]
+        drafts.append((row.cell, differences, *_test(differences, binary=METRICS[metric].binary, resamples=resamples)))
+    corrected = holm([p for *_, p in drafts])
+    return [
+        Comparison(
+            cell,
+            baseline,
+            metric,
+            estimate(differences, resamples=resamples, proportion=False),
+            sum(d > 0 for d in differences),
+            sum(d < 0 for d in differences),
+            interval,
+            p,
+            p_holm,
+        )
+        for (cell, differences, interval, p), p_holm in zip(drafts, corrected, strict=True)
+    ]
+
+
+def estimate(values: Sequence[float], *, proportion: bool, resamples: int = RESAMPLES) -> Estimate:
+    """Return the mean of one value per problem with its 95 % interval.
+
+    Args:
+        values: at least one.
+        proportion: values that are all 0 or 1 are counts of successes.
+        resamples: of the bootstrap.
+    """
+    mean, count = math.fsum(values) / len(values), len(values)
+    if count < 2:
+        return Estimate(mean, math.nan, math.nan, count)
+    stats = library("scipy.stats", "the intervals of a study")
+    if proportion and all(value in (0.0, 1.0) for value in values):
+        wilson = stats.binomtest(round(sum(values)), count).proportion_ci(CONFIDENCE, method="wilson")
+        return Estimate(mean, float(wilson.low), float(wilson.high), count)
+    if max(values) == min(values):
+        return Estimate(mean, mean, mean, count)
+    interval = stats.bootstrap(
+        (values,), _mean, confidence_level=CONFIDENCE, n_resamples=resamples, method="percentile", rng=_generator()
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), count)
+
+
+def _test(differences: Sequence[float], *, binary: bool, resamples: int) -> tuple[tuple[float, float] | None, float]:
+    """Return McNemar's interval, where it applies, and the p value."""
+    stats = library("scipy.stats", "the tests of a study")
+    wins, losses, count = sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(differences)
+    if not wins + losses:
+        return ((0.0, 0.0) if binary else None), 1.0
+    if binary and all(d in (-1.0, 0.0, 1.0) for d in differences):
+        test = stats.binomtest(wins, wins + losses)
+        interval = test.proportion_ci(CONFIDENCE, method="exact")
+        low, high = ((2 * float(bound) - 1) * (wins + losses) / count for bound in interval)
+        return (low, high), float(test.pvalue)
+    flips = stats.permutation_test(
+        (differences,), _mean, permutation_type="samples", n_resamples=resamples, rng=_generator()
+    )
+    return None, float(flips.pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values after Holm's step-down correction, in the order given."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    corrected, least = [1.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = least
+    return corrected
+
+
+def _mean(values: Any, axis: int) -> Any:
+    import numpy as np
+
+    return np.mean(values, axis=axis)
+
+
+def _generator() -> Any:
+    """Return random numbers that are the same every time, so that a table can be made again."""
+    import numpy as np
+
+    return np.random.default_rng(0)
+
+
+def shown(estimate: Estimate, metric: str) -> str:
+    """Return an estimate as tables show it: ``0.930 [0.863, 0.966]``."""
+    digits = METRICS[metric].digits
+    value = f"{estimate.value:,.{digits}f}"
+    if math.isnan(estimate.low):
+        return value
+    return f"{value} [{estimate.low:,.{digits}f}, {estimate.high:,.{digits}f}]"
+
+
+def failures(rows: Sequence[Row]) -> Mapping[str, int]:
+    """Return the reasons why runs failed, with the number of runs."""
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.error is not None:
+            counts[row.error] += max(row.failed, 1)
+    return counts

@@ -1,0 +1,27 @@
+"""Libraries of the extra `study`; each missing one is named in a sentence."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from kvpolicy.errors import KVPolicyError
+
+
+def library(name: str, purpose: str, *, package: str = "kvpolicy[study]") -> ModuleType:
+    """Import an optional library.
+
+    Args:
+        name: name of the module.
+        purpose: what needs it, the first words of the error.
+        package: what to install.
+
+    Raises:
+        KVPolicyError: the library is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise KVPolicyError(
+            f"{purpose} needs {name.partition('.')[0]}; install it with: pip install '{package}'."
+        ) from None

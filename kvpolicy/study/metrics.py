@@ -1,0 +1,60 @@
+"""What a study can measure, and which kind of run it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+RunKind = Literal["generate", "force"]
+"""generate: the model answers on its own; force: it reads a text that is given (teacher forcing)."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a run gives.
+
+    Attributes:
+        title: for tables.
+        run: which runs give it.
+        better: whether more or less is better; None if it only describes.
+        binary: 0 or 1.
+        quality: says how good a variant is, and is shown with its interval everywhere.
+        digits: decimals in tables.
+    """
+
+    title: str
+    run: tuple[RunKind, ...]
+    better: Literal["more", "less"] | None = None
+    binary: bool = False
+    quality: bool = False
+    digits: int = 3
+
+
+_BOTH: Final[tuple[RunKind, ...]] = ("generate", "force")
+
+METRICS: Final[Mapping[str, Metric]] = {
+    "exact": Metric("right answers", ("generate",), "more", binary=True, quality=True),
+    "progress": Metric("steps until the first error", ("generate",), "more", quality=True),
+    "tokens": Metric("tokens generated", ("generate",), digits=1),
+    "kl": Metric("KL divergence to the full cache, nats per token", ("force",), "less", digits=4, quality=True),
+    "top1": Metric("same most likely token as the full cache", ("force",), "more", quality=True),
+    "attention_mass": Metric("attention mass kept", ("force",), "more", quality=True),
+    "resident_mean": Metric("entries per head, mean", _BOTH, "less", digits=1),
+    "resident_peak": Metric("entries per head, peak", _BOTH, "less", digits=1),
+    "retained_fraction": Metric("entries held of tokens seen", _BOTH, "less"),
+    "bytes_peak": Metric("bytes of keys and values, peak", _BOTH, "less", digits=0),
+    "seconds": Metric("seconds of a row's share of its batch", _BOTH, "less"),
+}
+"""Metrics by name.
+
+``progress``: only the generator's problems have it. ``kl``: mean over the forced tokens of
+``sum_v p_full(v) (log p_full(v) - log p(v))``. ``attention_mass``: share of the full cache's softmax weights that falls
+on entries which the policy still holds, mean over forced tokens, layers and query heads. ``resident_*``: KV entries per
+KV head, at the attention of each decode step. ``retained_fraction``: sum over decode steps of entries held, divided by
+the sum of tokens seen so far; right and wrong answers alike. ``bytes_peak``: of one row, over all evictable layers.
+"""
+
+DEFAULT_METRICS: Final = (
+    *("exact", "tokens", "kl", "top1", "resident_mean", "resident_peak", "retained_fraction", "bytes_peak", "seconds"),
+)

@@ -1,0 +1,117 @@
+"""The models of a study: found and checked once, loaded in every process that runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
+
+_SMALL_BYTES: Final = 200 << 20  # weights up to this size run in float64 on a CPU
+_WEIGHTS: Final = ("*.safetensors", "*.bin")
+_HEAD: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that exists; plain values only, so that it travels to other processes and machines.
+
+    Attributes:
+        name: as in the study.
+        place: folder, or id on the hub.
+        revision: commit on the hub; None for a folder.
+        fingerprint: names weights, configuration and dtype, wherever the folder is.
+        dtype: what the model is loaded as.
+        device: where it runs.
+    """
+
+    name: str
+    place: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+    device: str
+
+
+def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | None = None) -> ModelRef:
+    """Find a model and check that it is one.
+
+    Args:
+        name: a shipped model's name, a folder, or an id on the hub.
+        dtype: as in a study; "auto" is float64 for small models on a CPU, float32 for others there, and what is stored
+            on other devices.
+        device: as torch names it, or "auto".
+        say: called with a sentence when something takes long.
+
+    Raises:
+        KVPolicyError: it is not there, or is not a model.
+    """
+    import torch
+
+    place = locate(name, user="a study", option="models", say=say)
+    open_tokenizer(place, name, option="models")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(place, Path):
+        revision, folder = None, place
+    else:
+        folder = _snapshot(place, name)
+        revision = folder.name
+    files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    if not files:
+        raise KVPolicyError(
+            f"models: {name!r} has no weights (*.safetensors) in {folder}; give a complete model folder."
+        )
+    if dtype == "auto":
+        small = sum(file.stat().st_size for file in files) <= _SMALL_BYTES
+        dtype = "auto" if device != "cpu" else "float64" if small else "float32"
+    return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
+
+
+def _snapshot(identifier: str, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(identifier, allow_patterns=patterns))
+    except Exception as error:
+        raise KVPolicyError(
+            f"models: {name!r} cannot be fetched from the hub: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _fingerprint(folder: Path, files: list[Path]) -> str:
+    """Return a hash of the configuration, and of the sizes and first and last MiB of the weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_HEAD))
+            stream.seek(max(0, size - _HEAD), os.SEEK_SET)
+            digest.update(stream.read(_HEAD))
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def load(model: ModelRef) -> tuple[Any, Any]:
+    """Return model and tokenizer; the last one that was asked for stays in memory."""
+    tokenizer = open_tokenizer(model.place, model.name, option="models", revision=model.revision)
+    loaded = open_model(
+        model.place, model.name, dtype=model.dtype, device=model.device, option="models", revision=model.revision
+    )
+    return loaded, tokenizer
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer, as the model's generation config and the tokenizer say."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    found = set(configured) if isinstance(configured, list | tuple) else {configured}
+    found.add(tokenizer.eos_token_id)
+    return frozenset(int(token) for token in found if token is not None)

@@ -1,0 +1,290 @@
+"""Which runs a study consists of, and how each is named, so that it is done once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from kvpolicy.errors import KVPolicyError, SpecError
+from kvpolicy.spec import PolicySpec
+from kvpolicy.study.design import Variant, identity
+from kvpolicy.study.metrics import RunKind
+from kvpolicy.study.models import ModelRef
+from kvpolicy.study.problem import Problem
+from kvpolicy.study.sampling import Sampling
+from kvpolicy.study.sources import Source
+from kvpolicy.study.spec import StudySpec
+from kvpolicy.study.work import Item, Task
+
+REFERENCE: Final = "full"
+"""Name of the variant that keeps everything; every study has it."""
+
+_RUN_VERSION: Final = 1  # another number makes every recorded run count as another one
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a policy on a problem with a seed.
+
+    Attributes:
+        key: hash of all that its result depends on.
+        kind: generate or force.
+        model: which model.
+        dataset: label of the dataset.
+        problem: what the model is given.
+        seed: seed of the study.
+        digest: names the policy, before the seed is in it.
+        policy: the policy that runs, with the seed in its random components.
+        sampling: how tokens are chosen.
+        teacher: the answer that is read under teacher forcing.
+        attention: also measure the attention mass kept.
+    """
+
+    key: str
+    kind: RunKind
+    model: ModelRef
+    dataset: str
+    problem: Problem
+    seed: int
+    digest: str
+    policy: PolicySpec
+    sampling: Sampling
+    teacher: tuple[int, ...] = ()
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant on a dataset with a model, its budget in entries.
+
+    Attributes:
+        variant: the variant.
+        model: name of the model.
+        dataset: label of the dataset.
+        policy: the policy with its budget; None if that is not possible.
+        digest: names the policy.
+        error: why it is not possible.
+    """
+
+    variant: Variant
+    model: str
+    dataset: str
+    policy: PolicySpec | None
+    digest: str
+    error: str | None = None
+
+
+def digest_of(policy: PolicySpec) -> str:
+    """Return a name for what a policy does, whatever it is called."""
+    return _hash(identity(policy))[:16]
+
+
+def kinds(source: Source) -> tuple[RunKind, ...]:
+    """Return the kinds of runs that a dataset takes."""
+    if not source.generates:
+        return ("force",)
+    return ("generate", "force") if source.forced else ("generate",)
+
+
+class Plan:
+    """The runs of a study.
+
+    Args:
+        spec: the study.
+        models: its models, found.
+
+    Raises:
+        KVPolicyError: a dataset cannot be read.
+    """
+
+    def __init__(self, spec: StudySpec, models: Sequence[ModelRef]) -> None:
+        self.spec = spec
+        self.models = list(models)
+        self.variants = spec.variants()
+        self.reference = Variant(
+            REFERENCE, "", PolicySpec(policy=REFERENCE, budget=1.0, trigger={"every": 1 << 20}, importance="none")
+        )
+        self.problems: dict[str, dict[int, list[Problem]]] = {}
+        for source in spec.datasets:
+            count = source.samples or spec.samples
+            seeds = spec.seeds if source.fresh_by_seed else spec.seeds[:1]
+            self.problems[source.label] = {seed: source.problems(count, seed) for seed in seeds}
+            if not any(self.problems[source.label].values()):
+                raise KVPolicyError(f"datasets: {source.label} has no problem in it; name another file or split.")
+
+    def sampling(self, source: Source) -> Sampling:
+        """Return how tokens are chosen on a dataset."""
+        if source.max_new_tokens is None:
+            return self.spec.sampling
+        return self.spec.sampling.model_copy(update={"max_new_tokens": source.max_new_tokens})
+
+    def reference_runs(self) -> list[Run]:
+        """Return the runs of the full cache, which come first: budgets and teachers are taken from them."""
+        digest = digest_of(self.reference.policy)
+        return [
+            run
+            for model in self.models
+            for source in self.spec.datasets
+            if source.generates
+            for run in self._runs("generate", model, source, self.reference.policy, digest, {})
+        ]
+
+    def traces(self, lengths: Mapping[tuple[str, str], Sequence[int]]) -> dict[tuple[str, str], float]:
+        """Return the mean number of tokens that the full cache sees, per (model, dataset).
+
+        Args:
+            lengths: prompt and answer together, of every problem that the full cache answered.
+        """
+        found = {place: sum(values) / len(values) for place, values in lengths.items() if values}
+        for source in self.spec.datasets:
+            if not source.generates:
+                for model in self.models:
+                    problems = self.problems[source.label][self.spec.seeds[0]]
+                    found[model.name, source.label] = sum(p.cut[1] for p in problems) / len(problems)
+        return found
+
+    def cells(self, traces: Mapping[tuple[str, str], float]) -> list[Cell]:
+        """Return every variant on every dataset with every model, the full cache first."""
+        cells = []
+        for model in self.models:
+            for source in self.spec.datasets:
+                trace = traces.get((model.name, source.label))
+                cells += [
+                    self._cell(variant, model.name, source.label, trace) for variant in (self.reference, *self.variants)
+                ]
+        return cells
+
+    def _cell(self, variant: Variant, model: str, dataset: str, trace: float | None) -> Cell:
+        try:
+            policy = variant.resolved(trace)
+        except SpecError as error:
+            stands_for = _hash([identity(variant.policy), str(variant.trace), model, dataset])[:16]
+            return Cell(variant, model, dataset, None, stands_for, str(error))
+        return Cell(variant, model, dataset, policy, digest_of(policy))
+
+    def runs(self, cells: Sequence[Cell], teachers: Mapping[str, tuple[int, ...]]) -> list[Run]:
+        """Return all runs but those of `reference_runs`, without those of cells that are not possible.
+
+        Args:
+            cells: what `cells` returned.
+            teachers: answers of the full cache by the key of the run that gave them.
+        """
+        models = {model.name: model for model in self.models}
+        sources = {source.label: source for source in self.spec.datasets}
+        found: dict[str, Run] = {}
+        for cell in cells:
+            if cell.policy is None:
+                continue
+            for kind in kinds(sources[cell.dataset]):
+                if cell.variant is self.reference and (kind == "generate" or sources[cell.dataset].generates):
+                    continue
+                for run in self._runs(
+                    kind, models[cell.model], sources[cell.dataset], cell.policy, cell.digest, teachers
+                ):
+                    found[run.key] = run
+        return list(found.values())
+
+    def _runs(
+        self,
+        kind: RunKind,
+        model: ModelRef,
+        source: Source,
+        policy: PolicySpec,
+        digest: str,
+        teachers: Mapping[str, tuple[int, ...]],
+    ) -> Iterator[Run]:
+        sampling = self.sampling(source)
+        samples = source.generates and not sampling.greedy
+        varies = samples or has_seed(policy)
+        attention = kind == "force" and "attention_mass" in self.spec.metrics
+        of_seed = self.problems[source.label]
+        reference = digest_of(self.reference.policy)
+        for seed in self.spec.seeds if varies or source.fresh_by_seed else self.spec.seeds[:1]:
+            seeded = with_seed(policy, seed)
+            for problem in of_seed.get(seed) or of_seed[self.spec.seeds[0]]:
+                key = _Key(model.name, model.fingerprint, problem, seed if varies else None)
+                teacher: tuple[int, ...] = ()
+                if kind == "force" and source.generates:
+                    answered = replace(key, seed=seed if samples else None).generated(reference, sampling)
+                    if answered not in teachers:  # the full cache failed on it, which is recorded there
+                        continue
+                    teacher = teachers[answered]
+                name = key.generated(digest, sampling) if kind == "generate" else key.forced(digest, teacher, attention)
+                yield Run(name, kind, model, source.label, problem, seed, digest, seeded, sampling, teacher, attention)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a run's result depends on, whatever the kind."""
+
+    model: str
+    fingerprint: str
+    problem: Problem
+    seed: int | None
+
+    def _common(self) -> list[Any]:
+        where = [self.problem.dataset, self.problem.index, self.problem.digest]
+        return [_RUN_VERSION, self.model, self.fingerprint, where, self.seed]
+
+    def generated(self, policy: str, sampling: Sampling) -> str:
+        return _hash([*self._common(), "generate", policy, sampling.model_dump()])
+
+    def forced(self, policy: str, teacher: tuple[int, ...], attention: bool) -> str:
+        return _hash([*self._common(), "force", policy, list(teacher), attention])
+
+
+def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple[Task, list[Run]]]:
+    """Put runs that can go together into batches, in an order in which all variants advance together.
+
+    Args:
+        runs: in any order.
+        batch: most runs of a task.
+        threads: threads of torch in a worker.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        # A policy that the seed changes is another object for each seed.
+        groups[run.kind, run.model, run.dataset, run.digest, id(run.policy), run.attention].append(run)
+    made: list[tuple[int, Task, list[Run]]] = []
+    for members in groups.values():
+        members.sort(key=lambda run: (run.seed, run.problem.index))
+        for number, start in enumerate(range(0, len(members), batch)):
+            part = members[start : start + batch]
+            first = part[0]
+            items = tuple(Item(run.problem, run.seed, run.teacher) for run in part)
+            data = first.policy.to_data()
+            task = Task(first.kind, first.model, data, items, first.sampling, first.attention, threads)
+            made.append((number, task, part))
+    # Models do not alternate, for a worker keeps one in memory.
+    order = list(dict.fromkeys(task.model for _, task, _ in made))
+    made.sort(key=lambda each: (order.index(each[1].model), each[0]))
+    return [(task, part) for _, task, part in made]
+
+
+def has_seed(policy: PolicySpec) -> bool:
+    """Return whether some component draws random numbers."""
+    return with_seed(policy, 1) != policy
+
+
+def with_seed(policy: PolicySpec, seed: int) -> PolicySpec:
+    """Return the policy with `seed` added to the seed of every component that has one."""
+    data = policy.to_data()
+    changed = {name: _seeded(value, seed) for name, value in data.items()}
+    return policy if changed == data else PolicySpec(**changed)
+
+
+def _seeded(value: Any, seed: int) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: item + seed if key == "seed" and isinstance(item, int) else _seeded(item, seed)
+            for key, item in value.items()
+        }
+    return [_seeded(item, seed) for item in value] if isinstance(value, list) else value
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:40]

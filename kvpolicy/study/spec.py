@@ -1,0 +1,275 @@
+"""StudySpec: what a study file says, checked and complete, as a frozen value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_serializer
+
+from kvpolicy import loading
+from kvpolicy._catalog import POLICY_NAME
+from kvpolicy.errors import did_you_mean
+from kvpolicy.spec import PolicySpec, files, yaml_text
+from kvpolicy.spec.problems import FieldError, dotted, from_pydantic, shown
+from kvpolicy.spec.yaml_text import KeyPath, Mark
+from kvpolicy.study.design import POLICY, Axis, Design, Variant, expand
+from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
+from kvpolicy.study.reading import Reader
+from kvpolicy.study.sampling import Sampling
+from kvpolicy.study.sources import Source, source_data
+
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+FIELDS: Final = (
+    *("schema_version", "kind", "study", "description", "base", "design", "axes", "conditions", "exclude"),
+    *("compare_to", "models", "datasets", "samples", "seeds", "sampling", "metrics", "batch", "dtype", "quick"),
+)
+"""All fields, in the order in which they are written."""
+
+QUICK_FIELDS: Final = ("axes", "conditions", "datasets", "models", "samples", "seeds", "sampling")
+
+_Tuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+
+
+class StudySpec(BaseModel):
+    """A study: the variants of a policy, what they are measured on, and how.
+
+    Raises:
+        SpecError: something is wrong; the message names the field, and the file and line if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    """Version of the file format; always 1."""
+    kind: Literal["study"] = "study"
+    """Always "study"."""
+    study: str
+    """Name of the study: at most 64 small letters, digits, dots, dashes and underscores."""
+    description: str = ""
+    """What is asked, in a sentence."""
+    base: InstanceOf[PolicySpec] | None = None
+    """The policy that is varied: a name, a path, or a policy written out (also with `extends`)."""
+    design: Design = "grid"
+    """grid: all combinations of the axes; one-at-a-time: the base, each other value alone; paired: first with first."""
+    axes: tuple[InstanceOf[Axis], ...] = ()
+    """What is compared: path of the policy specification -> values; the path `policy` takes whole policies."""
+    conditions: tuple[InstanceOf[Axis], ...] = ()
+    """Circumstances of the comparison, such as `budget`: as axes; every variant meets every combination of them."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Combinations that are left out: mappings from path to value."""
+    compare_to: str | None = None
+    """The variant that the others are compared with; the first one if left out."""
+    models: Annotated[tuple[str, ...], _Tuple] = Field(min_length=1)
+    """Shipped models by name, model folders, ids on the hub."""
+    datasets: tuple[InstanceOf[Source], ...] = Field(min_length=1)
+    """What the models are given."""
+    samples: int = Field(default=100, ge=1)
+    """Problems of each dataset and, where seeds give fresh ones, each seed."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], _Tuple] = Field(default=(0,), min_length=1)
+    """Seeds of sampling, of random components, and of generated problems."""
+    sampling: InstanceOf[Sampling] = Sampling()
+    """temperature, top_p, max_new_tokens."""
+    metrics: Annotated[tuple[str, ...], _Tuple] = DEFAULT_METRICS
+    """What is measured."""
+    batch: int = Field(default=16, ge=1)
+    """Rows that run together; does not change results."""
+    dtype: Dtype = "auto"
+    """Numbers of the model; auto is float64 for small models on a CPU, so that a batch cannot change a result."""
+    quick: dict[str, Any] | None = None
+    """What `--quick` changes: any of axes, conditions, datasets, models, samples, seeds, sampling."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            self._fill(fields, {}, None)
+        except FieldError as problem:
+            raise problem.located() from None
+
+    def _fill(self, data: dict[str, Any], marks: Mapping[KeyPath, Mark], found: files.Found | None) -> None:
+        for field in data:
+            if field not in FIELDS:
+                raise FieldError(
+                    (field,), f"there is no such field.{did_you_mean(field, FIELDS)} Fields: {', '.join(FIELDS)}."
+                )
+        for field in ("study", "models", "datasets"):
+            if field not in data:
+                raise FieldError((field,), f"is missing; every study says its {field}.")
+        for field, value in data.items():
+            if value is None and field not in ("base", "compare_to", "quick"):
+                raise FieldError((field,), "is empty; write a value or remove the line.")
+        reader = Reader(marks, found)
+        fields = {
+            **data,
+            **{name: read(data[name]) for name, read in reader.readers.items() if data.get(name) is not None},
+        }
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise from_pydantic(error, (), data, "a study", FIELDS) from None
+        self._check()
+        if self.quick is not None:
+            self._quick(marks, found)
+
+    def _check(self) -> None:
+        if not POLICY_NAME.fullmatch(self.study):
+            raise FieldError(
+                ("study",),
+                "should be a name of at most 64 small letters, digits, dots, dashes and underscores, "
+                f"got {shown(self.study)}.",
+            )
+        paths = [axis.path for axis in (*self.axes, *self.conditions)]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise FieldError(("conditions", path), "is among the axes too; write it once.")
+        if self.base is None and POLICY not in paths:
+            raise FieldError(
+                ("base",), "is missing; name the policy that is varied, or whole policies as `axes.policy`."
+            )
+        if (
+            self.base is not None
+            and POLICY in paths
+            and (self.design != "one-at-a-time" or POLICY not in [a.path for a in self.axes])
+        ):
+            raise FieldError(("base",), "is not used, because `policy` names whole policies; remove one of the two.")
+        _check_unique([source.label for source in self.datasets], "datasets", "give one of them a `name`")
+        _check_unique(list(self.models), "models", "remove one")
+        _check_unique(list(self.seeds), "seeds", "remove one")
+        _check_unique(list(self.metrics), "metrics", "remove one")
+        for i, metric in enumerate(self.metrics):
+            if metric not in METRICS:
+                raise FieldError(
+                    ("metrics", i),
+                    f"there is no metric {shown(metric)}.{did_you_mean(metric, METRICS)} Known: {', '.join(METRICS)}.",
+                )
+        names = list(dict.fromkeys(variant.name for variant in self.variants()))
+        if self.compare_to is not None and self.compare_to not in names:
+            raise FieldError(
+                ("compare_to",),
+                f"there is no variant {shown(self.compare_to)}.{did_you_mean(self.compare_to, names)} "
+                f"Variants: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.",
+            )
+
+    def _quick(self, marks: Mapping[KeyPath, Mark], found: files.Found | None) -> Self:
+        """Return the study that `--quick` runs; raises FieldError below ``quick``."""
+        assert self.quick is not None
+        data = self.to_data()
+        del data["quick"]
+        for field, value in self.quick.items():
+            if field not in QUICK_FIELDS:
+                near = did_you_mean(field, QUICK_FIELDS)
+                raise FieldError(("quick", field), f"cannot be changed here.{near} Fields: {', '.join(QUICK_FIELDS)}.")
+            merged = isinstance(value, Mapping) and isinstance(data[field], dict)
+            data[field] = {**data[field], **value} if merged else value
+        inner = {path[1:]: mark for path, mark in marks.items() if path[:1] == ("quick",)}
+        twin = type(self).__new__(type(self))
+        try:
+            twin._fill(data, inner, found)  # noqa: SLF001
+        except FieldError as problem:
+            message = str(problem).removeprefix(f"{dotted(problem.path)}: ")
+            raise FieldError(("quick", *problem.path), message, problem.error) from None
+        return twin
+
+    # -- reading and writing ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "<text>") -> Self:
+        """Read a study from YAML text.
+
+        Args:
+            text: the content of a study file.
+            source: what errors call it; if it is the path of a file, paths in it may be relative to its folder.
+
+        Raises:
+            SpecError: ``source:line:column: field: what is wrong``, one sentence.
+        """
+        return cls._read(files.Found.of_text(text, source))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a study file; raises SpecError as `from_yaml`, also for what is not a text file."""
+        path = Path(path)
+        return cls._read(files.Found(yaml_text.read_file(path, "study"), str(path), path.parent))
+
+    @classmethod
+    def _read(cls, found: files.Found) -> Self:
+        data, marks = yaml_text.parse(found.text, found.source, "study")
+        spec = cls.__new__(cls)
+        try:
+            _check_head(data)
+            spec._fill(data, marks, found)  # noqa: SLF001
+        except FieldError as problem:
+            raise problem.located(marks) from None
+        return spec
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain values, policies in full; `StudySpec(**data)` takes them."""
+        data: dict[str, Any] = {}
+        for field in FIELDS:
+            value = getattr(self, field)
+            if isinstance(value, PolicySpec):
+                data[field] = value.to_data()
+            elif field in ("axes", "conditions"):
+                data[field] = {axis.path: axis.data for axis in value}
+            elif field == "datasets":
+                data[field] = [source_data(source) for source in value]
+            elif field == "sampling":
+                data[field] = value.model_dump()
+            else:
+                data[field] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @model_serializer(mode="plain")
+    def _serialise(self) -> dict[str, Any]:
+        return self.to_data()
+
+    def to_yaml(self) -> str:
+        """Return a complete study file; `from_yaml` reads it back to an equal specification."""
+        data = {field: value for field, value in self.to_data().items() if value not in (None, "", [], {})}
+        return yaml_text.write(data)
+
+    # -- what it means ------------------------------------------------------------------------------------------------
+
+    def variants(self) -> list[Variant]:
+        """Return the policies that are measured, condition by condition, in the order of the file."""
+        return expand(self.base, self.axes, self.conditions, self.design, self.exclude)
+
+    def quickened(self) -> Self:
+        """Return what `--quick` runs: the changes of `quick`, or 8 problems and one seed if there are none."""
+        if self.quick is not None:
+            return self._quick({}, None)
+        return type(self)(**{**self.to_data(), "samples": min(self.samples, 8), "seeds": list(self.seeds[:1])})
+
+
+def find_study(name: str | os.PathLike[str]) -> StudySpec:
+    """Return a study by its registered name or the path of its file; raises SpecError."""
+    text = os.fspath(name)
+    registered = {entry.name: entry for entry in loading.catalog().studies()}
+    if isinstance(name, str) and text in registered:
+        found = files.Found.of_entry(registered[text])
+        return StudySpec._read(found)  # noqa: SLF001
+    if not isinstance(name, str) or "/" in text or text.endswith(files.SUFFIXES) or Path(text).is_file():
+        return StudySpec.from_file(Path(text).expanduser())
+    raise loading.catalog().unknown("study", text, registered)
+
+
+def _check_head(data: Mapping[str, Any]) -> None:
+    if "schema_version" not in data:
+        raise FieldError(("schema_version",), "is missing; write `schema_version: 1` in the first line.")
+    if data["schema_version"] is True or data["schema_version"] != 1:
+        raise FieldError(
+            ("schema_version",),
+            f"{shown(data['schema_version'])} is not known here; this kvpolicy reads `schema_version: 1`.",
+        )
+    if data.get("kind") != "study":
+        what = f"is {shown(data['kind'])}" if "kind" in data else "is missing"
+        hint = " (this looks like a policy file)" if "policy" in data and "kind" not in data else ""
+        raise FieldError(("kind",), f"{what}; a study file says `kind: study`{hint}.")
+
+
+def _check_unique(values: Sequence[Any], field: str, mend: str) -> None:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise FieldError((field, i), f"{shown(value)} is there twice; {mend}.")

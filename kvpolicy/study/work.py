@@ -1,0 +1,152 @@
+"""What a worker does: one batch of runs, whether in this process, in another one or on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.runtimes.opening import encode, first_line
+from kvpolicy.spec import PolicySpec
+from kvpolicy.study.metrics import RunKind
+from kvpolicy.study.models import ModelRef, end_tokens, load
+from kvpolicy.study.problem import Problem, grade
+from kvpolicy.study.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Item:
+    """One run of a task.
+
+    Attributes:
+        problem: what the model is given.
+        seed: seed of the sampling.
+        teacher: the answer that is read under teacher forcing, as tokens; empty for free text and for generation.
+    """
+
+    problem: Problem
+    seed: int = 0
+    teacher: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch of runs that differ in problem and seed only; plain values, so that it travels.
+
+    Attributes:
+        kind: generate or force.
+        model: which model.
+        policy: `PolicySpec.to_data()`.
+        items: the runs.
+        sampling: how tokens are chosen.
+        attention: also measure the attention mass kept (force).
+        threads: threads of torch; None leaves them alone.
+    """
+
+    kind: RunKind
+    model: ModelRef
+    policy: dict[str, Any]
+    items: tuple[Item, ...]
+    sampling: Sampling
+    attention: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave.
+
+    Attributes:
+        error: one sentence if it failed, otherwise None.
+        metrics: numbers by name.
+        output: the generated text.
+        tokens: the generated tokens.
+        prompt_tokens: tokens of the prompt.
+    """
+
+    error: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    output: str = ""
+    tokens: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+
+
+def execute(task: Task) -> list[Outcome]:
+    """Run a task; return one outcome per item, failures included.
+
+    When a batch fails, its halves are run, so that one bad run, or too little memory, does not take the others along.
+
+    Raises:
+        KVPolicyError: the model cannot be loaded.
+    """
+    import torch
+
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    model, tokenizer = load(task.model)
+    return _outcomes(task, task.items, model, tokenizer)
+
+
+def _outcomes(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
+    try:
+        run = _generate if task.kind == "generate" else _force
+        return run(task, items, model, tokenizer)
+    except Exception as error:  # noqa: BLE001 - a failure is a result: it is recorded and the rest goes on
+        if len(items) == 1:
+            known = isinstance(error, KVPolicyError)
+            return [Outcome(error=str(error) if known else f"{type(error).__name__}: {first_line(error)}.")]
+    middle = len(items) // 2
+    return [*_outcomes(task, items[:middle], model, tokenizer), *_outcomes(task, items[middle:], model, tokenizer)]
+
+
+def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
+    from kvpolicy.study.choosing import row_key
+    from kvpolicy.study.decoding import Row, generate_batch
+
+    rows = [Row(_prompt(tokenizer, item.problem), item.seed, row_key(item.problem.digest)) for item in items]
+    policy = PolicySpec(**task.policy).build()
+    answers = generate_batch(model, policy, rows, task.sampling, end_tokens(model, tokenizer))
+    outcomes = []
+    for item, row, answer in zip(items, rows, answers, strict=True):
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        metrics = {**grade(item.problem, text), "tokens": float(len(answer.tokens)), **answer.usage.metrics()}
+        outcomes.append(Outcome(None, metrics, text, tuple(answer.tokens), len(row.prompt)))
+    return outcomes
+
+
+def _force(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
+    from kvpolicy.study.forcing import force_batch
+
+    texts = [_text(tokenizer, item) for item in items]
+    policy = PolicySpec(**task.policy).build()
+    compared = force_batch(model, policy, texts, attention=task.attention)
+    return [
+        Outcome(
+            None, {"forced_tokens": float(found.count), **found.metrics(attention=task.attention)}, "", (), text.prompt
+        )
+        for text, found in zip(texts, compared, strict=True)
+    ]
+
+
+def _prompt(tokenizer: Any, problem: Problem) -> list[int]:
+    ids: list[int] = encode(tokenizer, problem.prompt, problem.chat, option="chat")["input_ids"][0].tolist()
+    return ids
+
+
+def _text(tokenizer: Any, item: Item) -> Any:
+    from kvpolicy.study.forcing import Text
+
+    problem = item.problem
+    if not problem.text:
+        prompt = _prompt(tokenizer, problem)
+        if len(item.teacher) < 2:
+            raise KVPolicyError(f"the full cache's answer has {len(item.teacher)} tokens; at least 2 are needed.")
+        return Text([*prompt, *item.teacher], len(prompt))
+    prompt_tokens, wanted = problem.cut
+    tokens = tokenizer(problem.text)["input_ids"][:wanted]
+    if len(tokens) < wanted:
+        raise KVPolicyError(
+            f"text {problem.index} has {len(tokens)} tokens, but {wanted} are asked for; write fewer `tokens`."
+        )
+    return Text(tokens, prompt_tokens)

@@ -1,0 +1,64 @@
+"""Every kernel compiles for GPUs that nobody here has, without spills and with matrix instructions: ``make test-aot``.
+
+The table of resources is written by ``python -P -m kvpolicy_kernels.aot --full --write tests/aot/resources.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvpolicy_kernels import _variants, aot
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="what is interpreted cannot be compiled"),
+]
+
+TABLE = json.loads(Path(__file__).with_name("resources.json").read_text(encoding="utf-8"))
+ALL, SOME = aot.unique(full=True), aot.unique(full=False)
+CASES = [
+    pytest.param(target, name, id=f"{target} {name}", marks=() if name in SOME else pytest.mark.slow)
+    for name in ALL
+    for target in aot.TARGETS
+]
+
+
+@pytest.mark.parametrize(("target", "name"), CASES)
+def test_compiles_within_the_table(target, name):
+    found = aot.compile_for(target, ALL[name])
+    assert not list(aot.failures(target, ALL[name], found, TABLE.get(name, {}).get(target, {}).get("registers")))
+
+
+def test_the_table_has_every_variant_and_no_other():
+    assert set(SOME) <= set(ALL)
+    assert set(TABLE) == set(ALL)
+    assert all(set(row) == set(aot.TARGETS) for row in TABLE.values())
+
+
+def test_all_that_multiplies_is_among_the_variants():
+    kernels = {launch.name for launch in SOME.values()}
+    assert kernels == {launch.name for launch in ALL.values()}
+    multiplying = {launch.name for launch in SOME.values() if _variants.multiplies(launch)}
+    assert multiplying == {"scan.scan_keys", "window.mean_weights", "similarity.exempt", "ragged.attend_part"}
+
+
+def test_what_is_wrong_is_named():
+    name = next(n for n in SOME if n.startswith("similarity.exempt"))
+    good = aot.Resources(registers=100, spills=0, shared=1024, matrix=8, conversions=3)
+    moving = next(launch for launch in SOME.values() if launch.name == "compaction.move_kept")
+
+    def problems(known=100, launch=SOME[name], **wrong):
+        return list(aot.failures("gfx942", launch, replace(good, **wrong), known))
+
+    assert problems() == problems(registers=116) == []
+    assert problems(registers=117) == ["needs 117 registers and the committed table says 100"]
+    assert problems(known=None) == ["is not in the committed table"]
+    assert problems(spills=8) == ["spills 8"]
+    assert problems(shared=65537) == ["needs 65537 bytes of shared memory and gfx942 has 65536"]
+    assert problems(matrix=0) == ["has no matrix instruction"]
+    assert problems(launch=moving) == ["changes layouts 3 times"]

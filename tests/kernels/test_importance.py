@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from kvpolicy import ops
+from kvpolicy.errors import UnsupportedError
+from kvpolicy_kernels import _launch, similarity, window
+
+NAN = float("nan")
+
+
+def case(device, dtype, dim, group, queries, n, *, holes=True, late=False):
+    """Queries and keys with what a cache really holds: NaN in free slots, an arena behind, strides, padding."""
+    batch, heads = 2, 2
+    arena = torch.full((2, batch, heads, n + 5, dim), NAN, dtype=dtype)
+    keys = arena[1, :, :, :n]
+    common = torch.randn(batch, heads, 1, dim)
+    keys.copy_(common + torch.randn(batch, heads, n, dim))
+    valid = torch.rand(batch, heads, n) > 0.15 if holes else torch.ones(batch, 1, n).bool().expand(-1, heads, -1)
+    keys[~valid] = NAN
+    step = torch.randint(1, 4, (batch, heads, n), dtype=torch.int32)
+    positions = step.cumsum(-1, dtype=torch.int32)
+    last = 0 if late else int(positions.max())
+    at = (last + torch.stack([torch.randperm(queries) for _ in range(batch)])).to(torch.int32)
+    at[0] -= 9  # one row's window overlaps with its slots
+    asked = torch.rand(batch, queries) > 0.2
+    asked[0, 0] = True
+    asked[1] = asked[1] & (random.random() > 0.1)
+    states = torch.randn(batch, heads, queries, group, dim) + common.unsqueeze(2)
+    states[~asked[:, None, :, None].expand(-1, heads, -1, group)] = NAN
+    queries_ = states.to(dtype).transpose(2, 3)
+    tensors = (queries_, at, asked, arena, positions, valid)
+    queries_, at, asked, arena, positions, valid = (t.to(device) for t in tensors)
+    return queries_, at, asked, arena[1, :, :, :n], positions, valid
+
+
+def reference(queries, at, asked, keys, positions, valid, scale, group="max", group_stage="logits",
+              softmax_over="candidates", smooth=7):  # fmt: skip
+    """The same in float64 and plain loops over rows, heads and queries."""
+    out = torch.zeros(valid.shape, dtype=torch.float64)
+    for b in range(valid.shape[0]):
+        chosen = [q for q in range(asked.shape[1]) if asked[b, q]]
+        oldest = min((int(at[b, q]) for q in chosen), default=2**31)
+        for h in range(valid.shape[1]):
+            held = [s for s in range(valid.shape[2]) if valid[b, h, s]]
+            candidates = [s for s in held if positions[b, h, s] < oldest]
+            if not chosen or not candidates:
+                continue
+            mean = dict.fromkeys(candidates, 0.0)
+            for q in chosen:
+                seen = candidates if softmax_over == "candidates" else [s for s in held if positions[b, h, s] <= at[b, q]]
+                logits = (keys[b, h, seen].double() @ queries[b, h, :, q].double().T) * scale  # [seen, G]
+                if group_stage == "logits":
+                    one = logits.amax(1) if group == "max" else logits.mean(1)
+                    weights = torch.softmax(one, 0)
+                else:
+                    each = torch.softmax(logits, 0)
+                    weights = each.amax(1) if group == "max" else each.mean(1)
+                for s, weight in zip(seen, weights.tolist(), strict=True):
+                    if s in mean:
+                        mean[s] += weight / len(chosen)
+            row = [mean[s] for s in candidates]
+            for i, s in enumerate(candidates):
+                out[b, h, s] = max(row[max(0, i - smooth // 2) : i + (smooth - 1) // 2 + 1])
+            for s in held:
+                if s not in mean:
+                    out[b, h, s] = max(row)
+    return out
+
+
+def check(inputs, **options):
+    scale = inputs[3].shape[-1] ** -0.5
+    got = window.window_importance(*inputs, scale=scale, **options).cpu().double()
+    want = reference(*(t.cpu() for t in inputs), scale, **options)
+    assert torch.isfinite(got).all()
+    error = ((got - want).abs().amax(-1) / want.amax(-1).clamp(min=1e-30)).max()
+    assert error < 1e-6, f"relative error {error:.2e}"
+
+
+RKV = {}
+SNAPKV = {"group": "mean", "group_stage": "weights", "softmax_over": "row"}
+OTHERS = [
+    {"group": group, "group_stage": stage, "softmax_over": over, "smooth": smooth}
+    for group, stage, over, smooth in (
+        ("mean", "logits", "candidates", 1), ("max", "logits", "row", 6), ("max", "weights", "candidates", 5),
+        ("max", "weights", "row", 2), ("mean", "weights", "candidates", 40),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("options", [RKV, SNAPKV, *OTHERS], ids=lambda o: "-".join(map(str, o.values())) or "rkv")
+def test_options(options, device, grid_order):
+    check(case(device, torch.float16, 64, 3, 5, random.randint(60, 140)), **options)
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_dtypes_and_head_dims(dtype, dim, device):
+    if dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("fp32 caches are refused on a GPU")
+    for options in (RKV, SNAPKV):
+        check(case(device, dtype, dim, 2, 8, 70), **options)
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("group", range(1, 9))
+def test_group_sizes(group, device):
+    check(case(device, torch.bfloat16, 64, group, random.choice([1, 7, 17]), 65), **random.choice([RKV, SNAPKV]))
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 129, 200])
+def test_sizes(n, device):
+    for holes in (True, False):
+        check(case(device, torch.float16, 16, 2, 3, n, holes=holes), **random.choice([RKV, SNAPKV]))
+
+
+@pytest.mark.usefixtures("seed")
+def test_no_candidates_no_queries_no_slots(device):
+    inputs = case(device, torch.float16, 64, 2, 8, 40, late=True)
+    for options in (RKV, SNAPKV):
+        got = window.window_importance(*inputs, scale=0.1, **options)
+        assert (got == 0).all(), "shorter than the window: nothing is a candidate"
+        nobody = torch.zeros_like(inputs[2])
+        got = window.window_importance(*inputs[:2], nobody, *inputs[3:], scale=0.1, **options)
+        assert (got == 0).all()
+    queries, at, asked, keys, positions, valid = inputs
+    none = window.window_importance(queries, at, asked, keys[:, :, :0], positions[..., :0], valid[..., :0], scale=1.0)
+    assert none.shape == (2, 2, 0)
+    none = window.window_importance(queries[:, :, :, :0], at[:, :0], asked[:, :0], keys, positions, valid, scale=1.0)
+    assert none.shape == valid.shape
+    assert (none == 0).all()
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_a_bad_key_cannot_hide(bad, device):
+    inputs = case(device, torch.float16, 64, 2, 8, 80, holes=False)
+    inputs[3][1, 1, 3] = bad
+    for options in (RKV, SNAPKV):
+        got = window.window_importance(*inputs, scale=0.1, **options)
+        if inputs[2][1].any():
+            assert not got[1, 1].isfinite().all(), "the policy refuses scores that are not finite"
+        assert got[0].isfinite().all()
+        assert got[1, 0].isfinite().all()
+
+
+@pytest.mark.usefixtures("seed")
+def test_a_batch_cut_to_bound_the_workspace_is_the_same(device, monkeypatch):
+    inputs = case(device, torch.float16, 64, 2, 8, 70)
+    whole = window.window_importance(*inputs, scale=0.1)
+    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", 1)
+    assert torch.equal(window.window_importance(*inputs, scale=0.1), whole)
+
+
+@pytest.mark.usefixtures("seed")
+def test_redundancy_reuses_the_one_read_of_the_keys(device, monkeypatch):
+    names = []
+    real = _launch.launch
+
+    def spy(name, *args, **kwargs):
+        names.append(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(window, "launch", spy)
+    monkeypatch.setattr(similarity, "launch", spy)
+    queries, at, asked, keys, positions, valid = case(device, torch.float16, 64, 2, 8, 70)
+    importance = window.window_importance(queries, at, asked, keys, positions, valid, scale=0.1)
+    redundancy = similarity.redundancy(keys, valid)
+    assert names.count("scan.scan_keys") == 2
+    names.clear()
+    with ops.using_backend("triton", shared=True):
+        together = window.window_importance(queries, at, asked, keys, positions, valid, scale=0.1)
+        other = similarity.redundancy(keys, valid & (positions > 3))  # another mask: read again
+        window.window_importance(queries, at, asked, keys, positions, valid, scale=0.1)
+        same = similarity.redundancy(keys, valid)
+    assert names.count("scan.scan_keys") == 3
+    assert torch.equal(together, importance)
+    assert torch.equal(same, redundancy)
+    assert torch.equal(other, similarity.redundancy(keys, valid & (positions > 3)))
+
+
+@pytest.mark.usefixtures("seed")
+def test_what_is_not_served_is_refused(device):
+    queries, at, asked, keys, positions, valid = case(device, torch.float16, 64, 2, 8, 20)
+    rest = (at, asked, keys, positions, valid)
+    with ops.using_backend("triton"):
+        for options, named in (
+            ({"softcap": 30.0}, "soft-cap"),
+            ({"attention_sinks": torch.zeros(2, 2)}, "sinks"),
+            ({"smooth_kind": "mean"}, "smooth_kind: mean"),
+            ({"smooth_stage": "query"}, "smooth_stage: query"),
+        ):
+            with pytest.raises(UnsupportedError, match=f"cannot run window_importance.*{named}.*write backend: auto"):
+                ops.window_importance(queries, *rest, scale=1.0, **options)
+            smooth_once = {**options, "smooth": 1}
+            if "smooth_kind" in options or "smooth_stage" in options:  # then there is nothing to smooth
+                ops.window_importance(queries, *rest, scale=1.0, **smooth_once)
+        with pytest.raises(UnsupportedError, match=r"float32 queries with torch\.float16 keys"):
+            ops.window_importance(queries.float(), *rest, scale=1.0)
+        with pytest.raises(UnsupportedError, match=r"head dim must be contiguous"):
+            across = keys.transpose(2, 3).contiguous().transpose(2, 3)
+            ops.window_importance(queries, at, asked, across, positions, valid, scale=1.0)
+    with ops.using_backend("auto" if device.type == "cuda" else "torch"):
+        assert ops.window_importance(queries, *rest, scale=1.0, softcap=30.0).isfinite().all()
+
+
+@pytest.mark.usefixtures("seed")
+def test_arguments_that_do_not_fit_are_refused(device):
+    queries, at, asked, keys, positions, valid = case(device, torch.float16, 64, 2, 8, 20)
+    wrong = [
+        ((queries[:, :1], at, asked, keys, positions, valid), "queries has shape"),
+        ((queries, at.long(), asked, keys, positions, valid), r"query_positions is torch\.int64"),
+        ((queries, at, asked[:1], keys, positions, valid), "query_valid has shape"),
+        ((queries, at, asked, keys, positions[..., :-1], valid), "positions has shape"),
+        ((queries, at, asked, keys, positions, valid.int()), r"valid is torch\.int32"),
+        ((queries, at, asked, keys, positions, valid.to("meta")), "valid is on meta"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            window.window_importance(*arguments, scale=1.0)
+
+
+def test_the_reference_is_a_softmax():
+    """Two keys, one query: weights 1 / (1 + e^-1) and the rest, by hand."""
+    keys = torch.zeros(1, 1, 2, 16)
+    keys[0, 0, 1, 0] = 1.0
+    queries = torch.zeros(1, 1, 1, 1, 16)
+    queries[..., 0] = 1.0
+    valid = torch.ones(1, 1, 2, dtype=torch.bool)
+    at, asked = torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool)
+    want = reference(queries, at, asked, keys, torch.tensor([[[0, 1]]]), valid, 1.0, smooth=1)
+    assert want[0, 0].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])

@@ -1,0 +1,97 @@
+"""The training script: reproducible, resumable, and its result loads with the Auto classes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "reasoning_model" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("reasoning_model_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        yield module
+
+
+def options(script, length=4):
+    parts = tuple(script.Part(1, family, "full", (2, 3)) for family in ("prompt-recall", "trace-recall"))
+    return {"seed": 3, "peak": 1e-3, "save_every": 2, "curriculum": (script.Stage(length, parts, tokens=400),)}
+
+
+def test_two_steps_and_on_from_there(script, tmp_path):
+    """A run that is stopped and taken up again ends with the weights of one that was not."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    script.train(tmp_path / "a", stop=2, **options(script))
+    script.train(tmp_path / "a", stop=None, **options(script))
+    script.train(tmp_path / "b", stop=None, **options(script))
+    stopped, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / run / "model") for run in "ab")
+    assert type(whole).__name__ == "Qwen3ForCausalLM"
+    for one, other in zip(stopped.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    untrained = script.build_model(script.build_tokenizer(), 3)
+    assert any(
+        not torch.equal(one, other) for one, other in zip(whole.parameters(), untrained.parameters(), strict=True)
+    )
+    with (tmp_path / "a" / "model" / "training_log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert log[0]["step"] == "2"
+    assert log[-1]["step"] == "4"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "model")
+    assert tokenizer("ann 3 stop .")["input_ids"] == script.build_tokenizer()("ann 3 stop .")["input_ids"]
+
+
+def test_batches(script):
+    """Only solutions are graded, rows start with <bos>, and a batch depends on nothing but step and seed."""
+    tokenizer = script.build_tokenizer()
+    encode = tokenizer.get_vocab()
+    forms = set()
+    for number, stage in enumerate(script.CURRICULUM):
+        for step in range(6):
+            part, tokens, labels = script.batch(step, number, stage, encode)
+            again = script.batch(step, number, stage, encode)
+            assert torch.equal(tokens, again[1])
+            assert tokens.numel() <= stage.tokens or len(tokens) == 1
+            forms.add((part.family, part.form))
+            for row, wanted in zip(tokens, labels, strict=True):
+                graded = wanted != script.IGNORED
+                assert row[0] == encode["<bos>"]
+                assert torch.equal(row[graded], wanted[graded])
+                assert not graded[: row.tolist().index(encode["<think>"]) + 1].any()
+                assert "<unk>" not in tokenizer.convert_ids_to_tokens(row.tolist())
+                if part.form != "recall":
+                    assert wanted[graded][-1] == encode["<eos>"]
+    assert len(forms) == 8
+
+
+def test_published_sizes_are_trained(script):
+    from kvpolicy.study.tasks import LEVELS
+
+    for family, levels in LEVELS.items():
+        ranges = [part.steps for part in script.CURRICULUM[-1].parts if part.family == family]
+        assert {part.form for part in script.CURRICULUM[-1].parts} == {"full"}
+        for size in levels.values():
+            assert any(low <= size.steps <= high for low, high in ranges)
+
+
+def test_tokenizer_round_trip(script):
+    from kvpolicy.study.tasks import LEVELS, problems
+
+    tokenizer = script.build_tokenizer()
+    for family in LEVELS:
+        for problem in problems(family, "short", "test", 5):
+            text = f"{problem.prompt} {problem.solution}"
+            ids = tokenizer(text)["input_ids"]
+            assert ids[0] == tokenizer.bos_token_id
+            assert len(ids) == len(text.split()) + 1
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
