@@ -2,7 +2,8 @@
 
 `laws_of` makes pytest tests of a component or policy; `check_component`, `check_policy` and `check_package` return
 results; `LAWS` are the laws; `cache_views`, `scores`, `budgets`, `components`, `policy_specs` and `studies` are
-hypothesis strategies: all these need hypothesis, of the extra `test`. `poisoned_memory` fills unwritten memory with NaN.
+hypothesis strategies: all these need hypothesis, of the extra `test`. `poisoned_memory` fills unwritten memory with
+NaN.
 
 `oracle` is a second, plain implementation of every bundled component and of the engine; `trace` records what a real
 model does under a `PolicyCache`; `alone` compares rows of a batch with the same rows alone; `tiny` makes small random
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from kvpolicy.testing.strategies import components as components
     from kvpolicy.testing.strategies import policy_specs as policy_specs
     from kvpolicy.testing.strategies import scores as scores
-    from kvpolicy.testing.studies import studies as studies
+    from kvpolicy.testing.study_specs import studies as studies
 
 _MODULES: Final = {
     "checking": ("Failure", "Result", "check_component", "check_package", "check_policy"),
@@ -38,7 +39,7 @@ _MODULES: Final = {
     "poison": ("poisoned_memory",),
     "pytest_plugin": ("laws_of",),
     "strategies": ("budgets", "cache_views", "components", "policy_specs", "scores"),
-    "studies": ("studies",),
+    "study_specs": ("studies",),
 }
 _HOME: Final = {name: module for module, names in _MODULES.items() for name in names}
 
