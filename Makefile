@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types check bench
+.PHONY: help setup demo test test-slow test-kernels test-aot lint types check bench
 
 BIN := .venv/bin
 
@@ -27,6 +27,12 @@ test: setup ## the tests that CI runs
 
 test-slow: setup ## the long matrix on the demo model
 	$(BIN)/pytest -n 2 -m slow
+
+test-kernels: setup ## the Triton kernels in the interpreter, in a process of its own
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
+
+test-aot: setup ## the Triton kernels compiled for GPUs that need not be there
+	$(BIN)/pytest -n 2 -m "aot and not slow" tests/aot
 
 lint: setup ## ruff and the direction of imports
 	$(BIN)/ruff check .

@@ -54,8 +54,8 @@ class Component(BaseModel, ABC):
         shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
         paper: where the method comes from.
         laws_not_applicable: law name -> reason, for `kvpolicy.testing`; `laws_excused` where it hangs on parameters.
-        same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view with
-            more rows. A promise that a law checks; False is always right.
+        same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view
+            with more rows. A promise that a law checks; False is always right.
         phases: the phases in which the component makes sense; a policy with another phase is refused.
 
     A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.

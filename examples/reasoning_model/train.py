@@ -39,8 +39,8 @@ class Part:
     """A kind of problem in a stage: its share of the steps, and the range of its size.
 
     Two forms are no problems yet. "recall" is a list of lines, then the same lines in another order: it teaches what
-    the walk needs first, to find a name and read on from there. "sum" is a row of sums: a solution holds one new sum in
-    a hundred tokens, too few to learn to add from.
+    the walk needs first, to find a name and read on from there, on which walks alone stall for hundreds of steps. "sum"
+    is a row of sums: a solution holds one new sum in a hundred tokens, which is little to learn to add from.
     """
 
     share: float
@@ -54,13 +54,15 @@ class Stage:
     """A number of training steps on a mixture; ``alike`` is the share of problems with one or two distinct digits.
 
     Where all digits are alike, the digit does not tell the lines apart, so the *name* must be used to find the next
-    line. ``tokens`` is how many a step holds at most.
+    line. ``tokens`` is how many a step holds at most. ``restart`` begins a new decay of the learning rate at this share
+    of the peak.
     """
 
     length: int
     parts: tuple[Part, ...]
     alike: float = 0.3
     tokens: int = TOKENS_PER_STEP
+    restart: float | None = None
 
 
 FAMILIES: Final = get_args(Family)
@@ -70,6 +72,12 @@ SHORT_WALK: Final = tuple(Part(1, family, "walk", (2, 6)) for family in FAMILIES
 WALK: Final = tuple(Part(1, family, "walk", (2, 13)) for family in FAMILIES)
 BRIEF: Final = tuple(Part(1, family, "brief", (2, 13)) for family in FAMILIES)
 SHORT: Final = tuple(Part(1, family, "full", (1, 4)) for family in FAMILIES)
+PUBLISHED: Final = (
+    Part(0.15, "prompt-recall", "full", (2, 6)),
+    Part(0.15, "trace-recall", "full", (2, 8)),
+    Part(0.35, "prompt-recall", "full", (6, 12)),
+    Part(0.35, "trace-recall", "full", (8, 15)),
+)
 CURRICULUM: Final = (
     Stage(400, RECALL, tokens=1300),
     Stage(500, (*SHORT_WALK, *SUM), tokens=1300),
@@ -86,18 +94,10 @@ CURRICULUM: Final = (
             Part(0.35, "trace-recall", "full", (2, 8)),
         ),
     ),
-    # The last leg knows one form only, at all lengths that are published: the published prompt names no form, so no
+    # The last two know one form only, at all lengths that are published: the published prompt names no form, so no
     # word in it, once evicted, can change the wording of the solution.
-    Stage(
-        1200,
-        (
-            Part(0.15, "prompt-recall", "full", (2, 6)),
-            Part(0.15, "trace-recall", "full", (2, 8)),
-            Part(0.35, "prompt-recall", "full", (6, 12)),
-            Part(0.35, "trace-recall", "full", (8, 15)),
-        ),
-        alike=0.2,
-    ),
+    Stage(1200, PUBLISHED, alike=0.2),
+    Stage(800, PUBLISHED, alike=0.0, tokens=4000, restart=0.3),
 )
 
 
@@ -214,12 +214,25 @@ def _sums(rng: random.Random, family: Family, count: int) -> tuple[list[str], li
     return words, graded
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Return the learning rate: 60 steps of warm-up, then the peak, then a cosine to 2 % over the last half."""
+def learning_rate(step: int, curriculum: Sequence[Stage], peak: float) -> float:
+    """Return the learning rate of a step.
+
+    First 60 steps of warm-up, then the peak, and a cosine to 2 % of it over the second half. A stage with `restart`
+    begins a cosine of its own, from that share of the peak.
+    """
+    first, height = 0, 1.0
+    length = 0
+    for stage in curriculum:
+        if stage.restart is not None:
+            if step < first + length:
+                break
+            first, length, height = first + length, 0, stage.restart
+        length += stage.length
     if step < 60:
         return peak * (step + 1) / 60
-    progress = max(0.0, (step / total - 0.5) / 0.5)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    constant = 0.5 if first == 0 else 0.0
+    progress = max(0.0, ((step - first) / length - constant) / (1 - constant))
+    return peak * (0.02 + (height - 0.02) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
@@ -263,7 +276,7 @@ def train(out: Path, *, seed: int, peak: float, stop: int | None, save_every: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = learning_rate(step, total, peak)
+                group["lr"] = learning_rate(step, curriculum, peak)
             stepper.step()
             stepper.zero_grad()
         wrong = (logits.argmax(-1) != wanted) & (wanted != IGNORED)

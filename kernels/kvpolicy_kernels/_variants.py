@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.ops.dispatch import using_backend
-from kvpolicy.types import KeepIndices
 from kvpolicy.ops.ragged import Blocks
+from kvpolicy.types import KeepIndices
 from kvpolicy_kernels import compaction, ragged, selection, similarity, window
 from kvpolicy_kernels._launch import Launch
 
@@ -48,9 +48,7 @@ def variants(*, full: bool) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def _of_keys(
-    calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: int, *, every: bool, full: bool
-) -> None:
+def _of_keys(calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: int, *, every: bool, full: bool) -> None:
     """Add the calls that read keys; every option for one head dim, and some for the others."""
     name, wide = f"{_SHORT[dtype]} D{dim}", dim == 128
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 16) if every else (1, 3, 8) if full else (4, 8) if wide else (3,):
@@ -58,9 +56,7 @@ def _of_keys(
     snapkv = {"group_stage": "weights", "softmax_over": "row", "mean": True}
     for group in (1, 4, 7, 8) if every else (4,) if wide or full else ():
         for queries in (8, 32, 64) if every else (8, 32):
-            calls[f"{name} snapkv G{group} Q{queries}"] = partial(
-                _importance, dtype, dim, group, queries, **snapkv
-            )
+            calls[f"{name} snapkv G{group} Q{queries}"] = partial(_importance, dtype, dim, group, queries, **snapkv)
     if full:
         calls[f"{name} mean logits"] = partial(_importance, dtype, dim, 4, 16, mean=True, softmax_over="row")
         calls[f"{name} max weights"] = partial(_importance, dtype, dim, 4, 16, group_stage="weights")

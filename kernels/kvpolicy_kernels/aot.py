@@ -190,7 +190,7 @@ def main() -> int:
         for name, launch in unique(full=options.full).items():
             found = compile_for(target, launch)
             table.setdefault(name, {})[target] = asdict(found)
-            problems = [p for p in failures(target, launch, found, found.registers)]
+            problems = list(failures(target, launch, found, found.registers))
             wrong += bool(problems)
             print(
                 f"{target:7} {found.registers:4} regs {found.shared / 1024:6.1f} KiB {found.spills:4} spilt "

@@ -34,16 +34,6 @@ def as_words(tensor: Tensor) -> Tensor | None:
     return flat if width == one else flat.view(_WORDS[width])
 
 
-def refuses(tensor: Tensor) -> str | None:
-    """Say why a tensor cannot be moved slot by slot, or return None."""
-    if as_words(tensor) is not None:
-        return None
-    return (
-        f"each slot of the storage {list(tensor.shape)} with strides {list(tensor.stride())} must be a contiguous piece "
-        f"of its own of at most {MOST_WORDS} elements; make the storage contiguous or write backend: torch"
-    )
-
-
 def compact(tensor: Tensor, kept: KeepIndices) -> None:
     """As `kvpolicy.ops.compact`. Raises ValueError when arguments do not fit together."""
     batch, heads, capacity = tensor.shape[:3]
@@ -53,7 +43,10 @@ def compact(tensor: Tensor, kept: KeepIndices) -> None:
         raise ValueError(f"kept.indices has {columns} columns but the storage holds {capacity} slots; keep fewer.")
     words = as_words(tensor)
     if words is None:
-        raise ValueError(f"tensor cannot be compacted: {refuses(tensor)}.")
+        raise ValueError(
+            f"each slot of a storage must be a contiguous piece of its own of at most {MOST_WORDS} elements, but these "
+            f"are {list(tensor.shape)} with strides {list(tensor.stride())}; make them contiguous."
+        )
     rows, width = batch * heads, words.shape[3]
     if width == 0 or columns == 0:
         return

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvpolicy.ops.ragged import Blocks
+from kvpolicy_kernels import served
 from kvpolicy_kernels._launch import as_bytes, expect, launch, padded, upcast
 
 TILE = 64
@@ -28,7 +29,13 @@ def ragged_attention(
     softcap: float | None = None,
     attention_sinks: Float[Tensor, "H G"] | None = None,
 ) -> Float[Tensor, "B Hq q Dv"]:
-    """As `kvpolicy.ops.ragged_attention`, without a soft-cap. Raises ValueError when arguments do not fit together."""
+    """As `kvpolicy.ops.ragged_attention`.
+
+    Raises:
+        UnsupportedError: the soft-cap, or a layout, has no kernel.
+        ValueError: arguments do not fit together.
+    """
+    served.require(served.ragged_attention(queries, base, tail_keys, tail_values, visible, softcap=softcap))
     batch, query_heads, count, dim = queries.shape
     heads, tail = tail_keys.shape[1:3]
     out_dim = tail_values.shape[-1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Scores
+from kvpolicy_kernels import served
 from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
 
 TILE = 64
@@ -83,6 +84,7 @@ def mean_similarity(
 def _scores(
     keys: Keys, mask: Mask, threshold: float, beta: int, own: bool, index_zero: bool, *, softmax: bool
 ) -> Scores:
+    served.require(served.redundancy(keys, mask, beta=beta))
     expect(mask, "valid", tuple(keys.shape[:3]), torch.bool, keys.device)
     out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
     if out.numel() == 0:
@@ -116,7 +118,7 @@ def _reduced(
     keys: Keys, mask: Mask, norms: Norms, out: Tensor,
     threshold: float, beta: int, own: bool, index_zero: bool, softmax: bool,
 ) -> None:  # fmt: skip
-    batch, heads, n, dim = keys.shape
+    _, heads, n, dim = keys.shape
     rows, tiles = norms.first.shape
     total = torch.empty(rows, dim, dtype=torch.float32, device=keys.device)
     oldest = torch.empty(rows, dtype=torch.int32, device=keys.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
+from kvpolicy_kernels import served
 from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
 from kvpolicy_kernels.similarity import TILE, Norms
 
@@ -32,10 +33,18 @@ def window_importance(
     smooth_kind: str = "max",
     smooth_stage: str = "mean",
 ) -> Scores:
-    """As `kvpolicy.ops.window_importance`, for the options that `kvpolicy_kernels.backend` does not refuse.
+    """As `kvpolicy.ops.window_importance`.
 
-    Raises ValueError when arguments do not fit together.
+    Raises:
+        UnsupportedError: an option has no kernel.
+        ValueError: arguments do not fit together.
     """
+    served.require(
+        served.window_importance(
+            queries, query_positions, query_valid, keys, positions, valid, softcap=softcap,
+            attention_sinks=attention_sinks, smooth=smooth, smooth_kind=smooth_kind, smooth_stage=smooth_stage,
+        )
+    )  # fmt: skip
     batch, heads, n, dim = keys.shape
     size, count = queries.shape[2:4]
     device = keys.device

@@ -44,7 +44,7 @@ def check(
     law: Annotated[list[str] | None, typer.Option(help="Only this law; may be given several times.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; one per core, at most 8, by default.")] = _JOBS,
 ) -> None:
-    """Check components and policies against the laws (docs/laws.md); exit code 1 if one does not hold or is undecided."""
+    """Check components and policies against the laws (docs/laws.md); exit code 1 if one is broken or undecided."""
     chosen = _profile(profile)
     if bool(targets) == all_:
         raise typer.BadParameter("name a policy, a component or a package, or write --all.", param_hint="check")

@@ -80,7 +80,7 @@ def scratch() -> dict[str, Any] | None:
 
 
 def requested(backend: str | None = None) -> str:
-    """Return the backend asked for: that of the policy (or of the running one), or the environment's if it is `auto`."""
+    """Return the backend asked for: `backend`, or that of the running policy, or the environment's if it is `auto`."""
     if backend is None:
         scope = _scope.get()
         backend = "auto" if scope is None else scope.backend

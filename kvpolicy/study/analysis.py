@@ -185,7 +185,7 @@ def estimate(values: Sequence[float], *, proportion: bool, resamples: int = RESA
     mean, count = math.fsum(values) / len(values), len(values)
     if count < 2:
         return Estimate(mean, math.nan, math.nan, count)
-    stats = library("scipy.stats", "the intervals of a study")
+    stats = library("scipy.stats", "the intervals of a study need")
     if proportion and all(value in (0.0, 1.0) for value in values):
         wilson = stats.binomtest(round(sum(values)), count).proportion_ci(CONFIDENCE, method="wilson")
         return Estimate(mean, float(wilson.low), float(wilson.high), count)
@@ -199,7 +199,7 @@ def estimate(values: Sequence[float], *, proportion: bool, resamples: int = RESA
 
 def _test(differences: Sequence[float], *, binary: bool, resamples: int) -> tuple[tuple[float, float] | None, float]:
     """Return McNemar's interval, where it applies, and the p value."""
-    stats = library("scipy.stats", "the tests of a study")
+    stats = library("scipy.stats", "the tests of a study need")
     wins, losses, count = sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(differences)
     if not wins + losses:
         return ((0.0, 0.0) if binary else None), 1.0

@@ -123,7 +123,7 @@ class Ray(Executor):
     threads = 1
 
     def __init__(self, address: str | None, workers: int | None, *, gpu: bool = False) -> None:
-        self._ray: Any = library("ray", "--on ray")
+        self._ray: Any = library("ray", "--on ray needs", package="kvpolicy[ray]")
         self._ours = not self._ray.is_initialized()
         if self._ours:
             local = {} if address is not None else {"num_cpus": workers, "include_dashboard": False}

@@ -13,7 +13,7 @@ def library(name: str, purpose: str, *, package: str = "kvpolicy[study]") -> Mod
 
     Args:
         name: name of the module.
-        purpose: what needs it, the first words of the error.
+        purpose: the first words of the error, such as "the intervals of a study need".
         package: what to install.
 
     Raises:
@@ -22,6 +22,4 @@ def library(name: str, purpose: str, *, package: str = "kvpolicy[study]") -> Mod
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise KVPolicyError(
-            f"{purpose} needs {name.partition('.')[0]}; install it with: pip install '{package}'."
-        ) from None
+        raise KVPolicyError(f"{purpose} {name.partition('.')[0]}; install it with: pip install '{package}'.") from None

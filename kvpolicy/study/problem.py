@@ -80,7 +80,7 @@ def _plain(text: str) -> str:
 
 
 def _same_mathematics(answer: str, output: str) -> bool:
-    verifier: Any = library("math_verify", "grade: math")
+    verifier: Any = library("math_verify", "grade: math needs")
     # Its time limit is a signal, which only the main thread can receive.
     seconds = _GRADING_SECONDS if threading.current_thread() is threading.main_thread() else None
     gold = verifier.parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=seconds)

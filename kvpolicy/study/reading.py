@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class Reader:
         name = value.get("extends", "inline")
         data = {"schema_version": 1, "policy": Path(name).stem if isinstance(name, str) else "inline", **value}
         here = {p[len(path) :]: mark for p, mark in self.marks.items() if p[: len(path)] == path}
-        found = self.found or files.Found("", "<study>")
+        found = files.Found("", "<study>") if self.found is None else replace(self.found, registered=None)
         try:
             return PolicySpec.from_document(Document(data, here), found)
         except SpecError as error:

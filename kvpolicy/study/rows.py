@@ -12,7 +12,7 @@ from kvpolicy.study.extra import library
 
 def load_rows(*args: Any, where: str, **kwargs: Any) -> Any:
     """Call `datasets.load_dataset`; raises KVPolicyError in one sentence."""
-    datasets = library("datasets", f"datasets: {where}")
+    datasets = library("datasets", f"datasets: {where} needs")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*args, **kwargs)

@@ -117,7 +117,8 @@ class Case:
         def queries(view: CacheView) -> CacheView:
             sinks = view.attention_sinks
             asked = view.queries
-            moved = {n: t.index_select(_EXTRAS_BY_HEAD[n], index) for n, t in view.extras.items() if n in _EXTRAS_BY_HEAD}
+            axes = [(name, axis) for name, axis in _EXTRAS_BY_HEAD.items() if name in view.extras]
+            moved = {name: view.extras[name].index_select(axis, index) for name, axis in axes}
             return replace(
                 view,
                 queries=None if asked is None else asked[:, index],
@@ -202,7 +203,7 @@ class Case:
         return self.by_slot(strided).by_view(rest)
 
     def jittered(self, seed: int, size: float = 2e-6) -> Case:
-        """Change keys, values, queries, float state and extras by a few units of rounding, to see whether it decides."""
+        """Change keys, values, queries, state and extras by some units of rounding, to see whether rounding decides."""
         generator = torch.Generator().manual_seed(seed)
 
         def moved(x: Tensor) -> Tensor:

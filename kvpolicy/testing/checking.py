@@ -107,17 +107,19 @@ class Subject:
     Attributes:
         name: for tables.
         kind: kind of component, or ``policy``.
-        what: what is checked.
+        what: what is checked; None for a policy that cannot be read.
+        error: why it cannot be read.
     """
 
     name: str
     kind: str
-    what: type[Component] | Component | Policy
+    what: type[Component] | Component | Policy | None
+    error: str = ""
 
     @property
     def laws(self) -> list[Law]:
         """The laws about this kind."""
-        return [law for law in LAWS.values() if self.kind in law.kinds]
+        return [law for law in LAWS.values() if self.kind in law.kinds and not self.error]
 
     def drawn(self) -> st.SearchStrategy[Any]:
         """Draw instances: of a class with drawn parameters, small like the caches, else always the same one."""
@@ -169,7 +171,7 @@ def subjects_of_package(distribution: str | None) -> list[Subject]:
 
     found = kvpolicy.catalog()
     subjects = [subject_of(e.component, f"{e.kind}.{e.name}") for e in found.entries() if wanted(e)]
-    subjects += [subject_of(kvpolicy.load(e.name), e.name) for e in found.policies() if wanted(e)]
+    subjects += [_registered_policy(e.name) for e in found.policies() if wanted(e)]
     if not subjects:
         entries: list[Any] = [*found.entries(), *found.policies()]
         names = sorted({e.origin.distribution for e in entries})
@@ -179,6 +181,14 @@ def subjects_of_package(distribution: str | None) -> list[Subject]:
             f"Packages that do: {', '.join(names)}.{failed}"
         )
     return subjects
+
+
+def _registered_policy(name: str) -> Subject:
+    """Return a policy, or the reason why it cannot be read: the others are checked all the same."""
+    try:
+        return subject_of(kvpolicy.load(name), name)
+    except KVPolicyError as error:
+        return Subject(name, "policy", None, str(error))
 
 
 def _normal(distribution: str) -> str:
@@ -202,6 +212,8 @@ def check(
         shrink: look for the smallest failing example.
         done: called with each result, for progress bars.
     """
+    if subject.error:
+        return [Result("can_be_read", subject.name, "failed", failure=Failure(subject.error))]
     results = [*_unknown_exceptions(subject)]
     for law in subject.laws if laws is None else laws:
         start = time.perf_counter()
@@ -226,7 +238,7 @@ def _wrong(declared: Mapping[str, str]) -> dict[str, str]:
         if name not in LAWS:
             found[name] = f"an exception is declared from {name!r}, which is no law.{did_you_mean(name, LAWS)}"
         elif not str(reason).strip():
-            found[name] = f"no reason is given for the exception from {name!r}; say in a sentence why it cannot hold."
+            found[name] = f"no reason for {name!r} is given; say in a sentence why it cannot hold."
     return found
 
 

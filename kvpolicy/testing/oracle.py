@@ -104,6 +104,21 @@ class _Row:
         )  # fmt: skip
 
 
+_IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
+_REDUNDANCY = {**scores.REDUNDANCY, **statistics.REDUNDANCY}
+
+
+def knows(policy: Policy) -> bool:
+    """Say whether the oracle can replay a policy; `kvpolicy.testing.audit` checks what holds under any."""
+    named = (_name(policy.importance) in _IMPORTANCE, _name(policy.redundancy) in _REDUNDANCY)
+    return all(named) and _name(policy.mixer) in scores.MIXERS and _selects(policy)
+
+
+def _selects(policy: Policy) -> bool:
+    plain = (_name(policy.allocator), _name(policy.selector)) == ("uniform", "top_k")
+    return plain and {_name(post) for post in policy.post} <= {"rerotate"}
+
+
 class Oracle:
     """Replays a trace under one policy.
 
@@ -116,15 +131,16 @@ class Oracle:
     def __init__(self, trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> None:
         self.trace = trace
         self.policy = policy
-        known = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
-        self.importance = {**known, **(scorers or {})}[_name(policy.importance)]
+        self.importance = {**_IMPORTANCE, **(scorers or {})}[_name(policy.importance)]
         self.memories = {_name(c): c for c in policy.components if _name(c) in memory.REMEMBER}
-        self.redundancy = {**scores.REDUNDANCY, **statistics.REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
+        self.redundancy = {**_REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
         self.mixer = scores.MIXERS[_name(policy.mixer)]
         self.trigger = _name(policy.trigger)
         self.rerotates = [_name(post) for post in policy.post] == ["rerotate"]
-        if (_name(policy.allocator), _name(policy.selector)) != ("uniform", "top_k"):
-            raise NotImplementedError("the oracle knows the allocator uniform and the selector top_k")
+        if not _selects(policy):
+            raise NotImplementedError(
+                "the oracle knows the allocator uniform, the selector top_k and no post but rerotate"
+            )
         self.rows: list[_Row] = []
         self.layers = sorted(trace.layers)
         self.prefill = True

@@ -18,7 +18,7 @@ from kvpolicy.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import UnsupportedError  # noqa: E402
 from kvpolicy.loading import catalog  # noqa: E402
 from kvpolicy.tables import TableOf  # noqa: E402
-from kvpolicy.testing.tables import NAMES  # noqa: E402
+from kvpolicy.testing.tables import NAMES, stand_in_tables  # noqa: E402
 
 MOST = 5
 """Largest integer parameter that is drawn: a window of 5 in a cache of 16 shows what a window of 50 in 160 would."""
@@ -30,8 +30,9 @@ def components(cls: type[C]) -> SearchStrategy[C]:
     """Draw instances of a component class: parameters within their declared bounds, some left at their defaults.
 
     Integers are drawn from 0 to `MOST`, floats at, near and between their bounds, `Literal` and `bool` from all values,
-    components from those that are registered. Other parameters keep their defaults; where one has none, the instances
-    are those that `Component.examples` returns.
+    components from those that are registered, calibration tables from two stand-ins, which can be read inside of
+    `kvpolicy.testing.tables.stand_in_tables` only. Other parameters keep their defaults; where one has none, the
+    instances are those that `Component.examples` returns.
 
     Raises:
         UnsupportedError: a parameter without a default cannot be drawn, and there are no examples.
@@ -70,12 +71,13 @@ def small(component: C) -> C:
 
 def _made(cls: type[C], values: dict[str, Any]) -> C | None:
     try:
-        return cls(**values)
+        with stand_in_tables():
+            return cls(**values)
     except ValidationError:  # a validator of the class refuses the combination
         return None
 
 
-def _values(field: FieldInfo) -> SearchStrategy[Any] | None:
+def _values(field: FieldInfo) -> SearchStrategy[Any] | None:  # noqa: PLR0911  # one for each type
     annotation = field.annotation
     if annotation is None:
         return None

@@ -21,14 +21,15 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import DrawFn, SearchStrategy  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from kvpolicy.components import KINDS, NEEDS, SlotState  # noqa: E402
+from kvpolicy.components import NEEDS, Component, SlotState  # noqa: E402
 from kvpolicy.errors import SpecError, UnsupportedError  # noqa: E402
 from kvpolicy.loading import catalog  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
-from kvpolicy.spec.reference import ComponentRef  # noqa: E402
+from kvpolicy.spec.reference import ComponentRef, resolve  # noqa: E402
 from kvpolicy.testing import poison  # noqa: E402
 from kvpolicy.testing.drawing import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 from kvpolicy.testing.parameters import components  # noqa: E402
+from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
 from kvpolicy.view import CacheView, Rope  # noqa: E402
 
 __all__ = ["MAX_SLOTS", "budgets", "cache_views", "components", "policy_specs", "scores"]
@@ -136,9 +137,7 @@ def _state(draw: DrawFn, state: SlotState, rows: int, heads: int, slots: int) ->
 
 
 @st.composite
-def _extras(
-    draw: DrawFn, needs: Collection[str], sizes: tuple[int, int, int], valid: Tensor
-) -> Mapping[str, Tensor]:
+def _extras(draw: DrawFn, needs: Collection[str], sizes: tuple[int, int, int], valid: Tensor) -> Mapping[str, Tensor]:
     """Draw what is declared as a need, for so many rows, heads and query heads per head."""
     rows, heads, group = sizes
     found: dict[str, Tensor] = {}
@@ -191,16 +190,22 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
         draw: given by hypothesis.
         fixed: fields of `PolicySpec` that are not drawn, as in a file: ``importance="key_norm"``.
     """
-    fields: dict[str, Any] = {"policy": "drawn", "phase": draw(st.sampled_from(["decode", "both", "prefill"]))}
-    for kind in KINDS:
-        if kind in ("protection", "post") or kind in fixed:
-            continue
-        fields[kind] = draw(_references(kind))
+    phase = fixed.get("phase") or draw(st.sampled_from(["decode", "both", "prefill"]))
+    fields: dict[str, Any] = {"policy": "drawn", "phase": phase}
+    for kind in ("mixer", "importance", "redundancy", "trigger", "allocator", "selector"):
+        fields[kind] = _canonical(kind, fixed[kind]) if kind in fixed else draw(_references(kind, phase))
+    mixer, selector = fields["mixer"].component, fields["selector"].component
+    for kind in ("importance", "redundancy"):
+        if kind not in fixed and not getattr(mixer, f"uses_{kind}"):
+            fields[kind] = "none"
+    scorers = [fields[k].component for k in ("importance", "redundancy") if fields[k] != "none"]
+    if "allocator" not in fixed and not _may_pool(fields["allocator"].component, mixer, scorers, selector.scope):
+        fields["allocator"] = "uniform"
     if "protect" not in fixed:
-        drawn = draw(st.lists(_references("protection"), max_size=3, unique_by=lambda ref: ref.use))
+        drawn = draw(st.lists(_references("protection", phase), max_size=3, unique_by=lambda ref: ref.use))
         fields["protect"] = {ref.use: ref.params for ref in drawn}
     if "post" not in fixed:
-        fields["post"] = draw(st.lists(_references("post"), max_size=1))
+        fields["post"] = draw(st.lists(_references("post", phase), max_size=1))
     if draw(st.booleans()):
         fields["prefill_chunk"] = draw(st.integers(1, 6))
     fields["budget"] = {"fraction": draw(st.sampled_from([0.5, 1.0]))} if draw(st.integers(0, 4)) == 4 else None
@@ -208,13 +213,35 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
         reserved = sum(MAX_SLOTS // 3 for _ in fields.get("protect", ()))
         fields["budget"] = {"tokens": reserved + draw(st.integers(1, MAX_SLOTS // 2))}
     try:
-        return PolicySpec(**{**fields, **fixed})
+        with stand_in_tables():
+            return PolicySpec(**{**fields, **fixed})
     except SpecError:
         reject()
 
 
-def _references(kind: str) -> SearchStrategy[ComponentRef]:
-    """Draw a registered component of a kind."""
-    return st.sampled_from(catalog().entries(kind)).flatmap(
+def _references(kind: str, phase: str) -> SearchStrategy[ComponentRef]:
+    """Draw a registered component of a kind that works at a phase."""
+    wanted = {"prefill", "decode"} if phase == "both" else {phase}
+    entries = [entry for entry in catalog().entries(kind) if wanted <= entry.component.phases]
+    drawn = st.sampled_from(entries).flatmap(
         lambda entry: components(entry.component).map(lambda made: ComponentRef(entry.name, made))
     )
+    return drawn.filter(lambda ref: all(wanted <= member.phases for member in ref.component.members()))
+
+
+def _canonical(kind: str, given: Any) -> ComponentRef:
+    """Return a component that is given as in a file, or as itself."""
+    if isinstance(given, Component):
+        return ComponentRef(catalog().name_of(type(given)), given)
+    with stand_in_tables():
+        return resolve(kind, {"use": given} if isinstance(given, str) else given, (kind,), catalog())
+
+
+def _may_pool(allocator: Any, mixer: Any, scorers: Sequence[Any], scope: str) -> bool:
+    """Whether an allocator goes with what it pools and with the scope of the selector."""
+    if (scope == "model" and allocator.counts != "equal") or (scope == "layer" and allocator.counts == "per_head"):
+        return False
+    if allocator.scores_needed == "none" or allocator.normalises:
+        return True
+    across = ["heads"] if allocator.scores_needed == "layer" else ["heads", "layers"]
+    return mixer.keeps_comparability and all(getattr(s, f"comparable_across_{a}") for s in scorers for a in across)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from kvpolicy.hookspecs import RegisterComponent, hookimpl
 
 
 @hookimpl
-def kvpolicy_register_components(register: RegisterComponent) -> None:
+def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: PLR0915 - a list
     """Register every bundled component."""
     from kvpolicy_plugins.allocators.adaptive_heads import AdaptiveHeads
     from kvpolicy_plugins.allocators.global_pool import GlobalPool
@@ -23,6 +25,7 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:
     from kvpolicy_plugins.importance.expected_attention import ExpectedAttention
     from kvpolicy_plugins.importance.key_diff import KeyDiff
     from kvpolicy_plugins.importance.key_norm import KeyNorm
+    from kvpolicy_plugins.importance.kvpress_adapter import KVPress
     from kvpolicy_plugins.importance.lag_relative import LagRelative
     from kvpolicy_plugins.importance.last_used import LastUsed
     from kvpolicy_plugins.importance.leverage import Leverage
@@ -70,6 +73,8 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:
     register("expected_attention", ExpectedAttention)
     register("key_diff", KeyDiff)
     register("key_norm", KeyNorm)
+    if find_spec("kvpress") is not None:
+        register("kvpress", KVPress)
     register("lag_relative", LagRelative)
     register("last_used", LastUsed)
     register("leverage", Leverage)

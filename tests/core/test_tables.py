@@ -248,7 +248,9 @@ def test_a_table_that_turned_uniform_is_refused_when_the_policy_is_loaded(named)
 
 
 def test_the_json_schema_offers_the_installed_tables_of_the_kind(named):
-    assert Along.model_json_schema()["properties"]["table"]["examples"] == ["tiny/filters"]
+    names = Along.model_json_schema()["properties"]["table"]["examples"]
+    assert "tiny/filters" in names
+    assert "tiny/scores" not in names
 
 
 def test_names_and_files_of_tables_are_checked(named):

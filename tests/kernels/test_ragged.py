@@ -132,5 +132,7 @@ def test_refusals(device):
             ops.ragged_attention(**{**inputs, "softcap": 20.0})
         with pytest.raises(UnsupportedError, match=r"float32 queries with torch\.float16 keys"):
             ops.ragged_attention(**{**inputs, "queries": inputs["queries"].float()})
+    with pytest.raises(UnsupportedError, match="soft-cap"):
+        ragged.ragged_attention(**{**inputs, "softcap": 20.0})
     with pytest.raises(ValueError, match="tail_values has shape"):
         ragged.ragged_attention(**{**inputs, "tail_values": inputs["tail_values"][:, :1]})

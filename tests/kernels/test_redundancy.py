@@ -20,11 +20,15 @@ def case(device, dtype, dim, n, *, share=0.8, holes=True, threshold=0.5):
         keys.copy_(share * torch.randn(2, 2, 1, dim) + torch.randn(2, 2, n, dim))
         if n > 4:
             keys[0, 0, 1] = 0.0
-            keys[0, 1, 2] = keys[0, 1, 4]
+            if threshold < 1:
+                keys[0, 1, 2] = keys[0, 1, 4]
         valid = torch.rand(2, 2, n) > 0.1 if holes else torch.ones(2, 2, n, dtype=torch.bool)
         keys[~valid] = NAN
         unit = torch.nn.functional.normalize(torch.where(valid.unsqueeze(-1), keys, 0).double(), dim=-1)
-        if n == 0 or ((unit @ unit.transpose(-1, -2)) - threshold).abs().min() > 1e-6:
+        real = unit.norm(dim=-1) > 0
+        pairs = (real.unsqueeze(-1) & real.unsqueeze(-2)).triu(1)
+        cosine = unit @ unit.transpose(-1, -2)
+        if (cosine[pairs] - threshold).abs().gt(1e-6).all():
             return arena.to(device)[:, :, :n], valid.to(device)
 
 

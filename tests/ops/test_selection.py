@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 
 from kvpolicy import ops
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
 
 
@@ -95,11 +94,3 @@ def test_compact_slot_state_and_nothing():
     assert state.tolist() == [[[1, 4, 2, 3, 4, 5]]]
     ops.compact(state, KeepIndices(torch.empty(1, 1, 0, dtype=torch.int64), torch.tensor([[0]])))
     assert state.tolist() == [[[1, 4, 2, 3, 4, 5]]]
-
-
-def test_backends():
-    assert ops.choose_backend("auto") == ops.choose_backend("torch") == "torch"
-    with pytest.raises(UnsupportedError, match=r"no Triton kernels are installed in this version, use backend: torch"):
-        ops.choose_backend("triton")
-    with pytest.raises(UnsupportedError, match="Did you mean 'torch'"):
-        ops.choose_backend("torhc")

@@ -14,26 +14,38 @@ import kvpolicy
 from kvpolicy import ops
 from kvpolicy.components import KINDS, NEEDS, AllocationRequest, Counters, Slots
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.testing.tables import stand_in_tables, table_fields
 from kvpolicy.types import KeepIndices
 
 BUNDLED = {
     "importance": {
-        "accumulated_attention", "attention_memory", "critical", "decayed_attention", "key_norm", "last_used",
-        "none", "random", "recency", "recurrence", "tova", "value_norm", "window_attention",
+        "accumulated_attention", "attention_memory", "critical", "cur", "decayed_attention",
+        "expected_attention", "key_diff", "key_norm", "lag_relative", "last_used", "leverage", "non_causal",
+        "none", "q_filter", "random", "recency", "recurrence", "tova", "trigonometric", "value_norm",
+        "window_attention",
     },
-    "redundancy": {"key_cosine", "mean_key", "none"},
+    "redundancy": {"key_cosine", "mean_key", "negative", "none"},
     "mixer": {"head_adaptive", "importance_only", "linear", "max_normalised", "rank", "z_score"},
-    "allocator": {"uniform"},
+    "allocator": {
+        "adaptive_heads", "global_pool", "pyramid", "table", "table_curve", "table_gate", "uniform",
+    },
     "protection": {"pads", "prompt", "recent", "sinks"},
-    "selector": {"top_k"},
+    "selector": {"chunks", "per_chunk_quota", "region_quota", "stochastic", "threshold", "top_k"},
     "trigger": {"each_step", "every"},
-    "post": {"rerotate"},
+    "post": {"merge_values", "prune_channels", "rerotate"},
 }  # fmt: skip
 PAIRS = [(kind, name) for kind, names in BUNDLED.items() for name in sorted(names)]
 
 
+@pytest.fixture(autouse=True)
+def _tables_of_any_model():
+    with stand_in_tables():
+        yield
+
+
 def make(kind, name, **params):
-    return kvpolicy.catalog().get(kind, name)(**params)
+    component = kvpolicy.catalog().get(kind, name)
+    return component(**dict.fromkeys(table_fields(component), "stand-in/one"), **params)
 
 
 SCORERS = [
@@ -65,14 +77,14 @@ def test_declaration(kind, name):
     assert inspect.getdoc(component)
     for parameter, field in component.model_fields.items():
         assert field.description or kind == "selector", f"{name}.{parameter} has no docstring"
-    made = component()
-    assert made == component()
-    assert hash(made) == hash(component())
+    made, again = make(kind, name), make(kind, name)
+    with pytest.raises(ValidationError, match="no_such_parameter"):
+        make(kind, name, no_such_parameter=1)
+    assert made == again
+    assert hash(made) == hash(again)
     assert made.needs <= set(NEEDS)
     source = Path(inspect.getsourcefile(component))
     assert len(source.read_text(encoding="utf-8").splitlines()) < 100
-    with pytest.raises(ValidationError):
-        component(no_such_parameter=1)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +110,17 @@ def test_declaration(kind, name):
         ("mixer", "head_adaptive", {"window": -1}),
         ("protection", "sinks", {"count": -1}),
         ("protection", "recent", {"count": 1.0}),
+        ("allocator", "pyramid", {"beta": 0.9}),
+        ("allocator", "adaptive_heads", {"floor": -0.1}),
+        ("allocator", "global_pool", {"normalise": "rank"}),
+        ("selector", "chunks", {"size": 0}),
+        ("selector", "region_quota", {"floor": 1.1}),
+        ("selector", "region_quota", {"regions": 0}),
+        ("selector", "stochastic", {"temperature": 0.0}),
+        ("selector", "stochastic", {"sampled": 1.5}),
+        ("selector", "threshold", {"value": float("nan")}),
+        ("post", "merge_values", {"threshold": -0.5}),
+        ("post", "prune_channels", {"ratio": 1.0}),
         ("trigger", "every", {"interval": 0}),
         ("trigger", "every", {"align": 0}),
     ],
@@ -116,6 +139,8 @@ def full_view(make_view, scorer, **fields):
     extras = {
         "output_projection": torch.randn(2, 2, 8, 16, generator=generator),
         "modality": torch.rand(2, 2, 40, generator=generator) < 0.5,
+        "query_mean": torch.randn(2, 2, 2, 8, generator=generator),
+        "query_covariance": torch.eye(8).expand(2, 2, 2, 8, 8),
     }
     budget = torch.tensor([12, 20])
     return make_view(shape=(2, 2, 40, 8), queries=queries, state=state, extras=extras, budget=budget, **fields)
@@ -166,7 +191,7 @@ def test_a_row_of_a_batch_scores_as_alone(make_view, kind, name, params):
                 )
             },
             state={name: t[row] for name, t in view.state.items()},
-            extras={**view.extras, "modality": view.extras["modality"][row]},
+            extras={name: t if name == "output_projection" else t[row] for name, t in view.extras.items()},
         )  # fmt: skip
         torch.testing.assert_close(scorer.score(single), together[row], atol=1e-6, rtol=0)
 

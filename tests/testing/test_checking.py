@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import ClassVar
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.cli.checking import _report
 from kvpolicy.components import ImportanceScorer, Trigger
-from kvpolicy.errors import KVPolicyError, UnsupportedError
+from kvpolicy.errors import KVPolicyError, SpecError, UnsupportedError
 from kvpolicy.testing import LAWS, check_component, check_package, check_policy
 from kvpolicy.testing.checking import check, subject_of, subjects_of_package
+from kvpolicy.testing.laws._base import Law, decided
+from kvpolicy.testing.laws._draws import one_case
 from kvpolicy.testing.mutants import parts, scorers
 
 PLUGIN = ["-p", "no:cacheprovider"]
@@ -135,7 +139,7 @@ def test_whatever_a_component_raises_is_a_failure():
     assert "class Raises" not in result.failure.test
 
 
-def test_a_need_that_cannot_be_drawn_is_a_failure_that_names_it():
+def test_a_need_that_there_is_not_is_a_failure_that_names_it():
     class Looks(ImportanceScorer):
         needs: ClassVar = frozenset({"hidden_states"})
 
@@ -144,9 +148,67 @@ def test_a_need_that_cannot_be_drawn_is_a_failure_that_names_it():
 
     [result] = checked(Looks, "row_alone")
     message = result.failure.message
-    assert message.startswith(
-        "while an example was drawn: UnsupportedError: kvpolicy.testing cannot draw hidden_states"
-    )
+    assert message.startswith("while an example was drawn: UnsupportedError: needs: there is no hidden_states; known")
+
+
+def test_a_law_about_which_too_few_examples_say_anything_is_no_pass(capsys):
+    def statement(subject, case):
+        decided(case.view.shape == (1, 2, 7), "another shape")
+
+    rare = Law("rare", "It is hardly ever decided.", ("importance",), statement, one_case)
+    [result] = check(subject_of(kvpolicy.catalog().get("importance", "key_norm")), laws=[rare])
+    assert result.status == "undecided"
+    assert re.fullmatch(r"only \d of 20 examples said anything \(\d+ times another shape\)", result.reason)
+    with pytest.raises(AssertionError, match="rare undecided: only"):
+        result.expect()
+    assert _report([result])
+    assert "0 passed, 0 failed, 1 undecided" in capsys.readouterr().out
+
+
+def test_a_law_that_says_nothing_about_any_example_is_undecided():
+    def statement(subject, case):
+        decided(False, "it is Sunday")
+
+    never = Law("never", "It says nothing.", ("importance",), statement, one_case)
+    [result] = check(subject_of(kvpolicy.catalog().get("importance", "key_norm")), laws=[never])
+    assert (result.status, result.decided) == ("undecided", 0)
+    assert "times it is Sunday" in result.reason
+
+
+def test_exceptions_that_hang_on_parameters():
+    class Choosy(scorers.BySlot):
+        slots: bool = True
+
+        def laws_excused(self):
+            return {"left_padding": "it counts slots"} if self.slots else {}
+
+    law = [LAWS["left_padding"]]
+    [excused] = check(subject_of(Choosy(slots=True)), laws=law)
+    assert (excused.status, excused.reason) == ("not applicable", "it counts slots")
+    [held] = check(subject_of(Choosy(slots=False)), laws=law)
+    [drawn] = check(subject_of(Choosy), laws=law)
+    assert held.status == drawn.status == "failed"
+
+
+def test_an_exception_that_only_an_instance_declares_must_be_a_law_too():
+    class Wrong(scorers.BySlot):
+        def laws_excused(self):
+            return {"left_pading": "a slip"}
+
+    [result] = checked(Wrong, "deterministic")
+    assert "is no law. Did you mean 'left_padding'?" in result.failure.message
+
+
+def test_a_component_inherits_the_exceptions_of_what_it_is_made_of():
+    class Wrapper(ImportanceScorer):
+        base: ImportanceScorer
+
+        def score(self, view):
+            return self.base.score(view)
+
+    random = kvpolicy.catalog().get("importance", "random")()
+    [result] = check(subject_of(Wrapper(base=random)), laws=[LAWS["permuting_heads"]])
+    assert result.reason == "Random: each head draws its own numbers"
 
 
 def test_abstract_classes_are_refused():
@@ -160,6 +222,22 @@ def test_packages():
     assert "rkv" in names
     with pytest.raises(KVPolicyError, match=r"package 'kvpolcy' registers no .* Did you mean 'kvpolicy'\?"):
         check_package("kvpolcy")
+
+
+def test_a_policy_that_cannot_be_read_fails_alone(monkeypatch):
+    load = kvpolicy.load
+
+    def broken(name, *rest):
+        if name == "rkv":
+            raise SpecError("rkv.yaml:3:1: budget: it is gone.")
+        return load(name, *rest)
+
+    monkeypatch.setattr(kvpolicy, "load", broken)
+    subjects = {s.name: s for s in subjects_of_package("kvpolicy")}
+    assert "knorm" in subjects
+    [result] = check(subjects["rkv"])
+    assert (result.law, result.status) == ("can_be_read", "failed")
+    assert result.failure.message == "rkv.yaml:3:1: budget: it is gone."
 
 
 def test_policies_by_value_and_name():

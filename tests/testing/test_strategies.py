@@ -11,8 +11,10 @@ import kvpolicy
 from kvpolicy.components import ImportanceScorer, SlotState
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.testing import budgets, cache_views, components, policy_specs, scores
+from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.drawing import HEAD_DIM
 from kvpolicy.testing.strategies import MAX_SLOTS
+from kvpolicy.testing.tables import stand_in_tables
 
 STATES = (SlotState("sum"), SlotState("stamp", torch.int32))
 EVERYTHING = cache_views(needs={"queries", "rope"}, states=STATES, observe=3)
@@ -93,15 +95,52 @@ def test_a_parameter_that_cannot_be_drawn_is_named():
         components(Table)
 
 
-def test_a_need_that_cannot_be_drawn_is_named():
-    with pytest.raises(UnsupportedError, match="cannot draw hidden_states"):
+def test_what_cannot_be_drawn_comes_from_examples():
+    class Words(ImportanceScorer):
+        words: bytes
+
+        @classmethod
+        def examples(cls):
+            return [cls(words=b"a"), cls(words=b"b")]
+
+        def score(self, view):
+            raise NotImplementedError
+
+    find(components(Words), lambda made: made.words == b"b", settings=_EASY)
+
+
+def test_components_in_components_are_drawn():
+    cls = kvpolicy.catalog().get("importance", "attention_memory")
+    find(components(cls), lambda made: type(made.base).__name__ == "KeyNorm", settings=_EASY)
+
+
+def test_what_needs_bring_is_drawn_and_moves_along():
+    view = find(
+        cache_views(needs={"query_statistics", "weights", "modality"}),
+        lambda v: min(v.shape[:2]) > 1 and bool(v.extras["modality"].any() and v.extras["query_count"][1] > 0),
+        settings=_EASY,
+    )
+    extras = view.extras
+    assert torch.linalg.eigvalsh(extras["query_covariance"]).min() > -1e-4
+    assert not (extras["modality"] & ~view.valid).any()
+    rows, heads = Case((Layer(view),)).with_rows([1]).view, Case((Layer(view),)).with_heads([1, 0]).view
+    for name in ("query_mean", "query_covariance", "modality"):
+        assert torch.equal(rows.extras[name], extras[name][1:2])
+        assert torch.equal(heads.extras[name][:, 0], extras[name][:, 1])
+    assert torch.equal(heads.extras["output_projection"][1], extras["output_projection"][0])
+    assert torch.equal(rows.extras["output_projection"], extras["output_projection"])
+
+
+def test_a_need_that_there_is_not_is_named():
+    with pytest.raises(UnsupportedError, match="needs: there is no hidden_states; known are queries"):
         find(cache_views(needs={"hidden_states"}), lambda v: True)
 
 
 @given(policy_specs())
 def test_drawn_policies_are_valid(spec):
     policy = spec.build()
-    assert kvpolicy.PolicySpec.from_yaml(spec.to_yaml()) == spec
+    with stand_in_tables():
+        assert kvpolicy.PolicySpec.from_yaml(spec.to_yaml()) == spec
     assert policy.budget.tokens is None or policy.reserved() <= policy.budget.tokens
 
 

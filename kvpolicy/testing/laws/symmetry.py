@@ -90,6 +90,23 @@ def left_padding(subject: Any, case: Case, left: int, right: int) -> None:
     )
 
 
+def _not_the_same(subject: Any) -> str | None:
+    return None if all(c.same_for_layers for c in subject.members()) else "it does not promise `same_for_layers`"
+
+
+@law(
+    "Layers that lie in one arena are scored as one view with more rows, under the index of the first.",
+    ("importance", "redundancy", "mixer", "protection"),
+    case_and(shift=st.integers(1, 2)),
+    unless=_not_the_same,
+    effort=0.5,
+)
+def layer_ignored(subject: Any, case: Case, shift: int) -> None:
+    """With `same_for_layers` another layer index changes nothing."""
+    other = case.by_view(lambda v: replace(v, layer_idx=(v.layer_idx + shift) % v.num_layers))
+    expect_equivariant(subject, case, lambda _case: other, lambda t: t, f"{shift} layers further,")
+
+
 def _sees_no_queries(subject: Any) -> str | None:
     return None if observed_by(subject) else "it looks at no queries"
 

@@ -68,6 +68,16 @@ class OneTooMany(Selector):
         return ops.top_k(scores, torch.minimum(counts + 1, valid.sum(-1)), protected, valid)
 
 
+class BeyondTheLimit(Selector):
+    """A threshold that counts as more than an upper limit allows."""
+
+    exact: ClassVar[bool] = False
+
+    def select(self, scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, slots: Slots) -> KeepIndices:
+        passing = valid & ((scores > 0) | protected)
+        return ops.top_k(scores, passing.sum(-1), protected, valid)
+
+
 class Sentinel(Selector):
     """Protection by a large score."""
 
@@ -222,6 +232,7 @@ MUTANTS = (
     Mutant("padding kept", "mask not gathered, pads kept", KeepsPads),
     Mutant("one entry too few", "n == B and n < B + 1", OneTooFew),
     Mutant("one entry too many", "count off by one", OneTooMany),
+    Mutant("a threshold keeps more than the limit", "top-p without a cap", BeyondTheLimit),
     Mutant("protection by a large score", "max + 1, 1e5: sentinels", Sentinel),
     Mutant("lowest scores kept", "direction of the score", LowestScores),
     Mutant("another choice at another budget", "no superset", SwapsAtTheCut),

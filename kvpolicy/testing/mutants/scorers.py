@@ -152,6 +152,13 @@ class StaleState(ImportanceScorer):
         return _norms(view) * self.memory[0]
 
 
+class LayerCounts(ImportanceScorer):
+    same_for_layers: ClassVar[bool] = True
+
+    def score(self, view: CacheView) -> Tensor:
+        return torch.where(view.valid, view.keys.float().norm(dim=-1) + view.layer_idx, 0.0)
+
+
 class CoarseRounding(ImportanceScorer):
     """A ranking that hangs on the last bits of its input."""
 
@@ -244,6 +251,7 @@ MUTANTS = (
     Mutant("remembers on the class", "stale state between generations", StaleState, laws=("deterministic",)),
     Mutant("ranks by the last bits", "bf16 against fp32", CoarseRounding),
     Mutant("the number of threads shows", "nondeterministic reductions", CountsThreads),
+    Mutant("promises to ignore the layer and does not", "layers folded into rows", LayerCounts),
     Mutant("spares the oldest of equal keys", "R-KV: orientation of the similarity matrix", OldestSpared),
     Mutant("cosine without an epsilon", "zero keys", NoEpsilon),
     Mutant("weight swapped", "R-KV: lambda on the wrong side", SwappedWeight),

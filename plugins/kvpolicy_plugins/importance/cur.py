@@ -25,6 +25,7 @@ class Cur(ImportanceScorer):
     """
 
     paper: ClassVar[str] = "arXiv:2509.15038"
+    same_for_layers: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
 
     leverage: Literal["product", "mean", "key", "value"] = "product"

@@ -17,6 +17,7 @@ class KeyDiff(ImportanceScorer):
     """
 
     paper: ClassVar[str] = "arXiv:2504.15364"
+    same_for_layers: ClassVar[bool] = True
 
     def score(self, view: CacheView) -> Scores:
         return -ops.mean_key_similarity(view.keys, view.valid, unit_mean=True)

@@ -28,6 +28,7 @@ class LagRelative(ImportanceScorer):
     """
 
     paper: ClassVar[str] = "arXiv:2504.04704"
+    same_for_layers: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
     laws_not_applicable: ClassVar[Mapping[str, str]] = {"permuting_entries": "an entry is scored in its partition"}
 

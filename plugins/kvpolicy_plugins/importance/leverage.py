@@ -19,8 +19,9 @@ class Leverage(ImportanceScorer):
     """Approximate statistical leverage of each un-rotated key among those of its head.
 
     ``x_i (X'X)^-1 x_i'`` where the rows of `X` are the centred keys times a Gaussian matrix of `sketch` columns
-    (section 3.1), within [0, 1]. The matrix is the same for all heads and compactions: it depends on `seed` alone.
-    O(N D sketch), no queries.
+    (section 3.1), within [0, 1]. The matrix is the same for all heads and compactions: it depends on `seed` alone. It
+    takes many more entries than columns to tell them apart: fewer have a leverage of nearly 1 each. O(N D sketch), no
+    queries.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"rope"})

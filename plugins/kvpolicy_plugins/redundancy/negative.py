@@ -18,6 +18,7 @@ class Negative(RedundancyScorer):
     """
 
     shorthand: ClassVar[str | None] = "base"
+    same_for_layers: ClassVar[bool] = True
     laws_not_applicable: ClassVar[Mapping[str, str]] = {
         "newest_twin_spared": "the base says which of two equal entries matters more"
     }

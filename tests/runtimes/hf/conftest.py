@@ -76,6 +76,8 @@ def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
     for size in ("lag", "chunk"):  # of partitions of the sequence
         if data["importance"].get(size, 0) > budget // 4:
             changes[f"importance.{size}"] = budget // 4
+    if "sketch" in data["redundancy"].get("base", {}):  # fewer keys than columns have a leverage of nearly 1 each
+        changes["redundancy.base.sketch"] = budget // 4
     if spec.prefill_chunk is not None:
         changes["prefill_chunk"] = interval
     return spec.replace(changes).build()

@@ -1,0 +1,100 @@
+"""Whole policies with ``backend: triton`` keep what they keep with torch."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.engine import Engine
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.ops import dispatch
+from kvpolicy.view import CacheView
+
+
+def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
+    arena = (
+        (torch.randn(layers, batch, heads, 1, dim) + torch.randn(layers, batch, heads, n + 4, dim)).half().to(device)
+    )
+    positions = torch.arange(n, dtype=torch.int32, device=device).expand(batch, heads, n)
+    resident = torch.tensor([n, n - 7], device=device)
+    valid = (torch.arange(n, device=device) < resident[:, None])[:, None].expand(-1, heads, -1)
+    asked = torch.ones(batch, 8, dtype=torch.bool, device=device)
+    for layer in range(layers):
+        yield CacheView(
+            keys=arena[layer, :, :, :n], values=arena[layer, :, :, :n], positions=positions, valid=valid,
+            scale=dim**-0.5, layer_idx=layer, num_layers=layers,
+            prompt_length=torch.full((batch,), 9, device=device), seen=resident,
+            compaction=torch.zeros(batch, dtype=torch.int64, device=device),
+            queries=torch.randn(batch, heads, group, 8, dim).half().to(device),
+            query_positions=(resident[:, None] - 8 + torch.arange(8, device=device)).int(), query_valid=asked,
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("name", ["rkv", "rkv-code", "snapkv"])
+def test_same_kept_slots_as_torch(name, device):
+    made = list(views(device))
+    kept, scores = {}, {}
+    for backend in ("torch", "triton"):
+        policy = kvpolicy.load(name, budget=40, backend=backend).build()
+        kept[backend] = policy.select(made, [40, 40])
+        scores[backend] = [policy.retention(view) for view in made]
+    for layer, view in enumerate(made):
+        a, b = kept["torch"][layer].indices, kept["triton"][layer].indices
+        torch.testing.assert_close(scores["triton"][layer], scores["torch"][layer], atol=1e-7, rtol=1e-5)
+        ranked = scores["torch"][layer].masked_fill(~view.valid, float("-inf")).sort(-1, descending=True).values
+        gap = (ranked[..., :-1] - ranked[..., 1:])[..., 20:60].amin(-1)
+        clear = gap > 1e-7  # equal scores but for rounding may change places
+        assert torch.equal(a[clear], b[clear])
+
+
+@pytest.mark.usefixtures("seed")
+def test_the_paper_file_needs_torch_and_says_so(device):
+    policy = kvpolicy.load("rkv-paper", budget=40, backend="triton").build()
+    with pytest.raises(UnsupportedError, match=r"cannot run window_importance.*smooth_stage: query"):
+        policy.select(list(views(device)), [40, 40])
+
+
+@pytest.mark.usefixtures("seed")
+def test_an_engine_compacts_with_the_kernels(device, caplog):
+    """The same tokens through two engines leave the same entries, bit for bit."""
+    dtype, dim, results = torch.float16, 16, {}
+    tokens = torch.randn(2, 2, 60, dim).to(dtype).to(device)
+    asked = torch.randn(2, 4, 60, dim).to(dtype).to(device)
+    for backend in ("torch", "triton"):
+        spec = kvpolicy.load("rkv", budget=24, backend=backend).replace("trigger", {"every": 8})
+        engine = Engine(spec.build(), [(0, 1)], 2)
+        for start, count in ((0, 30), *((t, 1) for t in range(30, 60))):
+            engine.open(2, count, None, device, prefill=start == 0)
+            for layer in (0, 1):
+                new = tokens[:, :, start : start + count] * (layer + 1)
+                engine.append(layer, new, new)
+                facts = kvpolicy.engine.LayerFacts(groups=2, scale=dim**-0.5)
+                engine.record(layer, asked[:, :, start : start + count], facts)
+        engine.settle()
+        results[backend] = [engine.view(layer, slice(0, 2)) for layer in (0, 1)]
+        assert engine.rows[0].compactions >= 3
+    for torch_view, triton_view in zip(results["torch"], results["triton"], strict=True):
+        assert torch.equal(torch_view.positions, triton_view.positions)
+        assert torch.equal(torch_view.keys, triton_view.keys)
+        assert torch.equal(torch_view.values, triton_view.values)
+
+
+def test_an_engine_refuses_at_the_first_token(device, monkeypatch):
+    """Not at the first compaction, thousands of tokens later."""
+    engine = Engine(kvpolicy.load("rkv", budget=24, backend="triton").build(), [(0,)], 1)
+    engine.open(1, 2, None, device, prefill=True)
+    odd = torch.zeros(1, 1, 2, 48, dtype=torch.float16, device=device)
+    with pytest.raises(UnsupportedError, match=r"backend: triton cannot be used, because the head dim is 48"):
+        engine.append(0, odd, odd)
+
+
+def test_auto_says_what_it_took(device, caplog):
+    dispatch._say.cache_clear()
+    with caplog.at_level(logging.INFO, logger="kvpolicy"):
+        chosen = kvpolicy.ops.choose_backend("auto", torch.zeros(1, 1, 1, 64, dtype=torch.float16, device=device))
+    assert chosen == ("triton" if device.type == "cuda" else "torch")
+    assert f"backend: auto takes {chosen}, because the cache is" in caplog.text

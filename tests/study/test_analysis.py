@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from kvpolicy import KVPolicyError
+from kvpolicy.study.analysis import Row, compare, estimate, holm, shown
+from kvpolicy.study.results import CellRecord
+
+pytest.importorskip("scipy")
+
+
+def row(name, values, *, metric="exact", condition="", dataset="d", failed=0):
+    cell = CellRecord(name, condition, {}, "m", dataset, "", name, None)
+    values = dict(enumerate(values))
+    return Row(cell, len(values), failed, None, {}, {metric: values})
+
+
+def test_a_proportion_gets_wilsons_interval():
+    found = estimate([1.0] * 97 + [0.0] * 3, proportion=True)
+    assert (found.value, found.problems) == (0.97, 100)
+    assert (found.low, found.high) == pytest.approx((0.9155, 0.9897), abs=1e-3)
+    perfect = estimate([1.0] * 20, proportion=True)
+    assert perfect.high == 1
+    assert perfect.low == pytest.approx(0.839, abs=1e-3)  # certainty takes more than 20 problems
+    assert math.isnan(estimate([1.0], proportion=True).low)
+
+
+def test_other_means_get_a_bootstrap_interval():
+    generator = random.Random(0)
+    values = [generator.gauss(10, 2) for _ in range(200)]
+    found = estimate(values, proportion=False)
+    half = 1.96 * 2 / math.sqrt(200)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.2)
+    assert found.low < found.value < found.high
+    assert estimate(values, proportion=False) == found
+    assert estimate([3.0, 3.0, 3.0], proportion=False).low == 3
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = random.Random(1)
+    hits = 0
+    for _ in range(200):
+        found = estimate([float(generator.random() < 0.8) for _ in range(60)], proportion=True)
+        hits += found.low <= 0.8 <= found.high
+    assert 0.9 <= hits / 200 <= 0.99
+
+
+def test_mcnemar_looks_only_at_the_problems_that_differ():
+    base = [1.0] * 50 + [0.0] * 50
+    better = [1.0] * 49 + [0.0] + [1.0] * 9 + [0.0] * 41
+    (found,) = compare([row("a", base), row("b", better)], "exact")
+    assert (found.wins, found.losses) == (9, 1)
+    assert found.difference.value == pytest.approx(0.08)
+    assert found.p == pytest.approx(2 * (1 + 10) / 2**10)  # two-sided sign test of 9 to 1
+    assert found.mcnemar == pytest.approx(((2 * 0.555 - 1) * 0.1, (2 * 0.9975 - 1) * 0.1), abs=1e-3)
+    assert found.difference.low < found.difference.value < found.difference.high
+    assert found.baseline == "a"
+
+
+def test_pairing_finds_what_two_intervals_would_hide():
+    generator = random.Random(2)
+    base = [generator.gauss(0, 1) for _ in range(80)]
+    shifted = [x - 0.1 + generator.gauss(0, 0.05) for x in base]
+    (found,) = compare([row("a", base, metric="kl"), row("b", shifted, metric="kl")], "kl")
+    assert found.p < 0.001
+    assert found.difference.high < 0
+    assert found.mcnemar is None
+    assert estimate(shifted, proportion=False).high > estimate(base, proportion=False).low
+
+
+def test_only_problems_that_both_have_are_compared_and_conditions_are_kept_apart():
+    rows = [
+        row("a", [1.0, 0.0, 1.0, 1.0], condition="x"), row("b", [0.0, 0.0], condition="x"),
+        row("a", [0.0, 0.0], condition="y"), row("b", [1.0, 1.0], condition="y"),
+        row("full", [1.0, 1.0, 1.0]),
+    ]  # fmt: skip
+    x, y = compare(rows, "exact")
+    assert (x.difference.value, x.difference.problems, y.difference.value) == (-0.5, 2, 1.0)
+    assert [c.difference.value for c in compare(rows, "exact", "full")] == pytest.approx([-1 / 3, -1, -1, 0])
+    with pytest.raises(KVPolicyError, match=r"there is no variant 'bb'\. Did you mean 'b'"):
+        compare(rows, "exact", "bb")
+
+
+def test_several_seeds_of_a_problem_are_one_observation():
+    """Values between 0 and 1 are no successes to count: the test falls back to flipping signs."""
+    (found,) = compare([row("a", [0.0] * 12), row("b", [0.5] * 12)], "exact")
+    assert found.mcnemar is None
+    assert found.p == pytest.approx(2 / 2**12, abs=1e-3)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    rows = [row("a", [0.0] * 20), row("b", [1.0] * 8 + [0.0] * 12), row("c", [1.0] * 7 + [0.0] * 13)]
+    b, c = compare(rows, "exact")
+    assert (b.p_holm, c.p_holm) == pytest.approx((2 * b.p, max(2 * b.p, c.p)))
+
+
+def test_as_tables_show_it():
+    assert shown(estimate([1.0] * 97 + [0.0] * 3, proportion=True), "exact") == "0.970 [0.915, 0.990]"
+    assert shown(estimate([12345.6], proportion=False), "bytes_peak") == "12,346"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvpolicy.cli import main
+from kvpolicy.cli.studying import duration
+from kvpolicy.study import executors
+
+pytest.importorskip("scipy")
+
+STUDY = """\
+schema_version: 1
+kind: study
+study: small
+axes: {{policy: [rkv, random]}}
+conditions: {{budget: [64], trigger.interval: [16]}}
+models: [{model}]
+datasets: [{{use: needle, words: 20, chat: false}}]
+samples: 4
+sampling: {{max_new_tokens: 30}}
+quick: {{samples: 2}}
+"""
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, model_folder):
+    """Return a function that runs a command in the folder of `small.yaml`, workers in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(executors, "Processes", lambda workers: executors.Inline())
+    (tmp_path / "small.yaml").write_text(STUDY.format(model=model_folder))
+
+    def call(*arguments):
+        code = main(["study", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_plan_run_status(run, tmp_path):
+    code, out, _ = run("plan", "small.yaml", "--workers", 2)
+    assert code == 0
+    assert re.search(
+        r"2 variants and the full cache, 12 runs; about 360 tokens, about \d+ (s|min) with 2 workers\.", out
+    )
+    assert not (tmp_path / "small.sqlite").exists()
+    code, out, err = run("run", "small.yaml")
+    assert code == 0
+    assert "variants: 8/8 runs" in err
+    assert re.search(r"^ *rkv +4 +0\.000 \[0\.000, 0\.490\]", out, flags=re.MULTILINE)
+    assert re.search(r"p = 1 *$", out, flags=re.MULTILINE)
+    assert out.rstrip().endswith("Recorded in small.sqlite.")
+    assert run("status", "small.yaml")[1] == (
+        "small.sqlite: 12 of 12 runs are recorded, 0 of them failed; about 0 tokens are left.\n"
+    )
+    assert "12 runs, 12 of them recorded already; about 0 tokens." in run("plan", "small.yaml", "--no-probe")[1]
+    code, again, err = run("run", "small.yaml")
+    assert (code, err) == (0, "")
+    assert again == out
+
+
+def test_quick_has_a_file_of_its_own(run, tmp_path):
+    code, out, _ = run("run", "small.yaml", "--quick")
+    assert code == 0
+    assert "Recorded in small-quick.sqlite." in out
+    code, out, _ = run("status", "small.yaml", "--quick")
+    assert out.startswith("small-quick.sqlite: 6 of 6 runs")
+    assert not (tmp_path / "small.sqlite").exists()
+
+
+def test_failures_are_counted_and_named(run, tmp_path):
+    text = (tmp_path / "small.yaml").read_text().replace("rkv, random", "rkv, random-pinned")
+    (tmp_path / "small.yaml").write_text(text)
+    code, out, err = run("run", "small.yaml")
+    assert code == 0
+    assert "8/8 (4 failed) runs" in err
+    assert re.search(
+        r"4 failed: budget: 64 entries per head are fewer than the \d+ that policy 'random-pinned' protects", out
+    )
+    assert "12 runs are recorded, 4 of them failed" in run("status", "small.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "smal"), "error: unknown study 'smal'."),
+        (("plan", "none.yaml"), "error: none.yaml: there is no such file."),
+        (("run", "small.yaml", "--on", "mars"), "error: --on: 'mars' is not known; write local or ray.\n"),
+        (("run", "small.yaml", "--address", "x"), "error: --address: is for Ray; write `--on ray` too.\n"),
+        (("run", "small.yaml", "--out", "no/r.sqlite"), "error: --out: there is no folder "),
+        (("status", "small.yaml"), "error: small.sqlite: there is no such file; run the study first"),
+    ],
+)
+def test_wrong_use_is_said_in_one_sentence(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
+    def stop(self, task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executors.Inline, "submit", stop)
+    code, _, err = run("run", "small.yaml")
+    assert code == 130
+    assert err.endswith("Stopped. small.sqlite holds what is finished; the same command goes on from there.\n")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,51 @@
+"""A cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from kvpolicy import KVPolicyError
+from kvpolicy.study.executors import Ray
+from kvpolicy.study.results import Results
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def cluster():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_ray_gives_the_same_table(study, table, tmp_path, cluster):
+    spec = study.make(
+        datasets=[{"use": "needle", "words": 20, "chat": False, "forced": True}],
+        conditions={"budget": [{"trace": 0.3}, 40], "trigger.interval": [16]},
+        samples=8,
+        batch=2,
+        metrics=["exact", "kl", "attention_mass"],
+    )
+    study.run(spec, tmp_path / "here.sqlite")
+    executor = Ray(cluster.address, None)
+    assert executor.slots == 2
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    study.run(spec, tmp_path / "ray.sqlite", executor=executor)
+    assert table(tmp_path / "ray.sqlite") == table(tmp_path / "here.sqlite")
+    with Results(tmp_path / "ray.sqlite") as results:
+        assert len(results.records()) == 8 + 4 * 16
+
+
+def test_an_address_that_is_none_is_said_in_one_sentence():
+    with pytest.raises(KVPolicyError, match=r"^--address: 127.0.0.1:1 cannot be used: "):
+        Ray("127.0.0.1:1", None)
