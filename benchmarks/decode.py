@@ -1,148 +1,252 @@
-"""Decode speed of a policy against transformers' DynamicCache, interleaved in one process.
+"""Decode speed of a policy against the full cache and against the fastest cache of its size, side by side.
 
-Both caches decode the same tokens in alternating blocks, so that a machine whose speed drifts does not favour either.
-By default every token up to `--tokens` is decoded by both; with `--every N` only one block in N tokens is decoded and
-timed, and the tokens between are given to both in pieces, so that long runs end in minutes.
+Three caches decode the same text in turn, 16 tokens each, in one process: transformers' DynamicCache (the full cache),
+the policy, and a preallocated cache that always holds budget + interval/2 entries and decides nothing, which is as
+fast as a cache of that size can be. With ``--kvpress`` another interpreter runs kvpress's DecodingPress at the same
+sizes, afterwards and alone.
 
-    python benchmarks/decode.py                                      # batch 1, below and above the budget, 512 tokens
-    python benchmarks/decode.py --batch 8 --tokens 4096 --budget 410 --every 512
+    python -P benchmarks/decode.py --quick
+    python -P benchmarks/decode.py --batch 1 8 32 --tokens 4096 8192 --every 1024 --full-tokens 16 --json decode.json
+    python -P benchmarks/decode.py --tokens 2048 --share 2 --every 256             # below the budget: nothing is evicted
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from dataclasses import dataclass, field
+import math
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-import kvpolicy
+_HERE = Path(__file__).resolve().parent  # not itself on the path: kernels.py would pass for the PyPI package
+sys.path[:] = [str(_HERE / "shared"), *(p for p in sys.path if Path(p or ".").resolve() != _HERE)]
+
+from kvbench import lanes as racing
+from kvbench import measuring, real
+from kvbench.lanes import Lane
+from kvbench.measuring import Spread
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 
-_PIECE = 64  # tokens given at once between two timed blocks
+FULL, FIXED = "DynamicCache", "preallocated"
 
 
-@dataclass
-class Lane:
-    """One cache and what it cost.
+@dataclass(frozen=True)
+class Case:
+    """One run: rows, tokens to decode, entries that the policy keeps, and tokens between two compactions."""
 
-    Attributes:
-        name: for the table.
-        cache: the cache under test.
-        seconds: one entry per block.
-        peak_bytes: most bytes of key and value tensors, as allocated.
-    """
+    batch: int
+    tokens: int
+    budget: int
+    interval: int
 
-    name: str
-    cache: Cache
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    @property
+    def evicts(self) -> bool:
+        """Whether the text is longer than what the policy holds."""
+        return self.full_from < racing.PROMPT + self.tokens
 
-    def measure(self) -> None:
-        """Update the peak."""
-        if isinstance(self.cache, PolicyCache):
-            now = self.cache.stats().bytes_allocated
-        else:
-            now = sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
-        self.peak_bytes = max(self.peak_bytes, now)
+    @property
+    def full_from(self) -> int:
+        """Position from which on the policy's cache is full and compacted again and again."""
+        return self.budget + self.interval
+
+    @property
+    def fixed_entries(self) -> int:
+        """Entries of a cache between two compactions, on average."""
+        return self.budget + self.interval // 2
+
+    def bytes_needed(self, model: PreTrainedModel) -> int:
+        """Estimate what a run needs: the caches, one layer of the full one twice (it is copied), and the model."""
+        length, layers = racing.PROMPT + self.tokens, len(DynamicCache(config=model.config).layers)
+        held = length + 2 * length / layers + min(self.full_from, 2 * length) + (self.fixed_entries if self.evicts else 0)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        return int(self.batch * held * racing.entry_bytes(model)) + weights
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, lanes: list[Lane], tokens: torch.Tensor, prompt: int, block: int, every: int) -> None:
-    """Prefill and decode `tokens` `[B, T]` in every lane, block by block in turn."""
-    for lane in lanes:
-        model(tokens[:, :prompt], past_key_values=lane.cache, logits_to_keep=1)
-    for begin in range(prompt, tokens.shape[1], every):
-        start = max(begin, min(begin + every, tokens.shape[1]) - block)
-        stop = min(start + block, tokens.shape[1])
+def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Decode one case in all lanes; return its figures."""
+    every, block = options.every or case.interval, case.interval
+    copies = case.batch if options.every else 1
+    rows = 1 if options.every else case.batch
+    tokens = racing.rows_of_text(racing.PROMPT + case.tokens, rows, model).expand(case.batch, -1)
+    with ExitStack() as stack:
+        cache = stack.enter_context(PolicyCache(racing.policy_with(options.policy, case.budget), model))
+        lanes = [Lane(FULL, model, DynamicCache(config=model.config), copies), Lane(options.policy, model, cache, copies)]
+        if case.evicts:
+            lanes.append(racing.PreallocatedLane(FIXED, model, case.fixed_entries, case.batch))
         for lane in lanes:
-            for t in range(begin, start, _PIECE):
-                if isinstance(lane.cache, PolicyCache):
-                    lane.cache.crop(0)  # what follows is a step of several tokens, not a new turn
-                model(tokens[:, t : min(t + _PIECE, start)], past_key_values=lane.cache, logits_to_keep=1)
-        order = lanes if (begin // every) % 2 else lanes[::-1]
-        for lane in order:
-            began = time.perf_counter()
-            for t in range(start, stop):
-                model(tokens[:, t : t + 1], past_key_values=lane.cache, logits_to_keep=1)
-            lane.seconds.append(time.perf_counter() - began)
-            lane.measure()
+            lane.prefill(tokens[:rows, : racing.PROMPT])
+        few = {FULL: options.full_tokens} if options.full_tokens else {}
+        blocks = []
+        for begin in range(racing.PROMPT, tokens.shape[1], every):
+            stop = min(begin + every, tokens.shape[1])
+            start = max(begin, stop - block)
+            for lane in lanes:
+                lane.feed(tokens[:rows, begin:start])
+            racing.decode_block(lanes, tokens, start, stop, few)
+            blocks.append((start, stop))
+        peak_resident = cache.stats().peak_resident
+    return figures(case, lanes, blocks) | {"peak_resident": peak_resident}
 
 
-def compare(model: PreTrainedModel, policy: str, budget: int, args: argparse.Namespace) -> dict[str, object]:
-    """Run one policy beside the full cache; return the figures."""
-    torch.manual_seed(0)
-    tokens = torch.randint(100, model.config.vocab_size, (args.batch, args.prompt + args.tokens))
-    with PolicyCache(kvpolicy.load(policy, budget=budget), model) as cache:
-        lanes = [Lane("DynamicCache", DynamicCache(config=model.config)), Lane(policy, cache)]
-        run(model, lanes, tokens, args.prompt, args.block, args.every or args.block)
-        stats = cache.stats()
-    full, ours = lanes
-    ratios = [a / b for a, b in zip(full.seconds, ours.seconds, strict=True)]
-    decoded = args.batch * args.block * len(full.seconds)
-    return {
-        "policy": policy,
-        "budget": budget,
-        "batch": args.batch,
-        "tokens": args.tokens,
-        "speed_ratio_end_to_end": sum(full.seconds) / sum(ours.seconds),
-        "speed_ratio_median_block": statistics.median(ratios),
-        "speed_ratio_last_block": ratios[-1],
-        "tokens_per_second": {lane.name: decoded / sum(lane.seconds) for lane in lanes},
+def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dict[str, Any]:
+    """Turn the times of single tokens into what the tables and the file say."""
+    means = {
+        lane.name: {
+            clock: [_mean([getattr(t, clock) for t in lane.between(*block)]) for block in blocks]
+            for clock in ("wall", "cpu")
+        }
+        for lane in lanes
+    }
+    full, ours = lanes[0].name, lanes[1].name
+    found: dict[str, Any] = {
+        "batch": case.batch,
+        "tokens": case.tokens,
+        "budget": case.budget,
+        "interval": case.interval,
+        "blocks": blocks,
+        "seconds_per_token": means,
+        "median_seconds_per_token": {
+            lane.name: [Spread.of([t.wall for t in lane.between(*block)]) for block in blocks] for lane in lanes
+        },
+        "tokens_per_second": {lane.name: case.batch / _mean(means[lane.name]["wall"]) for lane in lanes},
         "peak_bytes": {lane.name: lane.peak_bytes for lane in lanes},
-        "peak_resident": stats.peak_resident,
-        "block_seconds": {lane.name: lane.seconds for lane in lanes},
+        "speed_of_full": {clock: sum(means[full][clock]) / sum(means[ours][clock]) for clock in ("wall", "cpu")},
+    }
+    if case.evicts:
+        # Only blocks in which the policy's cache is as large as the other one.
+        steady = [i for i, (start, _) in enumerate(blocks) if start >= case.full_from]
+        if steady:
+            found["share_of_preallocated"] = {
+                clock: Spread.of([means[FIXED][clock][i] / means[ours][clock][i] for i in steady])
+                for clock in ("wall", "cpu")
+            }
+            found["flat"] = {clock: flatness(lanes[1], [blocks[i] for i in steady], clock) for clock in ("wall", "cpu")}
+    return found
+
+
+def flatness(lane: Lane, blocks: list[tuple[int, int]], clock: str) -> dict[str, Any]:
+    """Compare the first full block at 1,024 tokens or later with the last one, against the spread of all tokens."""
+    late = [block for block in blocks if block[0] >= 1024] or blocks
+    times = {block: [getattr(t, clock) for t in lane.between(*block)] for block in blocks}
+    first, last = (Spread.of(times[block]).median for block in (late[0], late[-1]))
+    spread = Spread.of([t for block in late for t in times[block]]).width
+    return {
+        "at": [late[0][0], late[-1][0]],
+        "medians": [first, last],
+        "spread": spread,
+        "flat": abs(last - first) < spread if len(late) > 1 else None,
     }
 
 
-def main() -> None:
-    """Parse the arguments, run, print a table, and write JSON when asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def kvpress(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Run kvpress's DecodingPress at the sizes of a case in its own interpreter."""
+    command = [
+        options.kvpress, "-P", str(_HERE / "shared" / "kvpress_side.py"), "decode",
+        "--model", str(model.config._name_or_path), "--threads", str(torch.get_num_threads()),
+        "--batch", str(case.batch), "--budget", str(case.budget), "--interval", str(case.interval),
+        "--steps", str(min(2, case.tokens // case.interval) * case.interval),
+    ]  # fmt: skip
+    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    answer["tokens_per_second"] = case.batch / _mean([wall for wall, _ in answer["seconds"]])
+    return answer
+
+
+def report(results: list[dict[str, Any]], policy: str) -> None:
+    """Print the summary, and time per token against generated length."""
+    rows = []
+    for r in results:
+        speed = r["tokens_per_second"]
+        share, flat = r.get("share_of_preallocated"), r.get("flat")
+        press = r.get("kvpress")
+        rows.append([
+            r["batch"], r["tokens"], r["budget"],
+            " / ".join(f"{speed[name]:.1f}" if name in speed else "-" for name in (FULL, policy, FIXED)),
+            f"{press['tokens_per_second']:.1f}" if press else "-",
+            f"{r['speed_of_full']['wall']:.2f}x / {r['speed_of_full']['cpu']:.2f}x",
+            f"{share['wall'].text('.0%')} / {share['cpu'].text('.0%')}" if share else "-",
+            " / ".join({True: "yes", False: "NO", None: "one block"}[flat[c]["flat"]] for c in flat) if flat else "-",
+            f"{r['peak_bytes'][FULL] / measuring.MIB:.0f} / {r['peak_bytes'][policy] / measuring.MIB:.0f}",
+        ])  # fmt: skip
+    measuring.show(
+        f"Decoding with {policy}",
+        ["batch", "tokens", "budget", f"tokens/s full / {policy} / preallocated", "kvpress", "speed of the full cache",
+         "share of preallocated", "flat", f"KV MiB full / {policy}"],
+        rows,
+        f"Tokens/s by wall clock. Pairs of ratios: by wall clock / by {measuring.cpu_clock()}. In brackets: quartiles over "
+        "blocks. kvpress ran afterwards in a process of its own, not interleaved.",
+    )  # fmt: skip
+    for r in results:
+        names = list(r["median_seconds_per_token"])
+        measuring.show(
+            f"Milliseconds per token against generated length: batch {r['batch']}, {r['tokens']} tokens",
+            ["generated", *names],
+            [
+                [stop - racing.PROMPT, *(r["median_seconds_per_token"][name][i].text(".2f", 1e3) for name in names)]
+                for i, (_, stop) in enumerate(r["blocks"])
+            ],
+            "Median of the block's tokens by wall clock [quartiles]; a compaction falls on one of them.",
+        )
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options; `--quick` replaces the sizes."""
+    parser = measuring.arguments(__doc__)
     parser.add_argument("--model", type=Path, help="folder of a model; SmolLM2-135M-Instruct by default")
     parser.add_argument("--policy", default="rkv")
-    parser.add_argument("--budget", type=int, help="one budget; by default one above and one below the length")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--every", type=int, default=0, help="decode and time one block in so many tokens")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model or ensure_demo_model(), dtype=torch.float32).eval()
-    length = args.prompt + args.tokens
-    budgets = [args.budget] if args.budget else [2 * length, max(64, length // 10)]
-    results = [compare(model, args.policy, budget, args) for budget in budgets]
-    table = Table(
-        "policy",
-        "budget",
-        "batch",
-        "tokens",
-        "speed vs DynamicCache",
-        "median block",
-        "last block",
-        "peak KV MB (full / ours)",
-    )
-    for r in results:
-        peaks = r["peak_bytes"]
-        table.add_row(
-            str(r["policy"]), str(r["budget"]), str(r["batch"]), str(r["tokens"]),
-            f"{r['speed_ratio_end_to_end']:.2f}x",
-            f"{r['speed_ratio_median_block']:.2f}x", f"{r['speed_ratio_last_block']:.2f}x",
-            " / ".join(f"{v / 1e6:.1f}" for v in peaks.values()),
-        )  # fmt: skip
-    Console(width=140).print(table)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens to decode")
+    parser.add_argument("--share", type=float, nargs="+", default=[0.1], help="budgets, as shares of prompt and tokens")
+    parser.add_argument("--budget", type=int, help="a budget in entries, instead of --share")
+    parser.add_argument("--every", type=int, default=0, help="decode and time one interval in so many tokens")
+    parser.add_argument("--full-tokens", type=int, default=0, help="time only so many tokens of a block with DynamicCache")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB; what needs more is skipped")
+    parser.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that has kvpress and transformers < 5.3")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.batch, options.tokens, options.budget = [1, 2], [192], 24
+        options.every, options.full_tokens = 0, 0
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run all cases, print tables, and write JSON when asked."""
+    options = parsed(argv)
+    torch.set_num_threads(options.threads)
+    model = real.load_model(options.model)
+    results, skipped = [], []
+    for batch in options.batch:
+        for tokens in options.tokens:
+            lengths = [round(share * (racing.PROMPT + tokens)) for share in options.share]
+            for budget in [options.budget] if options.budget else lengths:
+                interval = racing.interval_of(racing.policy_with(options.policy, budget))
+                case = Case(batch, tokens, budget, interval)
+                needed = case.bytes_needed(model) / measuring.GIB
+                if needed > options.memory:
+                    skipped.append(
+                        f"Skipped batch {batch} at {tokens} tokens: it needs about {needed:.1f} GiB, more than the "
+                        f"{options.memory:g} GiB of --memory."
+                    )
+                    print(skipped[-1])
+                    continue
+                result = run(model, case, options)
+                if options.kvpress:
+                    result["kvpress"] = kvpress(model, case, options)
+                results.append(result)
+    if results:
+        report(results, options.policy)
+    measuring.write(options, "decode", {"results": results, "skipped": skipped})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kvpolicy.view import CacheView
+from kvpolicy.view import CacheView, Rope
 
 _SLOTS = {"cpu": 1 << 14}  # slots of all heads that are worked on together: temporary tensors stay small
 _SLOTS_ELSEWHERE = 1 << 20
@@ -45,11 +45,18 @@ def _alike(first: CacheView, other: CacheView) -> bool:
     return (
         first.shape == other.shape
         and (first.scale, first.softcap) == (other.scale, other.softcap)
+        and _same_rope(first.rope, other.rope)
         and first.attention_sinks is None
         and other.attention_sinks is None
         and not first.extras
         and not other.extras
     )
+
+
+def _same_rope(first: Rope | None, other: Rope | None) -> bool:
+    if first is None or other is None or first is other:
+        return first is other
+    return first.interleaved == other.interleaved and first.inv_freq.data_ptr() == other.inv_freq.data_ptr()
 
 
 def _fold(views: Sequence[CacheView]) -> CacheView | None:

@@ -134,6 +134,13 @@ class Policy:
                     f"write `phase: {only}` or choose another component."
                 )
 
+        ahead = [type(c).__name__ for c in self.components if c.whole_prompt]
+        if ahead and self.prefill_chunk is not None:
+            raise SpecError(
+                f"prefill_chunk: {ahead[0]} lets the tokens of the prompt look ahead and needs it in one piece; "
+                "leave prefill_chunk out."
+            )
+
     def _check_comparable(self) -> None:
         pooled, scope, counts = self.allocator.scores_needed, self.selector.scope, self.allocator.counts
         if (scope == "model" and counts != "equal") or (scope == "layer" and counts == "per_head"):

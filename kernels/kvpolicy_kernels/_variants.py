@@ -53,7 +53,7 @@ def _of_keys(calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: in
     name, wide = f"{_SHORT[dtype]} D{dim}", dim == 128
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 16) if every else (1, 3, 8) if full else (4, 8) if wide else (3,):
         calls[f"{name} rkv G{group}"] = partial(_importance, dtype, dim, group, 8, shared=True)
-    snapkv = {"group_stage": "weights", "softmax_over": "row", "mean": True}
+    snapkv: dict[str, Any] = {"group_stage": "weights", "softmax_over": "row", "mean": True}
     for group in (1, 4, 7, 8) if every else (4,) if wide or full else ():
         for queries in (8, 32, 64) if every else (8, 32):
             calls[f"{name} snapkv G{group} Q{queries}"] = partial(_importance, dtype, dim, group, queries, **snapkv)

@@ -80,7 +80,7 @@ def ragged_attention(
 
 def _start(owner: Tensor, owners: int) -> Tensor:
     """Return int64 `[owners + 1]`, the first block of each owner; found once for each base, which never changes."""
-    known = _starts.get(owner)
+    known: Tensor | None = _starts.get(owner)
     if known is None or known.numel() != owners + 1:
         known = torch.searchsorted(owner, torch.arange(owners + 1, device=owner.device))
         _starts[owner] = known

@@ -58,13 +58,24 @@ def _common(
 def list_(
     *,
     kind: Annotated[
-        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, allocator, ...")
+        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., table.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the policies as in docs/methods.md.")] = False,
+    package: Annotated[str | None, typer.Option(help="With --markdown: only those of this package.")] = None,
 ) -> None:
-    """List policies and components, and the package that each comes from."""
+    """List policies, components and tables, and the package that each comes from."""
     from kvpolicy.cli.listing import print_list
+    from kvpolicy.cli.methods import methods_markdown
+    from kvpolicy.errors import KVPolicyError
 
+    if markdown:
+        if json or kind is not None:
+            raise KVPolicyError("list: --markdown is a table of the policies; leave --json and --kind out.")
+        typer.echo(methods_markdown(package), nl=False)
+        return
+    if package is not None:
+        raise KVPolicyError("list: --package goes with --markdown.")
     print_list(kind, as_json=json)
 
 

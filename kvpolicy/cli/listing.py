@@ -8,19 +8,20 @@ import re
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as Rows
 
 import kvpolicy
 from kvpolicy._catalog import Catalog, Origin
 from kvpolicy.cli.terminal import output
 from kvpolicy.components import KINDS, Component
-from kvpolicy.errors import KVPolicyError, SpecError, did_you_mean
+from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
 from kvpolicy.spec import files
+from kvpolicy.tables import Table, installed
 
 
 def print_list(kind: str | None, *, as_json: bool) -> None:
     """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind."""
-    kinds = ["policy", *KINDS]
+    kinds = ["policy", *KINDS, "table"]
     if kind is not None and kind not in kinds:
         raise KVPolicyError(f"--kind: {kind!r} is not a kind.{did_you_mean(kind, kinds)} Kinds: {', '.join(kinds)}.")
     catalog = kvpolicy.catalog()
@@ -32,7 +33,7 @@ def print_list(kind: str | None, *, as_json: bool) -> None:
         text = json.dumps({"entries": rows, "failed_plugins": left_out, "disabled_plugins": off}, indent=2)
         console.file.write(text + "\n")
         return
-    table = Table("kind", "name", "what it is", "from", box=None, pad_edge=False, header_style="bold")
+    table = Rows("kind", "name", "what it is", "from", box=None, pad_edge=False, header_style="bold")
     last = None
     for row in rows:
         table.add_row(row["kind"] if row["kind"] != last else "", row["name"], escape(row["summary"]), row["from"])
@@ -60,7 +61,16 @@ def _rows(catalog: Catalog) -> list[dict[str, Any]]:
         found.setdefault(name, Origin(str(path)))
     rows = [_row("policy", name, _described(name), origin) for name, origin in found.items()]
     rows += [_row(e.kind, e.name, summary(e.component), e.origin) for e in catalog.entries()]
+    tables = dict(installed())
+    rows += [_row("table", entry.name, _measured(tables[entry.name]), entry.origin) for entry in catalog.tables()]
     return rows
+
+
+def _measured(table: Table | TableError) -> str:
+    if isinstance(table, TableError):
+        return f"not valid: {table}"
+    what = table.notes.get("measured")
+    return f"{table.kind} of {table.model}" + (f": {what}" if what else "")
 
 
 def _described(policy: str) -> str:

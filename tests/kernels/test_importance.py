@@ -30,8 +30,8 @@ def case(device, dtype, dim, group, queries, n, *, holes=True, late=False):
     asked = torch.rand(batch, queries) > 0.2
     asked[0, 0] = True
     asked[1] = asked[1] & (random.random() > 0.1)
-    # Logits of up to about 8: an fp32 logit of 30 is itself only known to 2e-6, and so is its exponential.
-    states = torch.randn(batch, heads, queries, group, dim) + 0.3 * common.unsqueeze(2)
+    # Logits of up to about 5: an fp32 logit of 16 is itself only known to 1e-6, and so is its exponential.
+    states = 0.6 * torch.randn(batch, heads, queries, group, dim) + 0.2 * common.unsqueeze(2)
     states[~asked[:, None, :, None].expand(-1, heads, -1, group)] = NAN
     queries_ = states.to(dtype).transpose(2, 3)
     tensors = (queries_, at, asked, arena, positions, valid)
@@ -141,6 +141,7 @@ def test_no_candidates_no_queries_no_slots(device):
     assert (none == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, which interprets
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_bad_key_cannot_hide(bad, device):

@@ -142,6 +142,7 @@ def test_rows_and_layers_in_one_launch_equal_each_alone(device, monkeypatch):
     assert torch.equal(cut.unflatten(0, (3, 2)), together)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, which interprets
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 @pytest.mark.parametrize("index_zero", [False, True])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def test_batches(script):
     encode = tokenizer.get_vocab()
     forms = set()
     for number, stage in enumerate(script.CURRICULUM):
-        for step in range(6):
+        for step in range(12):
             part, tokens, labels = script.batch(step, number, stage, encode)
             again = script.batch(step, number, stage, encode)
             assert torch.equal(tokens, again[1])
@@ -67,11 +69,40 @@ def test_batches(script):
                 graded = wanted != script.IGNORED
                 assert row[0] == encode["<bos>"]
                 assert torch.equal(row[graded], wanted[graded])
-                assert not graded[: row.tolist().index(encode["<think>"]) + 1].any()
-                assert "<unk>" not in tokenizer.convert_ids_to_tokens(row.tolist())
+                words = tokenizer.convert_ids_to_tokens(row.tolist())
+                assert "<unk>" not in words
+                if part.form == "sum":
+                    assert sums_are_right(words, graded.tolist())
+                    continue
+                assert not graded[: words.index("<think>") + 1].any()
                 if part.form != "recall":
                     assert wanted[graded][-1] == encode["<eos>"]
-    assert len(forms) == 8
+    assert len(forms) == 10
+
+
+def sums_are_right(words, graded):
+    """The graded words are the results, and each is right modulo 10 or 100."""
+    text = " ".join(words)
+    known = [(b, d, r) for b, d, r in re.findall(r"so ([\d ]+) plus (\d) is ([\d ]+) \.", text)]
+    known += [(b, d, r) for d, b, r in re.findall(r"adding (\d) to ([\d ]+) gives ([\d ]+) \.", text)]
+    right = all(
+        (int(b.replace(" ", "")) + int(d)) % 10 ** len(r.split()) == int(r.replace(" ", "")) for b, d, r in known
+    )
+    return known and right and sum(graded) == sum(len(r.split()) for *_, r in known)
+
+
+def test_learning_rate(script):
+    """Warm-up, a plateau, a decay to 2 %; a restarted stage decays again from its own height."""
+    part = script.Part(1, "prompt-recall", "full", (2, 3))
+    stages = (script.Stage(1000, (part,)), script.Stage(500, (part,), restart=0.3))
+    rate = [script.learning_rate(step, stages, 2.0) for step in range(1500)]
+    assert rate[0] == pytest.approx(2 / 60)
+    assert rate[60:501] == [2.0] * 441
+    assert rate[750] == pytest.approx(2 * 0.51)
+    assert rate[999] == pytest.approx(0.04, rel=0.01)
+    assert rate[1000] == pytest.approx(0.6)
+    assert rate[1499] == pytest.approx(0.04, rel=0.01)
+    assert all(a >= b for a, b in pairwise(rate[60:1000]))
 
 
 def test_published_sizes_are_trained(script):

@@ -31,6 +31,7 @@ class NonCausal(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2507.08143"
     same_for_layers: ClassVar[bool] = True
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})
+    whole_prompt: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
     laws_not_applicable: ClassVar[Mapping[str, str]] = {"permuting_entries": "chunks and sinks are named by position"}
 

@@ -1,0 +1,85 @@
+"""`kvpolicy list --markdown`: the policies as a table, for the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import kvpolicy
+from kvpolicy.policy import Policy
+from kvpolicy.spec import ComponentRef, PolicySpec
+
+_HEAD: Final = ("policy", "paper", "parts", "runs", "needs", "memory freed")
+_USUAL: Final = {"redundancy": "none", "mixer": "importance_only", "allocator": "uniform", "selector": "top_k"}
+_PHASES: Final = {"prefill": "prompt", "decode": "decoding", "both": "prompt and decoding"}
+
+
+def methods_markdown(package: str | None = None) -> str:
+    """Return a table of the registered policies (of one package), and below it what each does otherwise than its paper.
+
+    Raises SpecError when one of them is not valid.
+    """
+    entries = [e for e in kvpolicy.catalog().policies() if package in (None, e.origin.distribution)]
+    specs = [kvpolicy.load(entry.name) for entry in entries]
+    lines = [_row(_HEAD), _row("---" for _ in _HEAD), *(_row(_cells(spec)) for spec in specs)]
+    lines += ["", "## What each does, and where it departs from its paper"]
+    for spec in specs:
+        lines += ["", f"### {spec.policy}", "", " ".join(spec.description.split()) or "(not described)"]
+        if spec.departures:
+            lines += ["", *(f"- {' '.join(departure.split())}" for departure in spec.departures)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterator[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") or "–" for cell in cells) + " |"
+
+
+def _cells(spec: PolicySpec) -> tuple[str, ...]:
+    policy = spec.build()
+    return (
+        f"[{spec.policy}](#{spec.policy.replace('.', '')})",
+        spec.paper.removeprefix("arXiv:") and _linked(spec.paper),
+        "; ".join(_parts(spec)),
+        _runs(spec),
+        ", ".join(f"`{need}`" for need in sorted(policy.needs)),
+        _freed(policy),
+    )
+
+
+def _linked(paper: str) -> str:
+    number = paper.removeprefix("arXiv:")
+    return f"[{paper}](https://arxiv.org/abs/{number})" if number != paper and " " not in number else paper
+
+
+def _parts(spec: PolicySpec) -> Iterator[str]:
+    """Name every part that is not the usual one."""
+    for kind in ("importance", "redundancy", "mixer", "allocator", "selector"):
+        ref: ComponentRef = getattr(spec, kind)
+        scope = getattr(ref.component, "scope", "head")
+        if ref.use != _USUAL.get(kind) or scope != "head":
+            shared = f" (one set per {scope})" if scope != "head" else ""
+            yield f"{kind} `{_name(ref)}`{shared}"
+    if spec.protect:
+        yield f"protect {', '.join(f'`{ref.use}`' for ref in spec.protect)}"
+    if spec.post:
+        yield f"post {', '.join(f'`{_name(ref)}`' for ref in spec.post)}"
+
+
+def _name(ref: ComponentRef) -> str:
+    held = ", ".join(_name(inner) for inner in ref.held.values())
+    return f"{ref.use}({held})" if held else ref.use
+
+
+def _runs(spec: PolicySpec) -> str:
+    if spec.budget.fraction == 1:
+        return "never"
+    interval = getattr(spec.trigger.component, "interval", None)
+    each = f"every {interval}" if interval is not None and interval > 1 else "each token"
+    chunk = f", in chunks of {spec.prefill_chunk}" if spec.prefill_chunk is not None else ""
+    return _PHASES[spec.phase] + (f", {each}" if spec.phase != "prefill" else "") + chunk
+
+
+def _freed(policy: Policy) -> str:
+    if policy.budget.fraction == 1:
+        return "no, keeps everything"
+    return {"equal": "yes", "per_layer": "yes, by layer", "per_head": "yes, by head"}[policy.counts]
