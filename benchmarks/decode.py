@@ -64,7 +64,9 @@ class Case:
     def bytes_needed(self, model: PreTrainedModel) -> int:
         """Estimate what a run needs: the caches, one layer of the full one twice (it is copied), and the model."""
         length, layers = racing.PROMPT + self.tokens, len(DynamicCache(config=model.config).layers)
-        held = length + 2 * length / layers + min(self.full_from, 2 * length) + (self.fixed_entries if self.evicts else 0)
+        held = (
+            length + 2 * length / layers + min(self.full_from, 2 * length) + (self.fixed_entries if self.evicts else 0)
+        )
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         return int(self.batch * held * racing.entry_bytes(model)) + weights
 
@@ -78,7 +80,10 @@ def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict
     tokens = racing.rows_of_text(racing.PROMPT + case.tokens, rows, model).expand(case.batch, -1)
     with ExitStack() as stack:
         cache = stack.enter_context(PolicyCache(racing.policy_with(options.policy, case.budget), model))
-        lanes = [Lane(FULL, model, DynamicCache(config=model.config), copies), Lane(options.policy, model, cache, copies)]
+        lanes = [
+            Lane(FULL, model, DynamicCache(config=model.config), copies),
+            Lane(options.policy, model, cache, copies),
+        ]
         if case.evicts:
             lanes.append(racing.PreallocatedLane(FIXED, model, case.fixed_entries, case.batch))
         for lane in lanes:
@@ -210,7 +215,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=float, nargs="+", default=[0.1], help="budgets, as shares of prompt and tokens")
     parser.add_argument("--budget", type=int, help="a budget in entries, instead of --share")
     parser.add_argument("--every", type=int, default=0, help="decode and time one interval in so many tokens")
-    parser.add_argument("--full-tokens", type=int, default=0, help="time only so many tokens of a block with DynamicCache")
+    parser.add_argument(
+        "--full-tokens", type=int, default=0, help="time only so many tokens of a block with DynamicCache"
+    )
     parser.add_argument("--memory", type=float, default=16.0, help="GiB; what needs more is skipped")
     parser.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that has kvpress and transformers < 5.3")
     options = parser.parse_args(argv)

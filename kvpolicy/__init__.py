@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvpolicy.errors import PluginError as PluginError
     from kvpolicy.errors import ScoreError as ScoreError
     from kvpolicy.errors import SpecError as SpecError
+    from kvpolicy.errors import TableError as TableError
     from kvpolicy.errors import UnknownComponentError as UnknownComponentError
     from kvpolicy.errors import UnsupportedError as UnsupportedError
     from kvpolicy.hookspecs import hookimpl as hookimpl
@@ -49,7 +50,7 @@ _MODULES: Final = {
     ),
     "errors": (
         *("BudgetError", "CacheStateError", "KVPolicyError", "PluginError", "ScoreError", "SpecError"),
-        *("UnknownComponentError", "UnsupportedError"),
+        *("TableError", "UnknownComponentError", "UnsupportedError"),
     ),
     "hookspecs": ("hookimpl",),
     "loading": ("catalog",),

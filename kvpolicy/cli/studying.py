@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +50,8 @@ def plan(
     spec, path = _read(study, quick=quick, out=out, batch=batch)
     made = _plan(spec, device)
     count = workers or default_workers(device)
-    results = Results(path) if path.is_file() else None
-    with messages().status("probing" if probe else "counting"):
+    note = messages().status("probing" if probe else "counting")
+    with Results(path) if path.is_file() else nullcontext() as results, note:
         size = measure(made, results, probe=probe, threads=max(1, cores() // count))
     console = output()
     console.print(_described(made))

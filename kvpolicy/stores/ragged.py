@@ -143,7 +143,7 @@ class RaggedStore(DenseStore):
             kept[rows] = indices.mask(kept.shape[2])
             for name, tensor in changes.items():
                 arenas[name] = arenas[name].clone()
-                arenas[name][rows] = tensor
+                arenas[name][rows, :, : tensor.shape[2]] = tensor  # shorter where longer rows are not among them
         self.bases[layer] = Base.of(SlotTensors.of(arenas, slots.valid), kept)
 
     def rows(self, index: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 import zlib
@@ -113,8 +114,9 @@ class Results:
             )
 
     def _open(self, study: str | None) -> None:
-        location = self.path.resolve().as_uri()
-        self._db = sqlite3.connect(f"{location}?mode={'ro' if study is None else 'rwc'}", uri=True, timeout=30)
+        # A reader that may write tidies SQLite's side files away when it closes.
+        mode = "rwc" if study is not None else "rw" if os.access(self.path, os.W_OK) else "ro"
+        self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
         application, version, tables = (
             self._db.execute(query).fetchone()[0]
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")

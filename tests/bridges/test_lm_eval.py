@@ -12,6 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kv
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from kvpolicy import SpecError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
@@ -29,16 +30,22 @@ def folder(tmp_path_factory):
     return str(tiny_folder(tmp_path_factory.mktemp("model")))
 
 
-def model(folder, policy, budget=None, **options):
-    return PolicyLM(pretrained=folder, policy=policy, budget=budget, device="cpu", dtype="float32", **options)
+@pytest.fixture(scope="module")
+def common(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<s>", eos_token="</s>")
+    return {"pretrained": folder, "tokenizer": tokenizer, "device": "cpu", "dtype": "float32"}
+
+
+def model(common, policy, budget=None, **options):
+    return PolicyLM(policy=policy, budget=budget, **common, **options)
 
 
 def tokens_of(lm, *pairs):
     return [((c, t), lm.tok_encode(c), lm.tok_encode(t)) for c, t in pairs]
 
 
-def test_without_eviction_likelihoods_are_those_of_the_harness(folder):
-    ours, plain = model(folder, "full"), HFLM(pretrained=folder, device="cpu", dtype="float32")
+def test_without_eviction_likelihoods_are_those_of_the_harness(common):
+    ours, plain = model(common, "full"), HFLM(**common)
     requests = tokens_of(ours, (CONTEXT, OTHER), (CONTEXT, " no"), (OTHER, CONTEXT), (CONTEXT, " a dog"))
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     for (one, greedy), (other, other_greedy) in zip(
@@ -48,8 +55,10 @@ def test_without_eviction_likelihoods_are_those_of_the_harness(folder):
         assert greedy == other_greedy
 
 
-def test_with_eviction_likelihoods_are_those_of_the_policy(folder):
-    lm = model(folder, "rkv", budget=24)
+def test_with_eviction_likelihoods_are_those_of_the_policy(common, tmp_path):
+    policy = tmp_path / "often.yaml"
+    policy.write_text("schema_version: 1\npolicy: often\nextends: rkv\ntrigger: {every: 8}\n")
+    lm = model(common, str(policy), budget=24)
     (request,) = tokens_of(lm, (CONTEXT, OTHER))
     (_, context, continuation) = request
     with PolicyCache(lm.spec, lm.model) as cache, torch.no_grad():
@@ -60,13 +69,13 @@ def test_with_eviction_likelihoods_are_those_of_the_policy(folder):
             logits = lm.model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
     (both, alone) = lm._loglikelihood_tokens([request, *tokens_of(lm, (CONTEXT, " no"))], disable_tqdm=True)
     assert both[0] == pytest.approx(total, abs=1e-4)
-    ((full, _),) = model(folder, "full")._loglikelihood_tokens([request], disable_tqdm=True)
+    ((full, _),) = model(common, "full")._loglikelihood_tokens([request], disable_tqdm=True)
     assert abs(full - both[0]) > 1e-2  # the policy has evicted, and it shows
     assert alone == lm._loglikelihood_tokens(tokens_of(lm, (CONTEXT, " no")), disable_tqdm=True)[0]
 
 
-def test_generation_is_that_of_the_policy(folder):
-    lm = model(folder, "recent-pinned", budget=96, batch_size=2)
+def test_generation_is_that_of_the_policy(common):
+    lm = model(common, "recent-pinned", budget=96, batch_size=2)
     ids = torch.tensor([lm.tok_encode(CONTEXT)])
     made = lm._model_generate(ids, ids.shape[1] + 30, ["zzz"], attention_mask=torch.ones_like(ids))
     with PolicyCache(lm.spec, lm.model) as cache:
@@ -76,11 +85,11 @@ def test_generation_is_that_of_the_policy(folder):
         lm._model_generate(ids, 120, ["zzz"], num_beams=2)
 
 
-def test_what_is_wrong_is_said_at_once(folder):
+def test_what_is_wrong_is_said_at_once(common):
     with pytest.raises(SpecError, match="Did you mean 'rkv'"):
-        model(folder, "rkw")
+        model(common, "rkw")
     with pytest.raises(UnsupportedError, match="follows no policy"):
-        model(folder, "full")._model_call(torch.ones(1, 4, dtype=torch.int64))
+        model(common, "full")._model_call(torch.ones(1, 4, dtype=torch.int64))
 
 
 TASK = """\

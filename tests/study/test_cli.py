@@ -60,6 +60,7 @@ def test_plan_run_status(run, tmp_path):
     code, again, err = run("run", "small.yaml")
     assert (code, err) == (0, "")
     assert again == out
+    assert {file.name for file in tmp_path.iterdir()} == {"small.yaml", "small.sqlite", "small.sqlite.lock"}
 
 
 def test_quick_has_a_file_of_its_own(run, tmp_path):

@@ -34,3 +34,17 @@ def test_shared_scopes_obey(scope):
     for result in results.values():
         result.expect()
     assert results["shared_scope_shares"].status == "passed"
+
+
+def test_rows_of_a_ragged_cache_are_compacted_alone():
+    spec = kvpolicy.PolicySpec(
+        policy="ragged",
+        budget=8,
+        phase="both",
+        trigger={"every": 5},
+        importance="attention_memory",
+        allocator="pyramid",
+    )
+    policy = subject_of(spec).what
+    for law in ("evicted_stays_evicted", "engine_row_alone", "choice_is_carried_out"):
+        LAWS[law].holds(policy, prompts=(5, 10, 8), seed=81, steps=12)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 MIB = 1 << 20
@@ -99,7 +100,9 @@ def peak_extra(run: Step) -> int:
     recorder: Any = profile.profiler
     events = [event for event in recorder.kineto_results.events() if event.name() == "[memory]"]
     if not events:
-        raise SystemExit("torch's profiler recorded no allocation, so memory cannot be measured; use torch 2.6 or newer.")
+        raise SystemExit(
+            "torch's profiler recorded no allocation, so memory cannot be measured; use torch 2.6 or newer."
+        )
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -121,7 +124,9 @@ def machine() -> dict[str, object]:
     processor = platform.processor()
     listed = Path("/proc/cpuinfo")
     if listed.exists():
-        names = [line.split(":", 1)[1].strip() for line in listed.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in listed.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     return {
         "processor": processor,
@@ -140,9 +145,9 @@ def _version(name: str) -> str | None:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> None:
     """Print a table; `note` says below it how to read it."""
-    table = Table(*columns, title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(*columns, title=title, title_justify="left", caption=escape(note) or None, caption_justify="left")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console(width=140).print(table)
 
 

@@ -34,7 +34,9 @@ def real_tokens(count: int) -> Tensor:
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in files)
     ids = AutoTokenizer.from_pretrained(ensure_demo_model(lambda _: None))(text[: count * 8])["input_ids"]
     if len(ids) < count:
-        raise SystemExit(f"the project's own text has only {len(ids)} tokens, but {count} were asked for; ask for less.")
+        raise SystemExit(
+            f"the project's own text has only {len(ids)} tokens, but {count} were asked for; ask for less."
+        )
     return torch.tensor([ids[:count]])
 
 

@@ -23,11 +23,11 @@ from kvpolicy.viewing import LayerFacts
 _LAYERS, _HEADS, _GROUP = 2, 2, 2
 _PROJECTION = torch.randn(_HEADS, _GROUP, 4, 6, generator=torch.Generator().manual_seed(7))
 _FACTS = LayerFacts(groups=_GROUP, scale=0.5, output_projection=_PROJECTION)
-LONGEST_PROMPT = 4
 
 Step = tuple[Any, ...]
 """The name of a method of `Book`, without its underscore, and the arguments."""
 
+_FED = {"attention", "query_stream", "query_statistics"}  # needs whose queries are fed once and cannot be taken back
 _ROLLBACK = 16  # single tokens that may be taken back at any time and still leave a policy the queries it looks at
 
 
@@ -95,6 +95,11 @@ def _images(row: _Row) -> list[bool]:
     return [real and next(uids) % 3 == 1 for real in row.columns]
 
 
+def longest_prompt(policy: Policy) -> int:
+    """Return how long prompts are at most: short ones leave room for steps, but some policies evict nothing else."""
+    return 32 if policy.phase == "prefill" else 4
+
+
 class Book:
     """Applies steps to an engine and to lists, and compares them after each.
 
@@ -117,7 +122,7 @@ class Book:
         """
         policy, tokens = self.given, self.given.budget.tokens
         if tokens is not None:
-            tokens = max(tokens, policy.reserved(LONGEST_PROMPT) + 2) + room
+            tokens = max(tokens, policy.reserved(longest_prompt(policy)) + 2) + room
             policy = replace(policy, budget=policy.budget.model_copy(update={"tokens": tokens}))
         self.tagged = tagged
         self.policy = replace(policy, trigger=Tagged(inner=policy.trigger)) if tagged else policy
@@ -191,7 +196,8 @@ class Book:
         columns = min(columns, len(self.rows[0].columns) - 1)
         losses = [sum(row.columns[len(row.columns) - columns :]) for row in self.rows]
         behind = any(len(row.uids) - lost < row.floor for row, lost in zip(self.rows, losses, strict=True))
-        observed = "attention" in self.policy.needs and columns > self.engine.log.unobserved
+        fed = bool(_FED & self.policy.needs)
+        observed = fed and columns > self.engine.log.unobserved
         try:
             self.engine.crop(columns)
         except CacheStateError as error:

@@ -9,15 +9,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kvpolicy.policy import Policy
 from kvpolicy.testing.laws._base import law
-from kvpolicy.testing.laws._book import LONGEST_PROMPT, Book, Step
+from kvpolicy.testing.laws._book import Book, Step, longest_prompt
 from kvpolicy.testing.laws.engine import evicts
 
-_PROMPTS = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=3).map(tuple)
 _COUNTS = st.lists(st.integers(0, 2), min_size=3, max_size=3).map(tuple)
 
 
 def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901  # one method for each operation
     """Return a state machine that drives `policy`; its list `steps` repeats a run without hypothesis."""
+    some_prompts = st.lists(st.integers(1, longest_prompt(policy)), min_size=1, max_size=3).map(tuple)
 
     class CacheMachine(RuleBasedStateMachine):
         """Appends, evicts, reorders, crops, forks and resets.
@@ -45,7 +45,7 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
             CacheMachine.decided += bool(self.book.evictions) or not evicts(policy)
 
         @initialize(
-            prompts=_PROMPTS, tagged=st.booleans(), room=st.sampled_from([0, 0, 0, 24]), times=st.integers(0, 32)
+            prompts=some_prompts, tagged=st.booleans(), room=st.sampled_from([0, 0, 0, 24]), times=st.integers(0, 32)
         )
         def start(self, prompts: tuple[int, ...], *, tagged: bool, room: int, times: int) -> None:
             """Read prompts into an empty cache, and decode."""
@@ -92,7 +92,7 @@ def cache_machine(policy: Policy) -> type[RuleBasedStateMachine]:  # noqa: C901 
             self._do("observe")
 
         @precondition(lambda self: self.book.evictions > 0)
-        @rule(prompts=_PROMPTS, times=st.integers(0, 16))
+        @rule(prompts=some_prompts, times=st.integers(0, 16))
         def reset(self, prompts: tuple[int, ...], times: int) -> None:
             """Forget everything, read other prompts and decode."""
             self._do("reset")
