@@ -7,7 +7,7 @@ sizes, afterwards and alone.
 
     python -P benchmarks/decode.py --quick
     python -P benchmarks/decode.py --batch 1 8 32 --tokens 4096 8192 --every 1024 --full-tokens 16 --json decode.json
-    python -P benchmarks/decode.py --tokens 2048 --share 2 --every 256             # below the budget: nothing is evicted
+    python -P benchmarks/decode.py --tokens 2048 --share 2 --every 256      # below the budget: nothing is evicted
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict
     rows = 1 if options.every else case.batch
     tokens = racing.rows_of_text(racing.PROMPT + case.tokens, rows, model).expand(case.batch, -1)
     with ExitStack() as stack:
-        cache = stack.enter_context(PolicyCache(racing.policy_with(options.policy, case.budget), model))
+        cache = stack.enter_context(
+            PolicyCache(racing.policy_with(options.policy, case.budget, options.interval), model)
+        )
         lanes = [
             Lane(FULL, model, DynamicCache(config=model.config), copies),
             Lane(options.policy, model, cache, copies),
@@ -159,11 +161,15 @@ def kvpress(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> 
     """Run kvpress's DecodingPress at the sizes of a case in its own interpreter."""
     command = [
         options.kvpress, "-P", str(_HERE / "shared" / "kvpress_side.py"), "decode",
-        "--model", str(model.config._name_or_path), "--threads", str(torch.get_num_threads()),
+        "--model", str(model.name_or_path), "--threads", str(torch.get_num_threads()),
         "--batch", str(case.batch), "--budget", str(case.budget), "--interval", str(case.interval),
         "--steps", str(min(2, case.tokens // case.interval) * case.interval),
     ]  # fmt: skip
-    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    answer: dict[str, Any] = json.loads(
+        subprocess.run(  # noqa: S603
+            command, check=True, capture_output=True, text=True
+        ).stdout
+    )
     answer["tokens_per_second"] = case.batch / _mean([wall for wall, _ in answer["seconds"]])
     return answer
 
@@ -214,6 +220,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens to decode")
     parser.add_argument("--share", type=float, nargs="+", default=[0.1], help="budgets, as shares of prompt and tokens")
     parser.add_argument("--budget", type=int, help="a budget in entries, instead of --share")
+    parser.add_argument("--interval", type=int, help="tokens between two compactions; the policy's own by default")
     parser.add_argument("--every", type=int, default=0, help="decode and time one interval in so many tokens")
     parser.add_argument(
         "--full-tokens", type=int, default=0, help="time only so many tokens of a block with DynamicCache"
@@ -222,8 +229,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that has kvpress and transformers < 5.3")
     options = parser.parse_args(argv)
     if options.quick:
-        options.batch, options.tokens, options.budget = [1, 2], [192], 24
-        options.every, options.full_tokens = 0, 0
+        options.batch, options.tokens, options.budget, options.interval = [2], [48], 16, 8
+        options.every, options.full_tokens = 16, 4
     return options
 
 
@@ -237,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         for tokens in options.tokens:
             lengths = [round(share * (racing.PROMPT + tokens)) for share in options.share]
             for budget in [options.budget] if options.budget else lengths:
-                interval = racing.interval_of(racing.policy_with(options.policy, budget))
+                interval = racing.interval_of(racing.policy_with(options.policy, budget, options.interval))
                 case = Case(batch, tokens, budget, interval)
                 needed = case.bytes_needed(model) / measuring.GIB
                 if needed > options.memory:

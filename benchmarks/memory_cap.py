@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def integrated(points: list[tuple[float, float]], start: int, stop: int) -> floa
     """
     before, after = (float(start), points[0][1]), (float(stop), points[-1][1])
     path = [before, *points, after]
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(path, path[1:], strict=False))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(path))
 
 
 @torch.no_grad()
@@ -157,11 +158,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=float, default=1.0, help="GiB for keys and values (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that every row generates")
     parser.add_argument("--share", type=float, default=0.1, help="budget, as a share of --tokens")
+    parser.add_argument("--interval", type=int, help="tokens between two compactions; the policy's own by default")
     parser.add_argument("--samples", type=int, default=4, help="blocks after the policy's cache is full")
     parser.add_argument("--full-tokens", type=int, default=16, help="tokens timed in a block of the full cache")
     options = parser.parse_args(argv)
     if options.quick:
-        options.tokens, options.cap, options.samples, options.full_tokens = 320, 0.035, 1, 2
+        options.tokens, options.cap, options.interval = 160, 0.009, 8
+        options.samples, options.full_tokens = 1, 2
     return options
 
 
@@ -169,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, and write JSON when asked."""
     options = parsed(argv)
     torch.set_num_threads(options.threads)
-    policy = racing.policy_with(options.policy, round(options.share * options.tokens))
+    policy = racing.policy_with(options.policy, round(options.share * options.tokens), options.interval)
     found = run(real.load_model(options.model), policy, options)
     report(found, policy.name)
     measuring.write(options, "memory_cap", {"results": found})

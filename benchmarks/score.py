@@ -62,7 +62,8 @@ def released_redundancy(keys: Tensor, threshold: float = 0.5) -> Tensor:
     newest = torch.where(similar, numbers, torch.zeros_like(similar, dtype=torch.int64)).max(dim=-1).values
     heads = torch.arange(keys.shape[0], device=keys.device).unsqueeze(-1)
     cosine[heads, numbers.unsqueeze(0), newest] = 0.0
-    return cosine.mean(dim=1).softmax(dim=-1)
+    scores: Tensor = cosine.mean(dim=1).softmax(dim=-1)
+    return scores
 
 
 def _ratios(slower: list[Sample], faster: list[Sample], clock: str) -> list[float]:
@@ -71,7 +72,8 @@ def _ratios(slower: list[Sample], faster: list[Sample], clock: str) -> list[floa
 
 def redundancy(views: list[CacheView], rounds: int) -> dict[str, Any]:
     """Compare the two forms on every view; memory of ours on every view, of the released form on the first."""
-    layers, difference, extra = [], 0.0, 0
+    layers: list[dict[str, Any]] = []
+    difference, extra = 0.0, 0
     for view in views:
         steps: dict[str, Any] = {
             RELEASED: lambda view=view: released_redundancy(view.keys[0]),

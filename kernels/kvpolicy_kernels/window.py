@@ -41,8 +41,9 @@ def window_importance(
     """
     served.require(
         served.window_importance(
-            queries, query_positions, query_valid, keys, positions, valid, softcap=softcap,
-            attention_sinks=attention_sinks, group_stage=group_stage, smooth=smooth, smooth_kind=smooth_kind, smooth_stage=smooth_stage,
+            queries, query_positions, query_valid, keys, positions, valid,
+            softcap=softcap, attention_sinks=attention_sinks, group_stage=group_stage,
+            smooth=smooth, smooth_kind=smooth_kind, smooth_stage=smooth_stage,
         )
     )  # fmt: skip
     batch, heads, n, dim = keys.shape

@@ -207,7 +207,8 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
     even = fields["allocator"] == "uniform" or fields["allocator"].component.counts == "equal"
     if "post" not in fixed:
         drawn = draw(st.lists(_references("post", phase), max_size=1))
-        fields["post"] = [p for p in drawn if (even and selector.exact) or p.component.changes != "positions"]
+        ragged = not even or not selector.exact
+        fields["post"] = [p for p in drawn if not (ragged and getattr(p.component, "changes", "") == "positions")]
     if draw(st.booleans()):
         fields["prefill_chunk"] = draw(st.integers(1, 6))
     fields["budget"] = {"fraction": draw(st.sampled_from([0.5, 1.0]))} if draw(st.integers(0, 4)) == 4 else None

@@ -1,4 +1,4 @@
-"""The bundled policies and studies, one YAML file each, named as the file, and calibration tables, named model/method."""
+"""The bundled policies and studies, one YAML file each, and calibration tables, named model/method."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_the_ratio_follows_from_the_budget():
 
 
 REFUSED = {
-    "SnapKVPress": "SnapKVPress reads hidden states",
+    "SnapKVPress": "SnapKVPress reads the attention module",
     "ExpectedAttentionPress": "ExpectedAttentionPress reads ",
     "TOVAPress": "TOVAPress ",
     "ObservedAttentionPress": "ObservedAttentionPress ",
@@ -107,11 +107,29 @@ def test_wrong_parameters_are_refused():
         scorer("KnormPress", compression_ratio=0.5)
 
 
-def test_heads_of_different_lengths_are_refused():
+def test_heads_of_different_lengths_are_scored_one_by_one_or_refused(monkeypatch):
     valid = torch.ones(1, 2, 20, dtype=torch.bool)
     valid[0, 0, 5] = False
+    seen = view(valid)
+    scores = scorer("KeyDiffPress").score(seen)
+    keys = seen.keys[:, :1][:, :, valid[0, 0]]
+    expected = kvpress.KeyDiffPress().score(None, None, keys, keys, None, None)
+    assert torch.equal(scores[0, 0][valid[0, 0]], expected[0, 0])
+
+    class Together(kvpress.KnormPress):
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):
+            return (
+                super()
+                .score(module, hidden_states, keys, values, attentions, kwargs)
+                .mean(1, True)
+                .expand(keys.shape[:3])
+            )
+
+    monkeypatch.setattr(kvpress, "Together", Together, raising=False)
+    together = scorer("Together")
+    assert together.score(view(torch.ones_like(valid))).shape == valid.shape
     with pytest.raises(UnsupportedError, match="hold different numbers of entries"):
-        scorer("KnormPress").score(view(valid))
+        together.score(seen)
 
 
 def test_it_obeys_the_laws():
@@ -158,7 +176,7 @@ before = model(ids).logits
 import kvpress
 assert torch.equal(model(ids).logits, before)
 from kvpolicy.runtimes.hf import PolicyCache
-with PolicyCache("rkv", model) as cache:
+with PolicyCache("rkv", model) as cache, torch.no_grad():
     assert torch.allclose(model(ids, past_key_values=cache).logits, before, atol=1e-5)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")

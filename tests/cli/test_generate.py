@@ -11,9 +11,9 @@ from rich.console import Console
 
 import kvpolicy
 from kvpolicy.cli import main
-from kvpolicy.runtimes.opening import encode
 from kvpolicy.cli.report import Run, table
 from kvpolicy.cli.streaming import TextStream
+from kvpolicy.runtimes.opening import encode
 
 WORDS = [f"w{i}" for i in range(60)]
 TEMPLATE = "{% for m in messages %}w1 w2 {{ m.content }} w3{% endfor %}"

@@ -370,7 +370,8 @@ def test_non_causal(make_view, params, block):
     asked = at >= 0
     view = make_view(shape=(2, 2, 37, 8), valid=asked[:, None].expand(2, 2, 37), positions=at[:, None].expand(2, 2, 37))
     nothing = torch.where(view.valid, 0.0, float("nan"))[..., None]
-    view = replace(view, keys=view.keys + nothing, values=view.values + nothing)
+    prompts = torch.tensor(lengths)
+    view = replace(view, keys=view.keys + nothing, values=view.values + nothing, prompt_length=prompts)
     queries = normal(2, 2, 3, 37, 8) + nothing.unsqueeze(2)
     scorer = make("non_causal", **params)
     chunk, sinks, smooth = params["chunk"], params["sinks"], params.get("smooth", 3)
@@ -388,6 +389,22 @@ def test_non_causal(make_view, params, block):
         return [max(smoothed)] * sinks + smoothed
 
     expect(view, scorer.score(observed(scorer, view, queries, at, asked, block)), reference)
+
+
+def test_non_causal_does_not_see_what_comes_behind_the_prompt(make_view):
+    """Or a score would depend on whether the next tokens were there when the prompt's queries were fed."""
+    scorer, positions = make("non_causal", chunk=8, sinks=3), torch.arange(20, dtype=torch.int32)
+    view = replace(make_view(torch.randn(1, 2, 20, 8)), prompt_length=torch.tensor([13]))
+    short = replace(
+        view, keys=view.keys[:, :, :13], values=view.values[:, :, :13], positions=view.positions[:, :, :13],
+        valid=view.valid[:, :, :13],
+    )  # fmt: skip
+    queries, at, real = torch.randn(1, 2, 3, 20, 8), positions[None], torch.ones(1, 20, dtype=torch.bool)
+    late = observed(scorer, view, queries, at, real, 20).state
+    early = observed(scorer, short, queries[:, :, :, :13], at[:, :13], real[:, :13], 13).state
+    for name, state in late.items():
+        torch.testing.assert_close(state[:, :, :13], early[name])
+        assert not state[:, :, 13:].any()
 
 
 def test_negative_is_what_a_mixer_adds(view):

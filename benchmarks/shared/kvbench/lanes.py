@@ -27,7 +27,7 @@ TURN = 16
 """Tokens that one lane decodes before the next one has its turn."""
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     """As many entries as its first forward pass brings; each new token overwrites the oldest, in place."""
 
     seen = 0
@@ -175,12 +175,13 @@ def interval_of(policy: Policy) -> int:
     return policy.trigger.buffer()
 
 
-def policy_with(name: str, entries: int) -> Policy:
-    """Return a policy that keeps `entries` entries per head."""
-    return kvpolicy.load(name, budget=entries).build()
+def policy_with(name: str, entries: int, interval: int | None = None) -> Policy:
+    """Return a policy that keeps `entries` entries per head, compacted every `interval` tokens or as it says itself."""
+    changes = {} if interval is None else {"trigger": {"every": interval}}
+    return kvpolicy.load(name, budget=entries, **changes).build()
 
 
 def entry_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of one entry of one row: a key and a value of every KV head of every layer."""
     heads, dim = head_shape(model)
-    return 2 * heads * dim * len(DynamicCache(config=model.config).layers) * model.dtype.itemsize
+    return int(2 * heads * dim * len(DynamicCache(config=model.config).layers) * model.dtype.itemsize)

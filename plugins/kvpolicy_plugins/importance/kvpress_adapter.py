@@ -16,6 +16,8 @@ from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins._kvpress import make_press, press_scores
 
+_KEYS, _VALUES = torch.randn(2, 1, 2, 96, 8, generator=torch.Generator().manual_seed(0))
+
 
 class KVPress(ImportanceScorer):
     """Scores of a `ScorerPress` of kvpress, computed row by row over the valid entries.
@@ -41,9 +43,8 @@ class KVPress(ImportanceScorer):
     @model_validator(mode="after")
     def _usable(self) -> Self:
         """Refuse what a view cannot serve, by trying the press on random keys."""
-        keys, values = torch.randn(2, 1, 2, 96, 8, generator=torch.Generator().manual_seed(0))
         try:
-            first, second = (self._row(keys, values, 0.5, 0) for _ in range(2))
+            first, second = (self._press(_KEYS, _VALUES, 0.5, 0) for _ in range(2))
         except UnsupportedError as error:
             raise ValueError(str(error)) from None
         if not torch.equal(first, second):
@@ -52,21 +53,32 @@ class KVPress(ImportanceScorer):
 
     def score(self, view: CacheView) -> Scores:
         counts = view.valid.sum(-1)
-        budgets = counts[:, 0] if view.budget is None else view.budget
+        budgets = counts.amax(-1) if view.budget is None else view.budget
         order = (~view.valid).to(torch.uint8).argsort(dim=-1, stable=True)  # valid entries first, by position
         result = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
         for row, (held, budget) in enumerate(zip(counts.tolist(), budgets.tolist(), strict=True)):
-            if min(held) != max(held):
-                raise UnsupportedError(
-                    f"importance: {self.press} scores all heads at once, and they hold different numbers of entries; "
-                    "use `allocator: uniform`."
-                )
-            if held[0]:
-                slots = order[row, :, : held[0]]
-                keys, values = (t[row].take_along_dim(slots.unsqueeze(-1), 1)[None] for t in (view.keys, view.values))
-                ratio = min(max(0.0, 1 - budget / held[0]), 1 - 1e-6)
-                result[row].scatter_(-1, slots, self._row(keys, values, ratio, view.layer_idx)[0])
+            whole = min(held) == max(held)
+            if not whole:
+                self._check_heads_are_scored_alone()
+            for heads in [slice(None)] if whole else [slice(h, h + 1) for h in range(len(held))]:
+                count = held[heads][0]
+                if count:
+                    slots = order[row, heads, :count]
+                    keys, values = (
+                        t[row, heads].take_along_dim(slots.unsqueeze(-1), 1)[None] for t in (view.keys, view.values)
+                    )
+                    ratio = min(max(0.0, 1 - budget / count), 1 - 1e-6)
+                    result[row, heads].scatter_(-1, slots, self._press(keys, values, ratio, view.layer_idx)[0])
         return result
 
-    def _row(self, keys: Tensor, values: Tensor, ratio: float, layer: int) -> Tensor:
+    def _press(self, keys: Tensor, values: Tensor, ratio: float, layer: int) -> Tensor:
         return press_scores(make_press(self.press, self.parameters), keys, values, ratio, layer)
+
+    def _check_heads_are_scored_alone(self) -> None:
+        heads = zip(_KEYS.split(1, dim=1), _VALUES.split(1, dim=1), strict=True)
+        alone = [self._press(keys, values, 0.5, 0) for keys, values in heads]
+        if not torch.allclose(self._press(_KEYS, _VALUES, 0.5, 0), torch.cat(alone, dim=1)):
+            raise UnsupportedError(
+                f"importance: {self.press} scores all heads at once, and they hold different numbers of entries; use "
+                "`allocator: uniform`."
+            )

@@ -50,12 +50,15 @@ class NonCausal(ImportanceScorer):
     def observe_queries(
         self, view: CacheView, queries: Queries, positions: Int32[Tensor, "B Q"], valid: Bool[Tensor, "B Q"]
     ) -> Mapping[str, Tensor]:
-        asked = valid & (positions >= self.sinks)
+        # Tokens behind the prompt take no part: whether they are there already depends on when queries are fed.
+        prompt = view.prompt_length[:, None]
+        asked = valid & (positions >= self.sinks) & (positions < prompt)
         chunks = ((positions - self.sinks) // self.chunk).masked_fill(~asked, -1)
         first = chunks.masked_fill(~asked, torch.iinfo(torch.int32).max).amin(dim=1)[:, None, None]
         last = chunks.amax(dim=1)[:, None, None]
         own = (view.positions - self.sinks) // self.chunk
         near = view.valid & (view.positions >= self.sinks) & (own >= first) & (own <= last)
+        near = near & (view.positions < prompt.unsqueeze(-1))
         # The block's queries follow each other, so their chunks hold no more entries than this.
         width = min(view.shape[2], queries.shape[3] + 2 * self.chunk)
         keys, places = (ops.pack(x, near)[:, :, :width] for x in (view.keys, own))
