@@ -13,9 +13,7 @@ sizes, afterwards and alone.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ sys.path[:] = [str(_HERE / "shared"), *(p for p in sys.path if Path(p or ".").re
 
 from kvbench import lanes as racing
 from kvbench import measuring, real
+from kvbench.elsewhere import kvpress_side
 from kvbench.lanes import Lane
 from kvbench.measuring import Spread
 from kvpolicy.runtimes.hf import PolicyCache
@@ -67,7 +66,7 @@ class Case:
         held = (
             length + 2 * length / layers + min(self.full_from, 2 * length) + (self.fixed_entries if self.evicts else 0)
         )
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
         return int(self.batch * held * racing.entry_bytes(model)) + weights
 
 
@@ -157,18 +156,16 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def kvpress(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def beside_kvpress(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Run kvpress's DecodingPress at the sizes of a case in its own interpreter."""
-    command = [
-        options.kvpress, "-P", str(_HERE / "shared" / "kvpress_side.py"), "decode",
-        "--model", str(model.name_or_path), "--threads", str(torch.get_num_threads()),
-        "--batch", str(case.batch), "--budget", str(case.budget), "--interval", str(case.interval),
-        "--steps", str(min(2, case.tokens // case.interval) * case.interval),
-    ]  # fmt: skip
-    answer: dict[str, Any] = json.loads(
-        subprocess.run(  # noqa: S603
-            command, check=True, capture_output=True, text=True
-        ).stdout
+    answer = kvpress_side(
+        options.kvpress,
+        "decode",
+        model=model.name_or_path,
+        batch=case.batch,
+        budget=case.budget,
+        interval=case.interval,
+        steps=min(2, case.tokens // case.interval) * case.interval,
     )
     answer["tokens_per_second"] = case.batch / _mean([wall for wall, _ in answer["seconds"]])
     return answer
@@ -195,8 +192,8 @@ def report(results: list[dict[str, Any]], policy: str) -> None:
         ["batch", "tokens", "budget", f"tokens/s full / {policy} / preallocated", "kvpress", "speed of the full cache",
          "share of preallocated", "flat", f"KV MiB full / {policy}"],
         rows,
-        f"Tokens/s by wall clock. Pairs of ratios: by wall clock / by {measuring.cpu_clock()}. In brackets: quartiles over "
-        "blocks. kvpress ran afterwards in a process of its own, not interleaved.",
+        f"Tokens/s by wall clock. Pairs of ratios: by wall clock / by {measuring.cpu_clock()}. In brackets: quartiles "
+        "over blocks. kvpress ran afterwards in a process of its own, not interleaved.",
     )  # fmt: skip
     for r in results:
         names = list(r["median_seconds_per_token"])
@@ -256,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 result = run(model, case, options)
                 if options.kvpress:
-                    result["kvpress"] = kvpress(model, case, options)
+                    result["kvpress"] = beside_kvpress(model, case, options)
                 results.append(result)
     if results:
         report(results, options.policy)

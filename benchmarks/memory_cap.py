@@ -136,8 +136,8 @@ def report(found: dict[str, Any], name: str) -> None:
             ]
             for kind, each in ((FULL, found[FULL]), (name, found[name]))
         ],
-        f"Integrated over blocks, not run from end to end. CPU: {measuring.cpu_clock()}. The full cache's copy of one layer "
-        "at every step is not counted as memory.",
+        f"Integrated over blocks, not run from end to end. CPU: {measuring.cpu_clock()}. The full cache's copy of one "
+        "layer at every step is not counted as memory.",
     )  # fmt: skip
     measuring.show(
         "Milliseconds per token of all rows by wall clock, in the blocks that were timed",

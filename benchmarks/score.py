@@ -14,8 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +29,7 @@ sys.path[:] = [str(_HERE / "shared"), *(p for p in sys.path if Path(p or ".").re
 
 import kvpolicy
 from kvbench import measuring, real
+from kvbench.elsewhere import kvpress_side
 from kvbench.lanes import PreallocatedLane
 from kvbench.measuring import MIB, Sample, Spread, interleaved, peak_extra
 from kvpolicy import ops
@@ -171,10 +170,7 @@ def beside_kvpress(python: str, views: list[CacheView], rounds: int) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tensors.safetensors"
         save_file(tensors, file)
-        script = str(_HERE / "shared" / "kvpress_side.py")
-        command = [python, "-P", script, "--threads", str(torch.get_num_threads()), "score", "--file", str(file)]
-        command += ["--repeats", str(rounds)]
-        answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        answer = kvpress_side(python, "score", file=file, repeats=rounds)
     theirs = {
         name: [1e3 * Spread.of([cpu for _, cpu in runs]).median for runs in layers]
         for name, layers in answer.pop("seconds").items()

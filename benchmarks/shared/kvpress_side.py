@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -55,11 +56,9 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
             "SnapKV": kvpress.SnapKVPress(0.5, window_size=observed, kernel_size=7),
             "KeyDiff": kvpress.KeyDiffPress(0.5),
         }
+        given = (module, hidden, keys, keys, None, {"position_embeddings": still})
         for name, press in presses.items():
-
-            def run(press: Any = press) -> object:
-                return press.score(module, hidden, keys, keys, None, {"position_embeddings": still})
-
+            run = partial(press.score, *given)
             run()
             times[name].append([seconds(run) for _ in range(options.repeats)])
     return {"seconds": times}

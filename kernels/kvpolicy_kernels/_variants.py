@@ -55,11 +55,11 @@ def _of_keys(calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: in
         calls[f"{name} rkv G{group}"] = partial(_importance, dtype, dim, group, 8, shared=True)
     snapkv: dict[str, Any] = {"group_stage": "weights", "softmax_over": "row", "mean": True}
     for group in (1, 4, 7, 8) if every else (4,) if wide or full else ():
-        for queries in (8, 17, 32) if every else (8, 32):
+        for queries in (8, 32):
             calls[f"{name} snapkv G{group} Q{queries}"] = partial(_importance, dtype, dim, group, queries, **snapkv)
     if full:
         calls[f"{name} mean logits"] = partial(_importance, dtype, dim, 4, 16, mean=True, softmax_over="row")
-        calls[f"{name} rkv Q64"] = partial(_importance, dtype, dim, 8, 64, shared=True)
+        calls[f"{name} rkv Q32"] = partial(_importance, dtype, dim, 8, 32, shared=True)
         calls[f"{name} max weights"] = partial(_importance, dtype, dim, 4, 16, group_stage="weights")
     for beta in (0, 1, 2, 3, 4) if every else (1, 3) if wide else (1,):
         calls[f"{name} beta{beta}"] = partial(_redundancy, dtype, dim, beta=beta)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import UnsupportedError
 
 HEAD_DIMS: Final = (16, 32, 64, 128)
-MOST_QUERIES: Final = {"logits": 64, "weights": 32}  # by group_stage; more would spill
+MOST_QUERIES: Final = 32  # more would spill registers
 MOST_GROUP: Final = 16
 MOST_BETA: Final = 4
 INSTEAD: Final = "write backend: auto or backend: torch"
@@ -25,16 +25,15 @@ def require(reason: str | None) -> None:
 def window_importance(
     queries: Tensor, query_positions: Tensor, query_valid: Tensor, keys: Tensor, positions: Tensor, valid: Tensor,
     *, softcap: float | None = None, attention_sinks: Tensor | None = None,
-    group_stage: str = "logits", smooth: int = 7, smooth_kind: str = "max", smooth_stage: str = "mean", **_: Any,
+    smooth: int = 7, smooth_kind: str = "max", smooth_stage: str = "mean", **_: Any,
 ) -> str | None:  # fmt: skip
     """Importance without soft-cap and sinks, smoothed by a maximum after the mean over queries."""
-    most = MOST_QUERIES[group_stage]
     options = {
         "the model's logit soft-cap": softcap is not None,
         "the model's attention sinks": attention_sinks is not None,
         f"smooth_kind: {smooth_kind}": smooth > 1 and smooth_kind != "max",
         f"smooth_stage: {smooth_stage}": smooth > 1 and smooth_stage != "mean",
-        f"{queries.shape[3]} observed queries (at most {most})": queries.shape[3] > most,
+        f"{queries.shape[3]} observed queries (at most {MOST_QUERIES})": queries.shape[3] > MOST_QUERIES,
         f"{queries.shape[2]} query heads per KV head (at most {MOST_GROUP})": queries.shape[2] > MOST_GROUP,
         f"{queries.dtype} queries with {keys.dtype} keys": queries.dtype != keys.dtype,
         "queries whose head dim is not contiguous": queries.stride(-1) != 1 and queries.numel() > 0,

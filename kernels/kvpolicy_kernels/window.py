@@ -42,7 +42,7 @@ def window_importance(
     served.require(
         served.window_importance(
             queries, query_positions, query_valid, keys, positions, valid,
-            softcap=softcap, attention_sinks=attention_sinks, group_stage=group_stage,
+            softcap=softcap, attention_sinks=attention_sinks,
             smooth=smooth, smooth_kind=smooth_kind, smooth_stage=smooth_stage,
         )
     )  # fmt: skip
@@ -90,14 +90,12 @@ def _part(
     counts = new(rows, tiles, dtype=torch.int32)
     flags = {"BY_HEAD": by_head, "MEAN": mean, "OVER_ROW": over_row, "UPCAST": upcast()}
     sizes = {"D": dim, "TILE": TILE, "GROUP": size, "QUERIES": padded(count)}
-    warps = 8 if sizes["QUERIES"] > 32 else 4
     held = (as_bytes(valid), *valid.stride())
     asking = (queries, *queries.stride()[:4], as_bytes(asked), at, positions, *positions.stride())
     launch(
         "scan.scan_keys", rows * tiles,
         keys, *keys.stride()[:3], *held, *(norms or (None,) * 5), *asking, logits, most, total, counts,
         scale, n, heads, count, **sizes, **flags, NORMS=norms is not None, LOGITS=True,
-        warps=warps,
     )  # fmt: skip
     shift, weight = new(rows, stats), new(rows, stats)
     before, peak = new(rows, tiles + 1, dtype=torch.int32), new(rows, dtype=torch.int32)
@@ -113,7 +111,7 @@ def _part(
     launch(
         "window.mean_weights", rows * tiles,
         keys, *keys.stride()[:3], *held, *asking, logits, shift, weight, before, packed, rank, peak,
-        scale, n, heads, count, **sizes, **flags, warps=warps,
+        scale, n, heads, count, **sizes, **flags,
     )  # fmt: skip
     launch(
         "window.smooth_weights", rows * tiles,

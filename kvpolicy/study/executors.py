@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +16,8 @@ from typing import Any, Self
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.study.extra import library
 from kvpolicy.study.work import Outcome, Task, execute
+
+_REACH_SECONDS = 10.0
 
 Outcomes = Future[list[Outcome]]
 
@@ -126,6 +129,7 @@ class Ray(Executor):
         self._ray: Any = library("ray", "--on ray needs", package="kvpolicy[ray]")
         self._ours = not self._ray.is_initialized()
         if self._ours:
+            _check_address(address)
             local = {} if address is not None else {"num_cpus": workers, "include_dashboard": False}
             try:
                 self._ray.init(address=address, log_to_driver=False, **local)
@@ -146,6 +150,20 @@ class Ray(Executor):
         """Leave the cluster; one that was started here ends."""
         if self._ours:
             self._ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse at once what `ray.init` would try to reach for many minutes."""
+    if address in (None, "auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise KVPolicyError(f"--address: {address!r} is no address; write HOST:PORT, ray://HOST:PORT or auto.")
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise KVPolicyError(f"--address: {address} cannot be reached ({reason}); start Ray there.") from error
 
 
 def cores() -> int:

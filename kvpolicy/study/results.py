@@ -127,6 +127,9 @@ class Results:
                 f"BEGIN; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {VERSION}; {_SCHEMA} COMMIT;"
             )
             self.set_meta("study", study)
+        elif not tables and not application:
+            self._db.close()
+            raise ResultsError(f"{self.path}: nothing is recorded in it yet; run the study first.")
         elif application != _APPLICATION:
             self._db.close()
             raise ResultsError(f"{self.path}: is not a results file of kvpolicy; name another file with --out.")

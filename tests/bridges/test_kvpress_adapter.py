@@ -159,7 +159,7 @@ def test_it_generates_as_our_own_component_does(smollm2):
         spec = kvpolicy.load("knorm", budget=16, trigger__every=4).replace("importance", importance)
         with PolicyCache(spec, model) as cache:
             text = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
-            kept.append((text.tolist(), [cache.kept(layer, 1).tolist() for layer in range(30)]))
+            kept.append((text.tolist(), [cache.kept(layer, 1) for layer in range(30)]))
     assert kept[0] == kept[1]
 
 

@@ -210,7 +210,7 @@ def test_what_is_not_served_is_refused(device):
                 ops.window_importance(queries, *rest, scale=1.0, **smooth_once)
         many = torch.zeros(2, 2, 2, 33, 64, device=device, dtype=torch.float16), at[:, :1].expand(-1, 33)
         with pytest.raises(UnsupportedError, match=r"33 observed queries \(at most 32\)"):
-            ops.window_importance(*many, many[1] > 0, keys, positions, valid, scale=1.0, group_stage="weights")
+            ops.window_importance(*many, many[1] > 0, keys, positions, valid, scale=1.0)
         with pytest.raises(UnsupportedError, match=r"float32 queries with torch\.float16 keys"):
             ops.window_importance(queries.float(), *rest, scale=1.0)
         across = keys.transpose(2, 3).contiguous().transpose(2, 3)

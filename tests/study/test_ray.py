@@ -11,7 +11,7 @@ from kvpolicy.study.executors import Ray
 from kvpolicy.study.results import Results
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def cluster():
         made.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_table(study, table, tmp_path, cluster):
     spec = study.make(
         datasets=[{"use": "needle", "words": 20, "chat": False, "forced": True}],
@@ -46,6 +47,13 @@ def test_ray_gives_the_same_table(study, table, tmp_path, cluster):
         assert len(results.records()) == 8 + 4 * 16
 
 
-def test_an_address_that_is_none_is_said_in_one_sentence():
-    with pytest.raises(KVPolicyError, match=r"^--address: 127.0.0.1:1 cannot be used: "):
-        Ray("127.0.0.1:1", None)
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"^--address: 127.0.0.1:1 cannot be reached \(Connection refused\); start Ray there\.$"),
+        ("somewhere", r"^--address: 'somewhere' is no address; write HOST:PORT, ray://HOST:PORT or auto\.$"),
+    ],
+)
+def test_a_wrong_address_is_said_at_once(address, message):
+    with pytest.raises(KVPolicyError, match=message):
+        Ray(address, None)

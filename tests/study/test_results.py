@@ -44,6 +44,9 @@ def test_the_results_of_another_study_are_not_mixed_in(tmp_path):
     Results(path, "one").close()
     with pytest.raises(ResultsError, match="holds the results of study 'one', not of 'two'; name another file"):
         Results(path, "two")
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(ResultsError, match="nothing is recorded in it yet; run the study first"):
+        Results(tmp_path / "empty.sqlite")
     with pytest.raises(ResultsError, match="there is no such file; run the study first"):
         Results(tmp_path / "none.sqlite")
 

@@ -262,7 +262,11 @@ def test_killed_three_times_the_table_is_that_of_an_unbroken_run(study, table, t
     command = [sys.executable, "-P", "-m", "kvpolicy", "study", "run", str(file), "--out", str(path), "--workers", "2"]
 
     def recorded():
-        return dict(Results(path)._query("SELECT key, finished FROM runs")) if path.is_file() else {}
+        try:
+            with Results(path) as results:
+                return dict(results._query("SELECT key, finished FROM runs"))
+        except ResultsError:  # not there, or just being made
+            return {}
 
     seen = {}
     for _ in range(3):

@@ -72,7 +72,8 @@ class KVPress(ImportanceScorer):
         return result
 
     def _press(self, keys: Tensor, values: Tensor, ratio: float, layer: int) -> Tensor:
-        return press_scores(make_press(self.press, self.parameters), keys, values, ratio, layer)
+        made = make_press(self.press, self.parameters)
+        return press_scores(made, keys.float(), values.float(), ratio, layer)
 
     def _check_heads_are_scored_alone(self) -> None:
         heads = zip(_KEYS.split(1, dim=1), _VALUES.split(1, dim=1), strict=True)
