@@ -18,8 +18,8 @@ class AdaptiveHeads(BudgetAllocator):
     """Each layer keeps the budget; inside it a head keeps as many entries as it has in the layer's common ranking.
 
     With `F` unprotected entries to keep in a layer of `H` heads, `t_h` of the `F` highest scores lie in head `h`; it
-    keeps its protected entries and ``(1 - floor) * t_h + floor * F / H`` others (arXiv:2407.11550, algorithm 1 and the
-    safeguard of section 4), rounded by largest remainder: the released code rounds every head by itself and misses the
+    keeps its protected entries and ``(1 - floor) * t_h + floor * F / H`` others (arXiv:2407.11550, with the
+    authors' safeguard), rounded by largest remainder: the released code rounds every head by itself and misses the
     sum. What a head has no entries for goes to the others in proportion; of equal scores the oldest count first.
     Needs scores that are comparable across heads, or `normalise`. Cost: one sort of a layer's scores.
     """

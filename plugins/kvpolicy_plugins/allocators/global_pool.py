@@ -13,7 +13,7 @@ from kvpolicy_plugins.allocators._pools import Normalise, pooled_shares
 
 
 class GlobalPool(BudgetAllocator):
-    """A head keeps as many entries as it has in one ranking over all layers and heads (arXiv:2505.23416, section 3.4).
+    """A head keeps as many entries as it has in one ranking over all layers and heads (arXiv:2505.23416).
 
     With `F` unprotected entries to keep in `C` heads of all layers, `t` of the `F` highest scores lie in a head; it
     keeps its protected entries and ``(1 - floor) * t + floor * F / C`` others, rounded by largest remainder. A head may

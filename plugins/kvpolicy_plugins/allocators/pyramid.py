@@ -17,7 +17,7 @@ class Pyramid(BudgetAllocator):
     """The budget falls linearly from the first to the last layer; all heads of a layer keep as much.
 
     What is protected stays in every layer. The other `k` entries per head become `k * (2 - 1/beta)` in the first
-    layer and `k / beta` in the last (arXiv:2406.02069, section 3.2), rounded by largest remainder, so that the
+    layer and `k / beta` in the last (arXiv:2406.02069), rounded by largest remainder, so that the
     sum over the layers is the budget to the entry. What a layer has no entries for goes to the others in proportion.
     Layers that are not evicted from are not counted. Needs no scores; cost linear in the layers.
     """

@@ -17,7 +17,7 @@ class TableShares(BudgetAllocator):
     """A part of the budget is the same for all heads, the rest follows a table of scores over all layers and heads.
 
     With `F` unprotected entries to keep in `C` heads and ``p = s^temperature / sum(s^temperature)`` a head keeps its
-    protected entries and ``(1 - 1/beta) * F / C + p * F / beta`` others (arXiv:2410.19258, section 3.2), rounded by
+    protected entries and ``(1 - 1/beta) * F / C + p * F / beta`` others (arXiv:2410.19258), rounded by
     largest remainder; the released code rounds every head by itself. What a head has no entries for goes to the others
     in proportion. Needs no scores. Raises TableError when the table is of another model.
     """

@@ -17,7 +17,7 @@ class TableGate(BudgetAllocator):
     """The heads with the highest scores in a table are retrieval heads, all others are streaming heads.
 
     Streaming heads keep what is protected, their sinks and their recent window; retrieval heads keep all that the
-    budget allows, the same for each (arXiv:2410.10819, section 3). Only what retrieval heads have no entries for goes
+    budget allows, the same for each (arXiv:2410.10819). Only what retrieval heads have no entries for goes
     to streaming heads, so the sum is exact. Needs no scores. Raises TableError when the table is of another model.
     """
 

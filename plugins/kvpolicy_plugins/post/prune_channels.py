@@ -19,7 +19,7 @@ class PruneChannels(PostOperation):
     """Sets the least used channels of the kept keys to 0, and frees no memory; the newest entries keep all channels.
 
     A channel is worth ``mean(q^2) * mean(k^2)``, over the last `observe` queries of all query heads of the KV head and
-    over the keys that stay (arXiv:2407.21018, section 3). The channels are zeroed where they are: attention is what it
+    over the keys that stay (arXiv:2407.21018). The channels are zeroed where they are: attention is what it
     would be with keys of fewer channels, but the cache stores the zeros. Of equal channels the first ones go.
     """
 

@@ -17,7 +17,7 @@ class Chunks(Selector):
     """Protected entries, and then whole chunks of neighbouring tokens by the mean score of what is left of them.
 
     Chunk `c` holds the original positions ``c * size ... c * size + size - 1``, so that a chunk stays one when entries
-    have gone; protected entries take no part in the mean (arXiv:2502.00299, algorithm 1). Of the last chunk
+    have gone; protected entries take no part in the mean (arXiv:2502.00299). Of the last chunk
     that is taken as many entries stay as the count has room for, the highest scores first. Of equal chunks the older
     one stays. Cost: three sorts.
     """

@@ -17,7 +17,7 @@ class Stochastic(Selector):
     """Protected entries, the highest scores, and for the rest of the count a sample of what is left.
 
     The sample is drawn without replacement with probabilities ``softmax(score / temperature)`` over what is left
-    (arXiv:2408.03675, section 4.2), as the highest ``score / temperature + Gumbel noise``. The noise is a hash of seed,
+    (arXiv:2408.03675), as the highest ``score / temperature + Gumbel noise``. The noise is a hash of seed,
     layer, head, original position and compaction, so a row draws in a batch what it draws alone; heads or layers that
     share a set share the noise. Equal scores of the first part go to the older entry.
     """
