@@ -75,7 +75,8 @@ def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
         return
     tokens = policy.budget.tokens
     kept = f"{tokens:,} entries" if tokens is not None else f"{policy.budget.fraction:.4g} of the tokens seen so far,"
-    yield "keeps", f"{kept} per KV head and layer after a compaction, protected ones included."
+    mean = "" if policy.counts == "equal" else ", on average over heads and layers,"
+    yield "keeps", f"{kept} per KV head and layer{mean} after a compaction, protected ones included."
     yield "when", _PHASES[spec.phase]
     yield "", _said(spec.trigger)
     yield "", f"Between two compactions up to {policy.trigger.buffer():,} more may be held."
@@ -127,7 +128,9 @@ def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: i
     if bound is None:
         yield "at most", "No bound while decoding: the budget is a share of the text, or only the prompt is compacted."
     else:
-        yield "at most", f"{bound:,} entries per KV head and layer while decoding, {size(bound * each * batch)}."
+        mean = "" if policy.counts == "equal" else ", on average over heads and layers,"
+        most = size(bound * each * batch)
+        yield "at most", f"{bound:,} entries per KV head and layer{mean} while decoding, {most}."
         if prompt > bound:
             yield "", f"More while a prompt of more than {bound:,} tokens comes in."
     yield "peak", f"{course.peak:,} entries, {size(peak)}."
