@@ -45,5 +45,5 @@ types: setup ## mypy --strict
 check: setup ## the laws, on everything that is registered
 	$(BIN)/kvpolicy check --all --profile quick
 
-bench: setup ## decode speed and memory beside DynamicCache
-	$(BIN)/python -P benchmarks/decode.py
+bench: setup ## the benchmarks at tiny sizes; docs/benchmarks.md has the commands that measure
+	@for name in score decode memory_cap roofline; do $(BIN)/python -P benchmarks/$$name.py --quick || exit 1; done

@@ -76,7 +76,7 @@ def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict
     every, block = options.every or case.interval, case.interval
     copies = case.batch if options.every else 1
     rows = 1 if options.every else case.batch
-    tokens = racing.rows_of_text(racing.PROMPT + case.tokens, rows, model).expand(case.batch, -1)
+    tokens = racing.rows_of_text(racing.PROMPT + case.tokens, rows, model)
     with ExitStack() as stack:
         cache = stack.enter_context(
             PolicyCache(racing.policy_with(options.policy, case.budget, options.interval), model)
@@ -86,16 +86,16 @@ def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict
             Lane(options.policy, model, cache, copies),
         ]
         if case.evicts:
-            lanes.append(racing.PreallocatedLane(FIXED, model, case.fixed_entries, case.batch))
+            lanes.append(racing.PreallocatedLane(FIXED, model, case.fixed_entries, copies))
         for lane in lanes:
-            lane.prefill(tokens[:rows, : racing.PROMPT])
+            lane.prefill(tokens[:, : racing.PROMPT])
         few = {FULL: options.full_tokens} if options.full_tokens else {}
         blocks = []
         for begin in range(racing.PROMPT, tokens.shape[1], every):
             stop = min(begin + every, tokens.shape[1])
             start = max(begin, stop - block)
             for lane in lanes:
-                lane.feed(tokens[:rows, begin:start])
+                lane.feed(tokens[:, begin:start])
             racing.decode_block(lanes, tokens, start, stop, few)
             blocks.append((start, stop))
         peak_resident = cache.stats().peak_resident

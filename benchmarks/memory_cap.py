@@ -58,9 +58,8 @@ def batches(model: PreTrainedModel, policy: Policy, tokens: int, cap: int) -> di
 def sampled_lengths(tokens: int, block: int, steady: int, count: int) -> list[int]:
     """Return where blocks begin: at the start, where the policy's cache becomes full, evenly behind, at the end."""
     last = PROMPT + tokens - block
-    first = min(max(steady, PROMPT), last)
-    spaced = [first + (last - first) * i // max(count - 1, 1) for i in range(count)]
-    return sorted({PROMPT, *(s for s in spaced if s >= PROMPT + block)})
+    first = min(max(steady, PROMPT + block), last)
+    return sorted({PROMPT, *(last - (last - first) * i // max(count - 1, 1) for i in range(count))})
 
 
 def integrated(points: list[tuple[float, float]], start: int, stop: int) -> float:
@@ -164,7 +163,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.tokens, options.cap, options.interval = 160, 0.009, 8
-        options.samples, options.full_tokens = 1, 2
+        options.samples, options.full_tokens = 2, 2
     return options
 
 

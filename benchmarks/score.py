@@ -106,11 +106,10 @@ def compression(model: PreTrainedModel, cache: PolicyCache, rounds: int) -> dict
     """Time the compaction that is due in a cache of one row, beside decode steps over as many entries."""
     engine = cache.engine
     entries = engine.rows[0].resident
-    full = DynamicCache(config=model.config)
+    token, full = torch.tensor([[5]]), DynamicCache(config=model.config)
     model(real.real_tokens(entries), past_key_values=full, logits_to_keep=1)
-    fixed = PreallocatedLane("preallocated", model, entries, 1)
-    fixed.prefill(torch.empty(0))
-    token = torch.tensor([[5]])
+    fixed = PreallocatedLane("preallocated", model, entries)
+    fixed.prefill(token)
     twins = [engine.clone() for _ in range(2)]  # a compaction changes its engine, so each one has a fresh copy
 
     def compact() -> None:

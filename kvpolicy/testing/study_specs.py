@@ -17,6 +17,7 @@ from kvpolicy.study.design import BUDGET, POLICY  # noqa: E402
 from kvpolicy.study.metrics import METRICS  # noqa: E402
 from kvpolicy.study.spec import StudySpec  # noqa: E402
 from kvpolicy.testing.strategies import policy_specs  # noqa: E402
+from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
 
 __all__ = ["studies"]
 
@@ -62,6 +63,8 @@ def _datasets() -> SearchStrategy[Any]:
 def studies(draw: DrawFn, /, **fixed: Any) -> StudySpec:
     """Draw a valid study: a base or whole policies, up to three axes and conditions, any design, datasets and settings.
 
+    Policies may name stand-in tables, which there are inside `kvpolicy.testing.tables.stand_in_tables` only.
+
     Args:
         draw: given by hypothesis.
         fixed: fields of `StudySpec` that are not drawn.
@@ -99,6 +102,7 @@ def studies(draw: DrawFn, /, **fixed: Any) -> StudySpec:
     if draw(st.booleans()):
         fields["quick"] = {"samples": draw(st.integers(1, 8)), "seeds": [draw(st.integers(0, 9))]}
     try:
-        return StudySpec(**{**fields, **fixed})
+        with stand_in_tables():
+            return StudySpec(**{**fields, **fixed})
     except SpecError:
         reject()

@@ -41,7 +41,7 @@ def told(answer):
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize(
-    "sampling", [Sampling(max_new_tokens=110), Sampling(max_new_tokens=60, temperature=1.0, top_p=0.9)]
+    "sampling", [Sampling(max_new_tokens=80), Sampling(max_new_tokens=40, temperature=1.0, top_p=0.9)]
 )
 def test_a_batch_gives_what_each_row_gives_alone(model, rows, name, sampling):
     policy = kvpolicy.load(name, **POLICIES[name]).build()

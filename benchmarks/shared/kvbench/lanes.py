@@ -97,10 +97,10 @@ class Lane:
             self._block.batch_repeat_interleave(self.copies)
 
     def decode(self, tokens: Tensor, position: int) -> None:
-        """Decode tokens `[B * copies, T]` one by one, timed; the first one is at `position`."""
+        """Decode tokens `[B, T]` one by one, timed, in all copies; the first one is at `position`."""
         cache = self._block
         for offset in range(tokens.shape[1]):
-            token = tokens[:, offset : offset + 1]
+            token = tokens[:, offset : offset + 1].repeat_interleave(self.copies, 0)
             taken = timed(lambda token=token: self.model(token, past_key_values=cache))  # type: ignore[misc]
             self.tokens.append(Token(position + offset, taken))
         self.peak_bytes = max(self.peak_bytes, allocated_bytes(cache))
@@ -122,18 +122,24 @@ class Lane:
 class PreallocatedLane(Lane):
     """A cache that holds `entries` entries all the time and decides nothing: at its size no policy can be faster."""
 
-    def __init__(self, name: str, model: PreTrainedModel, entries: int, rows: int) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, entries: int, copies: int = 1) -> None:
         layers = len(DynamicCache(config=model.config).layers)
-        super().__init__(name, model, Cache(layers=[PreallocatedLayer() for _ in range(layers)]))
-        self.entries, self.rows = entries, rows
+        super().__init__(name, model, Cache(layers=[PreallocatedLayer() for _ in range(layers)]), copies)
+        self.entries = entries
 
     def prefill(self, tokens: Tensor) -> None:
-        """Fill all entries, with any text: time does not depend on it."""
+        """Fill all entries of all copies of the rows, with any text: time does not depend on it."""
         super().prefill(real_tokens(self.entries) % self.model.config.vocab_size)
-        self.cache.batch_repeat_interleave(self.rows)
+        self.cache.batch_repeat_interleave(tokens.shape[0] * self.copies)
 
     def feed(self, tokens: Tensor) -> None:
-        """Do nothing: the cache is as full as it will ever be."""
+        """Do nothing, here and below: the cache is as full as it will ever be."""
+
+    def open_block(self) -> None:
+        """See `feed`."""
+
+    def close_block(self, tokens: Tensor, few: int) -> None:
+        """See `feed`."""
 
 
 def allocated_bytes(cache: Cache) -> int:
@@ -149,7 +155,7 @@ def decode_block(lanes: Sequence[Lane], tokens: Tensor, start: int, stop: int, f
 
     Args:
         lanes: they have been given everything before `start`.
-        tokens: `[rows, T]`, the rows of a timed block.
+        tokens: `[B, T]`, the rows that are given every token.
         start, stop: the block.
         few: by lane, how many tokens at the block's beginning are decoded and timed; the others are given in pieces.
     """
@@ -160,8 +166,7 @@ def decode_block(lanes: Sequence[Lane], tokens: Tensor, start: int, stop: int, f
         for lane in lanes if number % 2 else lanes[::-1]:
             lane.decode(tokens[:, first : min(first + TURN, ends[lane.name])], first)
     for lane in lanes:
-        rows = tokens.shape[0] // lane.copies
-        lane.close_block(tokens[:rows, start:stop], ends[lane.name] - start)
+        lane.close_block(tokens[:, start:stop], ends[lane.name] - start)
 
 
 def rows_of_text(count: int, rows: int, model: PreTrainedModel) -> Tensor:

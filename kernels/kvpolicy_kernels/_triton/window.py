@@ -90,7 +90,7 @@ def mean_weights(
         visible = visible_to(held, position, candidate, query_position, asked, OVER_ROW)
         q_row = q_ptr + b * qb + h * qh
         weights = tl.zeros([TILE, QUERIES], tl.float32)
-        for g in tl.static_range(GROUP):
+        for g in range(0, GROUP):  # not unrolled: logits of several heads at a time would spill
             at = (row * GROUP + g) * queries + query
             shift = tl.load(shift_ptr + at, mask=here, other=0.0)
             share = tl.load(weight_ptr + at, mask=here, other=0.0)

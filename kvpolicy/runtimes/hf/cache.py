@@ -56,8 +56,8 @@ class PolicyCache(Cache):
         missing = sorted(self.policy.needs - SERVED)
         if missing:
             raise UnsupportedError(
-                f"policy {self.policy.name!r} needs {missing[0]} ({NEEDS[missing[0]]}), which the transformers runtime "
-                "cannot give; choose another component."
+                f"policy {self.policy.name!r} needs {missing[0]} ({NEEDS.get(missing[0], 'not known')}), which the "
+                "transformers runtime cannot give; choose another component."
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
