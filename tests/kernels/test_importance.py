@@ -125,6 +125,14 @@ def test_sizes(n, device):
 
 
 @pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("options", [RKV, SNAPKV], ids=["rkv", "snapkv"])
+def test_more_tiles_than_are_folded_at_a_time(options, device):
+    inputs = [t[:1] for t in case(device, torch.float16, 16, 2, 3, 64 * 16 + 40)]
+    inputs[3][:, :, -40:] *= 2  # the largest logits come last
+    check(inputs, **options)
+
+
+@pytest.mark.usefixtures("seed")
 def test_no_candidates_no_queries_no_slots(device):
     inputs = case(device, torch.float16, 64, 2, 8, 40, late=True)
     for options in (RKV, SNAPKV):

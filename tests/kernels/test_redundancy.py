@@ -103,6 +103,12 @@ def test_sizes(n, device):
 
 
 @pytest.mark.usefixtures("seed")
+def test_more_tiles_than_are_folded_at_a_time(device):
+    keys, valid = case(device, torch.float16, 16, 64 * 32 + 20, threshold=3.0)
+    check(keys[:1, :1], valid[:1, :1], beta=0)
+
+
+@pytest.mark.usefixtures("seed")
 def test_left_out_keys_and_empty_heads(device):
     keys, valid = case(device, torch.float16, 64, 80, holes=False)
     some = torch.rand(2, 2, 80, device=device) > 0.5

@@ -58,7 +58,7 @@ def test_rows_longer_than_the_registers(n, device):
 
 
 def test_extremes(device):
-    scores = torch.tensor([[[float("-inf"), 1e38, -1e38, float("inf"), 0.0, -0.0, NAN, 1e-45]]], device=device)
+    scores = torch.tensor([[[float("-inf"), 1e38, -1e38, float("inf"), -0.0, 0.0, NAN, 1e-45]]], device=device)
     valid = torch.ones(1, 1, 8, dtype=torch.bool, device=device)
     nobody = torch.zeros_like(valid)
 
@@ -70,7 +70,7 @@ def test_extremes(device):
     assert kept(1) == [3]
     assert kept(2) == [1, 3]
     assert kept(3) == [1, 3, 7]
-    assert kept(4) == [1, 3, 4, 7]  # of 0 and -0 the first
+    assert kept(4) == [1, 3, 4, 7]  # of -0 and 0 the first
     assert kept(6) == [1, 2, 3, 4, 5, 7]
     assert kept(7) == [0, 1, 2, 3, 4, 5, 7], "NaN goes before anything else"
     assert kept(8) == list(range(8))
