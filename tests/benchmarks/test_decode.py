@@ -61,8 +61,9 @@ def test_flatness_compares_medians_with_the_spread(script):
     assert decode.flatness(lane(100.0), blocks[:1], "wall")["flat"] is None
     slower = decode.flatness(lane(11.0), blocks, "cpu")
     assert slower["medians"] == [12.0, 13.0]
-    # A step between two blocks widens the spread of all tokens too, so the spread is that inside blocks.
-    assert decode.flatness(lane(100.0), blocks, "wall")["flat"] is False
+    assert slower["spread"] == 2.0
+    # A step between two blocks widens the spread of all tokens too, and must not pass for flat by that.
+    assert decode.flatness(lane(13.0), blocks, "wall")["flat"] is False
 
 
 def test_copies_of_a_row_decode_like_the_row(script, tiny_folder):

@@ -35,9 +35,10 @@ def test_the_released_form_is_checked_by_hand(script):
     assert torch.allclose(score.released_redundancy(keys)[0], expected.softmax(-1), atol=1e-6)
 
 
-def test_too_few_keys_are_refused(script):
-    with pytest.raises(SystemExit, match=r"budget|evicted"):
-        script("score").main(["--keys", "120", "--rounds", "1"])
+@pytest.mark.parametrize("keys", ["120", "129"])
+def test_too_few_keys_are_refused(script, keys):
+    with pytest.raises(SystemExit, match=f"{keys} keys are too few for policy 'rkv', ask for more: budget"):
+        script("score").main(["--keys", keys, "--rounds", "1"])
 
 
 def test_a_broken_interpreter_for_kvpress_is_named(script, tmp_path):

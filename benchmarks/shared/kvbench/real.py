@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import kvpolicy
+from kvpolicy.errors import SpecError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 from kvpolicy.view import CacheView
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def load_model(folder: Path | None = None, log: Callable[[str], None] = print) -> PreTrainedModel:
     """Return the model in a folder in fp32, SmolLM2-135M-Instruct by default."""
+    disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder or ensure_demo_model(log), dtype=torch.float32)
     return model.eval()
 
@@ -45,9 +48,15 @@ def due_cache(model: PreTrainedModel, entries: int, policy: str = "rkv") -> Iter
     """Give a cache that holds `entries` entries of a real text, in which the next decode step compacts.
 
     Its budget is so much below `entries` as the policy's trigger waits for.
+
+    Raises:
+        SystemExit: that leaves the policy no budget.
     """
     spec = kvpolicy.load(policy, budget=entries)
-    spec = spec.replace("budget.tokens", entries - spec.build().trigger.buffer())
+    try:
+        spec = spec.replace("budget.tokens", entries - spec.build().trigger.buffer())
+    except SpecError as error:
+        raise SystemExit(f"{entries} keys are too few for policy {policy!r}, ask for more: {error}") from None
     tokens = real_tokens(entries)
     with torch.no_grad(), PolicyCache(spec, model) as cache:
         for piece in tokens[:, :-1].split(512, 1):
