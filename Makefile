@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kernels test-aot lint types check bench
+.PHONY: help setup demo test test-slow test-kernels test-aot test-browser lint types check bench
 
 BIN := .venv/bin
 
@@ -33,6 +33,10 @@ test-kernels: setup ## the Triton kernels in the interpreter, in a process of it
 
 test-aot: setup ## the Triton kernels compiled for GPUs that need not be there
 	$(BIN)/pytest -n 2 -m "aot and not slow" tests/aot
+
+test-browser: setup ## the pages that are written, in a headless Chromium
+	scripts/browser.sh
+	KVPOLICY_BROWSER=required $(BIN)/pytest -m browser tests/browser
 
 lint: setup ## ruff and the direction of imports
 	$(BIN)/ruff check .
