@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -57,6 +57,14 @@ class Budget(BaseModel):
             return self.tokens
         assert self.fraction is not None
         return min(seen, max(math.ceil(self.fraction * seen - 1e-9), protected, 1))
+
+
+class Scored(NamedTuple):
+    """The scores of one layer, fp32 `[B, H, N]` each; zeros for the one that the mixer does not use."""
+
+    importance: Scores
+    redundancy: Scores
+    retention: Scores
 
 
 @dataclass(frozen=True)
@@ -229,12 +237,16 @@ class Policy:
 
     def retention(self, view: CacheView) -> Scores:
         """Return the mixed score of one layer, fp32 `[B, H, N]`; higher = keep. Raises ScoreError on a wrong shape."""
+        return self.scores(view).retention
+
+    def scores(self, view: CacheView) -> Scored:
+        """Return the retention score of one layer and what it is mixed from. Raises ScoreError on a wrong shape."""
         zeros = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
         both = self.mixer.uses_importance and self.mixer.uses_redundancy
         with using_backend(self.backend, shared=both):
             importance = self._scored(self.importance, view) if self.mixer.uses_importance else zeros
             redundancy = self._scored(self.redundancy, view) if self.mixer.uses_redundancy else zeros
-        return _checked(self.mixer.mix(importance, redundancy, view), view, self.mixer)
+        return Scored(importance, redundancy, _checked(self.mixer.mix(importance, redundancy, view), view, self.mixer))
 
     @staticmethod
     def _scored(scorer: ImportanceScorer | RedundancyScorer, view: CacheView) -> Scores:

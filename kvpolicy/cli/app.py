@@ -13,6 +13,7 @@ from kvpolicy.cli.checking import check
 from kvpolicy.cli.explaining import explain
 from kvpolicy.cli.scaffolding import new
 from kvpolicy.cli.studying import study
+from kvpolicy.cli.tracing import trace
 
 app = typer.Typer(
     name="kvpolicy",
@@ -185,5 +186,6 @@ def generate(
 app.command()(calibrate)
 app.command()(check)
 app.command()(explain)
+app.command()(trace)
 app.add_typer(new, name="new")
 app.add_typer(study, name="study")

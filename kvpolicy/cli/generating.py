@@ -42,7 +42,7 @@ def run(request: Request) -> None:
     prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
     if not prompt.strip():
         raise KVPolicyError("PROMPT is empty; write the text to continue or the question to answer.")
-    _check_sampling(request.sampling)
+    check_sampling(request.sampling)
     note = messages()
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note)
@@ -52,7 +52,7 @@ def run(request: Request) -> None:
         _warm_up(model, inputs)
     runs = []
     for spec in specs:
-        console.rule(f"{spec.policy}, {_described(spec)}", align="left")
+        console.rule(f"{spec.policy}, {described(spec)}", align="left")
         runs.append(_generate(model, tokenizer, inputs, spec, request, console))
         console.print()
     console.print(table(runs))
@@ -70,25 +70,27 @@ def budget_of(text: str | None) -> float | None:
     raise KVPolicyError(f"--budget: {text!r} is not a number; write 256 for entries or 0.1 for a share.")
 
 
-def _described(spec: PolicySpec) -> str:
+def described(spec: PolicySpec) -> str:
+    """Return a policy's budget in words."""
     budget = spec.budget
     if budget.tokens is not None:
         return f"budget {budget.tokens}"
     return "keeps everything" if budget.fraction == 1 else f"keeps {budget.fraction:g} of the tokens"
 
 
-def _check_sampling(sampling: Mapping[str, float]) -> None:
+def check_sampling(sampling: Mapping[str, float]) -> None:
+    """Raise KVPolicyError when a sampling option makes no sense."""
     if sampling.get("temperature", 1.0) <= 0:
         raise KVPolicyError("--temperature: should be above 0; leave all sampling options out for greedy decoding.")
     if not 0 < sampling.get("top_p", 1.0) <= 1:
         raise KVPolicyError(f"--top-p: should be above 0 and at most 1, got {sampling['top_p']:g}.")
 
 
-def load_model(request: Request, note: Console) -> tuple[Any, Any]:
-    """Return model and tokenizer; raises KVPolicyError in one sentence when they cannot be loaded."""
+def load_model(request: Request, note: Console, *, user: str = "generate") -> tuple[Any, Any]:
+    """Return model and tokenizer for the command `user`; raises KVPolicyError when they cannot be loaded."""
     from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
 
-    place = locate(request.model, user="generate", say=note.print)
+    place = locate(request.model, user=user, say=note.print)
     import torch
 
     device = request.device if request.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,26 +106,25 @@ def _warm_up(model: Any, inputs: Any) -> None:
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-def _generate(model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console) -> Run:
+def generation_options(tokenizer: Any, request: Request) -> dict[str, Any]:
+    """Seed the random numbers and return the arguments of ``model.generate``."""
     import torch
-
-    from kvpolicy.cli.streaming import TextStream
-    from kvpolicy.runtimes.hf import PolicyCache, generate
 
     sampling: dict[str, Any] = dict(request.sampling)
     torch.manual_seed(int(sampling.pop("seed", 0)))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {
+        "max_new_tokens": request.max_new_tokens, "do_sample": bool(request.sampling), "pad_token_id": pad, **sampling
+    }  # fmt: skip
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console) -> Run:
+    from kvpolicy.cli.streaming import TextStream
+    from kvpolicy.runtimes.hf import PolicyCache, generate
+
+    options = generation_options(tokenizer, request)
     with PolicyCache(spec.build(), model) as cache, TextStream(tokenizer, console, cache) as stream:
         start = time.perf_counter()
-        generate(
-            model,
-            inputs,
-            cache,
-            max_new_tokens=request.max_new_tokens,
-            do_sample=bool(request.sampling),
-            streamer=stream,
-            pad_token_id=pad,
-            **sampling,
-        )
+        generate(model, inputs, cache, streamer=stream, **options)
         seconds = time.perf_counter() - start
         return Run(spec.policy, stream.tokens, seconds, cache.stats())
