@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpolicy.cli.study_options import Name, Out, Quick, read_study
+from kvpolicy.cli.study_reporting import report
 from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
@@ -22,9 +24,8 @@ study = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A registered study, or a study file.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A small version, as the study's `quick` says.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="The results file; STUDY.sqlite if left out.")]
+study.command()(report)
+
 Batch = Annotated[int | None, typer.Option(min=1, help="Rows that run together; does not change results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local processes, or tasks on Ray at the same time.")]
@@ -47,7 +48,7 @@ def plan(
     from kvpolicy.study.executors import cores, default_workers
     from kvpolicy.study.results import Results
 
-    spec, path = _read(study, quick=quick, out=out, batch=batch)
+    spec, path = read_study(study, quick=quick, out=out, batch=batch)
     made = _plan(spec, device)
     count = workers or default_workers(device)
     note = messages().status("probing" if probe else "counting")
@@ -77,7 +78,7 @@ def run(
     from kvpolicy.study.results import Results
     from kvpolicy.study.runner import Runner
 
-    spec, path = _read(study, quick=quick, out=out, batch=batch)
+    spec, path = read_study(study, quick=quick, out=out, batch=batch)
     executor = _executor(on, address, workers, device)
     with executor:
         made = _plan(spec, device)
@@ -100,7 +101,7 @@ def status(study: Name, *, quick: Quick = False, out: Out = None, device: Device
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.results import Results
 
-    spec, path = _read(study, quick=quick, out=out, batch=None)
+    spec, path = read_study(study, quick=quick, out=out, batch=None)
     with Results(path) as results:
         size = measure(_plan(spec, device), results, probe=False)
         rows = summarise(results, ())
@@ -112,21 +113,6 @@ def status(study: Name, *, quick: Quick = False, out: Out = None, device: Device
     )
     for reason, count in failures(rows).items():
         console.print(f"{count} failed: {reason}", markup=False)
-
-
-def _read(name: str, *, quick: bool, out: Path | None, batch: int | None) -> tuple[StudySpec, Path]:
-    """Return the study and its results file."""
-    from kvpolicy.study.spec import find_study
-
-    spec = find_study(name)
-    path = out or Path(f"{spec.study}{'-quick' if quick else ''}.sqlite")
-    if quick:
-        spec = spec.quickened()
-    if batch is not None:
-        spec = spec.model_copy(update={"batch": batch})
-    if out is not None and not out.resolve().parent.is_dir():
-        raise KVPolicyError(f"--out: there is no folder {out.resolve().parent}; make it first.")
-    return spec, path
 
 
 def _plan(spec: StudySpec, device: str) -> Plan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvpolicy.runtimes.opening import first_line
 from kvpolicy.study.executors import Executor, Outcomes
+from kvpolicy.study.models import ModelRef
 from kvpolicy.study.plan import Cell, Plan, Run, tasks_of
 from kvpolicy.study.results import Results, ResultsError
 from kvpolicy.study.work import Outcome, Task
@@ -75,6 +78,7 @@ class Runner:
             ) from None
         try:
             self.results.set_meta("spec", self.plan.spec.to_yaml())
+            self.results.set_meta("models", json.dumps([_noted(model) for model in self.plan.models]))
             number = self.results.environment(environment())
             self._stage("full cache", self.plan.reference_runs(), number)
             cells = self.cells()
@@ -163,6 +167,11 @@ def cells_so_far(plan: Plan, results: Results) -> list[Cell]:
         if run.key in found:
             lengths[run.model.name, run.dataset].append(found[run.key])
     return plan.cells(plan.traces(lengths))
+
+
+def _noted(model: ModelRef) -> dict[str, Any]:
+    """Return what identifies a model on any machine."""
+    return {field: value for field, value in asdict(model).items() if field != "place"}
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,321 @@
+"""What a report says, as plain data: pages and tables only lay it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from kvpolicy.study.analysis import Comparison, Row, compare, failures, summarise
+from kvpolicy.study.design import POLICY
+from kvpolicy.study.metrics import METRICS
+from kvpolicy.study.plan import REFERENCE
+from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, policy_data, without_budget
+from kvpolicy.study.report.settings import Settings, read_study, settings
+from kvpolicy.study.results import Results
+
+BYTES: Final = "bytes_peak"
+SIGNIFICANT: Final = 0.05
+"""Largest corrected p value at which a difference is called better or worse."""
+
+_TEXTS: Final = ("policy", "description", "paper", "departures", "schema_version")
+_MOST_PARTS: Final = 3  # two policies that differ in more parts are two methods, not one with a part swapped
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The commands that make a report again: one that runs the study, one that writes the report."""
+
+    run: str
+    report: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant in one condition, on one dataset with one model.
+
+    Attributes:
+        row: its numbers.
+        series: the variant without its budget: entries of one series make a line.
+        facet: the condition without its budget.
+        budget: index of its budget on the study's axis; None if it is not on it.
+    """
+
+    row: Row
+    series: str
+    facet: str
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a variant changes against the baseline, in one condition.
+
+    Attributes:
+        entry: the variant.
+        comparison: the difference, with its intervals and p values.
+        swapped: what differs from the baseline: a component, a parameter, or several.
+        better, worse, same: numbers of the problems on which the variant is better, worse, equal.
+        verdict: ``better`` or ``worse`` if the corrected p value is below `SIGNIFICANT`, else empty.
+    """
+
+    entry: Entry
+    comparison: Comparison
+    swapped: str
+    better: tuple[int, ...]
+    worse: tuple[int, ...]
+    same: tuple[int, ...]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of quality on one dataset with one model.
+
+    Attributes:
+        metric: its name.
+        front: entries that no other one beats in both this metric and bytes, the smallest first.
+        beaten: the other entries that have both numbers.
+        effects: differences to the baseline by condition, grouped by what was swapped.
+    """
+
+    metric: str
+    front: tuple[Entry, ...]
+    beaten: tuple[Entry, ...]
+    effects: Mapping[str, tuple[Effect, ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dataset with a model.
+
+    Attributes:
+        model, dataset: which.
+        full: the full cache.
+        entries: all variants in all conditions, in the order of the study.
+        metrics: metrics of the table, as far as there are numbers.
+        measures: the metrics of quality among them.
+    """
+
+    model: str
+    dataset: str
+    full: Entry | None
+    entries: tuple[Entry, ...]
+    metrics: tuple[str, ...]
+    measures: tuple[Measure, ...]
+
+    @cached_property
+    def facets(self) -> dict[str, dict[str, tuple[Entry, ...]]]:
+        """Facet -> series -> its entries on the budget axis, the smallest budget first."""
+        found: dict[str, dict[str, list[Entry]]] = {}
+        for entry in self.entries:
+            if entry.budget is not None:
+                found.setdefault(entry.facet, {}).setdefault(entry.series, []).append(entry)
+        return {
+            facet: {name: tuple(sorted(points, key=lambda e: e.budget or 0)) for name, points in lines.items()}
+            for facet, lines in found.items()
+        }
+
+    @cached_property
+    def conditions(self) -> dict[str, tuple[Entry, ...]]:
+        """Condition -> its entries, in the order of the study."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.row.cell.condition, []).append(entry)
+        return {condition: tuple(entries) for condition, entries in found.items()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study's results.
+
+    Attributes:
+        study: its name.
+        description: what it asks; may be empty.
+        commands: how the report is made again.
+        baseline: the variant that the others are compared with.
+        baseline_series: the series that it belongs to.
+        budgets: the study's budgets, if it compares several.
+        places: every dataset with every model.
+        runs, failed: how many runs are recorded, and how many of them failed.
+        failures: reason -> number of runs.
+        settings: all that the numbers depend on.
+    """
+
+    study: str
+    description: str
+    commands: Commands
+    baseline: str
+    baseline_series: str
+    budgets: BudgetAxis | None
+    places: tuple[Place, ...]
+    runs: int
+    failed: int
+    failures: Mapping[str, int]
+    settings: Settings
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """All series in the order of the study, without the full cache."""
+        return tuple(dict.fromkeys(entry.series for place in self.places for entry in place.entries))
+
+    def effects(self, metric: str) -> Iterator[Effect]:
+        """Yield all differences of a metric in the study: what Holm's correction is for."""
+        for place in self.places:
+            for measure in place.measures:
+                if measure.metric == metric:
+                    for effects in measure.effects.values():
+                        yield from effects
+
+
+def build(results: Results, commands: Commands) -> Report:
+    """Return what a report says about a results file; the study's file, policies and data are not needed.
+
+    Args:
+        results: the results file.
+        commands: how the report is made.
+
+    Raises:
+        KVPolicyError: the file cannot be read, or names a baseline that it does not have.
+    """
+    study = read_study(results)
+    rows = summarise(results)
+    axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
+    made = settings(results, [row.cell for row in rows], study)
+    entries = [_entry(row, axis) for row in rows]
+    wanted = tuple(name for name in study.get("metrics") or METRICS if name in METRICS)
+    names = list(dict.fromkeys(row.cell.name for row in rows if row.cell.name != REFERENCE))
+    # The only variant there is can still be compared with the full cache.
+    baseline = study.get("compare_to") or (names[0] if len(names) > 1 else REFERENCE)
+    effects = {name: _effects(entries, name, baseline, made.axes) for name in _qualities(rows, wanted)}
+    places = dict.fromkeys((row.cell.model, row.cell.dataset) for row in rows)
+    return Report(
+        study=results.meta("study") or "study",
+        description=study.get("description") or "",
+        commands=commands,
+        baseline=baseline,
+        baseline_series=next((e.series for e in entries if e.row.cell.name == baseline), baseline),
+        budgets=axis,
+        places=tuple(_place(*place, entries, wanted, effects) for place in places),
+        runs=sum(len(results.finished(failed=failed)) for failed in (False, True)),
+        failed=len(results.finished(failed=True)),
+        failures=failures(rows),
+        settings=made,
+    )
+
+
+def _entry(row: Row, axis: BudgetAxis | None) -> Entry:
+    cell = row.cell
+    if cell.name == REFERENCE or axis is None:
+        return Entry(row, cell.name, cell.condition, None)
+    budget = budget_of(cell)
+    series = without_budget(cell.name, cell) or str(policy_data(cell).get("policy", cell.name))
+    index = axis.texts.index(budget) if budget is not None and budget in axis.texts else None
+    return Entry(row, series, without_budget(cell.condition, cell), index)
+
+
+def _qualities(rows: Sequence[Row], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics that say how good a variant is, as far as there are numbers."""
+    return tuple(name for name in wanted if METRICS[name].quality and any(name in row.metrics for row in rows))
+
+
+def _place(
+    model: str, dataset: str, entries: Sequence[Entry], wanted: Sequence[str], effects: Mapping[str, Sequence[Effect]]
+) -> Place:
+    here = [entry for entry in entries if (entry.row.cell.model, entry.row.cell.dataset) == (model, dataset)]
+    return Place(
+        model,
+        dataset,
+        next((entry for entry in here if entry.row.cell.name == REFERENCE), None),
+        tuple(entry for entry in here if entry.row.cell.name != REFERENCE),
+        tuple(name for name in wanted if any(name in entry.row.metrics for entry in here)),
+        tuple(_measure(name, here, effects[name]) for name in _qualities([entry.row for entry in here], wanted)),
+    )
+
+
+def _measure(metric: str, here: Sequence[Entry], effects: Sequence[Effect]) -> Measure:
+    places = {id(entry) for entry in here}
+    by_condition: dict[str, list[Effect]] = {}
+    for effect in effects:
+        if id(effect.entry) in places:
+            by_condition.setdefault(effect.entry.row.cell.condition, []).append(effect)
+    front, beaten = pareto(here, metric)
+    grouped = {condition: tuple(_grouped(found)) for condition, found in by_condition.items()}
+    return Measure(metric, front, beaten, grouped)
+
+
+def _grouped(effects: Sequence[Effect]) -> list[Effect]:
+    order = list(dict.fromkeys(effect.swapped for effect in effects))
+    return sorted(effects, key=lambda effect: order.index(effect.swapped))
+
+
+def pareto(entries: Sequence[Entry], metric: str) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Return the entries that no other one beats, the fewest bytes first, and the others.
+
+    One entry beats another if it is at least as good in the metric and in bytes, and better in one of them.
+
+    Args:
+        entries: those without both numbers are left out.
+        metric: a metric of quality.
+    """
+    sign = -1 if METRICS[metric].better == "less" else 1
+    both = [entry for entry in entries if metric in entry.row.metrics and BYTES in entry.row.metrics]
+    both.sort(key=lambda e: (e.row.metrics[BYTES].value, -sign * e.row.metrics[metric].value))
+    front: list[Entry] = []
+    best, size = -math.inf, math.inf
+    for entry in both:
+        value, taken = sign * entry.row.metrics[metric].value, entry.row.metrics[BYTES].value
+        if value > best or (value == best and taken == size):
+            front.append(entry)
+            best, size = value, taken
+    chosen = {id(entry) for entry in front}
+    return tuple(front), tuple(entry for entry in both if id(entry) not in chosen)
+
+
+def _effects(entries: Sequence[Entry], metric: str, baseline: str, axes: Sequence[str]) -> list[Effect]:
+    by_cell = {id(entry.row.cell): entry for entry in entries}
+    bases = {
+        (entry.row.cell.model, entry.row.cell.dataset, entry.row.cell.condition): entry
+        for entry in entries
+        if entry.row.cell.name == baseline
+    }
+    sign = -1 if METRICS[metric].better == "less" else 1
+    found = []
+    for comparison in compare([entry.row for entry in entries], metric, baseline):
+        entry = by_cell[id(comparison.cell)]
+        cell = comparison.cell
+        base = bases[cell.model, cell.dataset, "" if baseline == REFERENCE else cell.condition]
+        mine, its = entry.row.values[metric], base.row.values[metric]
+        change = {number: sign * (mine[number] - its[number]) for number in mine if number in its}
+        verdict = ""
+        if comparison.p_holm < SIGNIFICANT:
+            verdict = "better" if sign * comparison.difference.value > 0 else "worse"
+        found.append(
+            Effect(
+                entry,
+                comparison,
+                _swapped(entry, base, axes),
+                tuple(number for number, by in change.items() if by > 0),
+                tuple(number for number, by in change.items() if by < 0),
+                tuple(number for number, by in change.items() if by == 0),
+                verdict,
+            )
+        )
+    return found
+
+
+def _swapped(entry: Entry, base: Entry, axes: Sequence[str]) -> str:
+    """Return what differs between a variant and the baseline: paths of the axes, for whole policies their parts."""
+    mine, its = entry.row.cell, base.row.cell
+    if its.name == REFERENCE:
+        return "the whole cache"
+    paths = [path for path in axes if mine.settings.get(path) != its.settings.get(path)]
+    if POLICY in paths:
+        a, b = policy_data(mine), policy_data(its)
+        parts = [field for field in {**b, **a} if field not in _TEXTS and a.get(field) != b.get(field)]
+        if len(paths) == 1 and 0 < len(parts) <= _MOST_PARTS:
+            return " + ".join(parts)
+        return "whole policy"
+    return " + ".join(paths) or "variant"

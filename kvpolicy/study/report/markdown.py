@@ -1,0 +1,182 @@
+"""The Markdown of a report: tables to publish, settings folded away."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from kvpolicy.study.analysis import Estimate, shown
+from kvpolicy.study.metrics import METRICS
+from kvpolicy.study.report import phrases
+from kvpolicy.study.report.content import BYTES, SIGNIFICANT, Entry, Measure, Place, Report
+from kvpolicy.study.report.settings import Settings
+
+_SPECIAL: Final = re.compile(r"([\\`*_\[\]|~#])")
+_DASH: Final = "–"
+
+
+def markdown(report: Report) -> str:
+    """Return the report as GitHub's Markdown.
+
+    Args:
+        report: what it says.
+    """
+    lines = [f"# {_text(report.study)}", ""]
+    if report.description:
+        lines += [_text(report.description), ""]
+    lines += [
+        f"{phrases.count(report.runs, 'run')}; differences are to {_text(report.baseline)}.",
+        "Intervals are at 95 % and about problems: Wilson's for shares of right answers, a bootstrap for other means.",
+        "",
+    ]
+    if report.failures:
+        lines += ["**Not everything could be run:**", ""]
+        lines += [f"- {number} × {_text(reason)}" for reason, number in report.failures.items()] + [""]
+    if not report.places:
+        lines += ["No variant has been run yet; the full cache comes first.", ""]
+    for place in report.places:
+        lines += [f"## {_text(place.dataset)} · {_text(place.model)}", ""]
+        lines += _overview(place)
+        for measure in place.measures:
+            lines += _measure(report, place, measure)
+    lines += _settings(report)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(place: Place) -> Iterator[str]:
+    """Yield a table for each condition; the full cache begins each, so that it can be read alone."""
+    head = ["variant", "runs", *(METRICS[name].title for name in place.metrics)]
+    for condition, entries in place.conditions.items():
+        if condition:
+            yield from (f"**{_text(condition)}**", "")
+        chosen = ([place.full] if place.full is not None else []) + list(entries)
+        yield from _table(head, (_row(entry, place.metrics) for entry in chosen), left=1)
+
+
+def _row(entry: Entry, metrics: Sequence[str]) -> list[str]:
+    row = entry.row
+    if row.runs == 0:
+        reason = f"failed: {row.error}" if row.failed else f"not possible: {row.error}" if row.error else "not run yet"
+        return [_text(row.cell.name), _text(reason), *(_DASH for _ in metrics)]
+    runs = f"{row.runs:,}" + (f" ({row.failed} failed)" if row.failed else "")
+    return [_text(row.cell.name), runs, *(_estimate(row.metrics.get(name), name) for name in metrics)]
+
+
+def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
+    metric = measure.metric
+    yield from (f"### {phrases.title(metric)}", "")
+    for facet, lines in place.facets.items() if report.budgets is not None else ():
+        budgets = report.budgets.labels if report.budgets is not None else ()
+        yield from (
+            f"{_text(facet) + '; ' if facet else ''}{_text(report.budgets.title) if report.budgets else ''}",
+            "",
+        )
+        rows = [[_text(series), *_by_budget(points, len(budgets), metric)] for series, points in lines.items()]
+        if place.full is not None and metric in place.full.row.metrics:
+            rows.insert(0, ["full cache", *(_estimate(place.full.row.metrics[metric], metric) for _ in budgets)])
+        yield from _table(["variant", *map(_text, budgets)], rows, left=1)
+    if len(measure.front) + len(measure.beaten) > 1:
+        yield from ("**Pareto front against bytes** (means)", "")
+        yield from _table(
+            ["variant", "condition", METRICS[metric].title, "bytes"],
+            (
+                [
+                    *(_text(entry.row.cell.name), _text(entry.row.cell.condition) or _DASH),
+                    *(_estimate(entry.row.metrics[metric], metric), phrases.value(entry.row.metrics[BYTES], BYTES)),
+                ]
+                for entry in measure.front
+            ),
+            left=2,
+        )
+    for condition, effects in measure.effects.items():
+        yield from (f"**Difference to {_text(report.baseline)}**{': ' + _text(condition) if condition else ''}", "")
+        head = ["variant", "what differs", "difference", "McNemar", "p", "p, Holm", "wins / losses / ties", "verdict"]
+        rows = [
+            [
+                *(_text(effect.comparison.cell.name), _text(effect.swapped)),
+                *(_estimate(effect.comparison.difference, metric), phrases.bounds(effect.comparison.mcnemar, metric)),
+                *(_text(phrases.probability(p)) for p in (effect.comparison.p, effect.comparison.p_holm)),
+                f"{len(effect.better)} / {len(effect.worse)} / {len(effect.same)}",
+                effect.verdict or _DASH,
+            ]
+            for effect in effects
+        ]
+        yield from _table(head, rows, left=2)
+    if measure.effects:
+        count = phrases.count(len(list(report.effects(metric))), "comparison")
+        yield from (f"Holm's correction is for all {count} of this metric; the verdict is at {SIGNIFICANT}.", "")
+
+
+def _by_budget(points: Sequence[Entry], budgets: int, metric: str) -> list[str]:
+    at = {entry.budget: entry.row.metrics.get(metric) for entry in points}
+    return [_estimate(at.get(i), metric) for i in range(budgets)]
+
+
+def _settings(report: Report) -> Iterator[str]:
+    made: Settings = report.settings
+    yield from ("## Settings", "")
+    yield from _fenced(f"{report.commands.run}\n{report.commands.report}", "")
+    yield from _table(["field", "value"], ([_text(k), _text(v)] for k, v in made.facts.items()), left=2)
+    fields = ("name", "fingerprint", "revision", "dtype", "device")
+    yield from _table(
+        ["model", *fields[1:]],
+        ([_text(str(model.get(field) or _DASH)) for field in fields] for model in made.models),
+        left=len(fields),
+    )
+    for environment in made.environments:
+        yield "Made with " + ", ".join(f"{_text(name)} {_text(str(v))}" for name, v in environment.items() if v) + "."
+        yield ""
+    yield from (f"The report was made by kvpolicy {made.version}.", "")
+    if made.study:
+        yield from _folded("The study as it ran", _fenced(made.study, "yaml"))
+    for name, files in made.policies.items():
+        # Those of the other budgets and conditions would make the file too long for sites that show Markdown.
+        first = next((file for file in files if file.text is not None), files[0])
+        where = f": {first.places[0]}" if len(files) > 1 and first.places[0] else ""
+        text = _fenced(first.text, "yaml") if first.text else (_text(f"Not possible: {first.error}"), "")
+        yield from _folded(f"Policy {name}{where}", text)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> Iterator[str]:
+    """Yield a table and an empty line; nothing without rows. The first `left` columns are texts."""
+    found = list(rows)
+    if found:
+        yield _line(head)
+        yield _line(["---" if i < left else "---:" for i in range(len(head))])
+        yield from map(_line, found)
+        yield ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _folded(summary: str, lines: Iterable[str]) -> Iterator[str]:
+    yield from ("<details>", f"<summary>{html.escape(summary)}</summary>", "")
+    yield from lines
+    yield from ("</details>", "")
+
+
+def _fenced(text: str, language: str) -> Iterator[str]:
+    """Yield a block of code, with a fence longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    yield from (f"{fence}{language}", text.rstrip("\n"), fence, "")
+
+
+def _estimate(estimate: Estimate | None, metric: str) -> str:
+    """Return an estimate, with its interval where the metric says how good a variant is."""
+    if estimate is None:
+        return _DASH
+    return _brackets(shown(estimate, metric) if METRICS[metric].quality else phrases.value(estimate, metric))
+
+
+def _brackets(text: str) -> str:
+    return text.replace("[", "\\[").replace("]", "\\]")
+
+
+def _text(text: str) -> str:
+    """Return text on one line in which neither Markdown nor HTML means anything."""
+    return _SPECIAL.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -1,0 +1,147 @@
+"""Everything that a study's numbers depend on, as a report lists it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+import kvpolicy
+from kvpolicy.study.results import CellRecord, Results, ResultsError
+
+_EXCERPT: Final = 160
+_FACTS: Final = (
+    "design",
+    "compare_to",
+    "models",
+    "datasets",
+    "samples",
+    "seeds",
+    "sampling",
+    "metrics",
+    "batch",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """A policy as it ran.
+
+    Attributes:
+        places: conditions and datasets that it ran in.
+        text: the policy in full, as YAML; None if it is not possible.
+        error: why it is not possible.
+    """
+
+    places: tuple[str, ...]
+    text: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model was given.
+
+    Attributes:
+        number: in the dataset.
+        prompt: its beginning.
+        answer: the right answer; empty for free text.
+    """
+
+    number: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a study's numbers depend on.
+
+    Attributes:
+        study: the study file as it ran; empty if it is not recorded.
+        facts: its most important fields, name -> value as text.
+        axes: the paths that are compared.
+        models: name, fingerprint, revision, dtype and device of each model, as far as they are recorded.
+        environments: name -> value for each set of versions that runs were made with.
+        policies: variant -> its policies, one for each budget and condition in which they differ.
+        problems: dataset -> its problems.
+        version: of the kvpolicy that made the report.
+    """
+
+    study: str
+    facts: Mapping[str, str]
+    axes: tuple[str, ...]
+    models: tuple[Mapping[str, Any], ...]
+    environments: tuple[Mapping[str, Any], ...]
+    policies: Mapping[str, tuple[PolicyFile, ...]]
+    problems: Mapping[str, tuple[Problem, ...]]
+    version: str
+
+
+def read_study(results: Results) -> dict[str, Any]:
+    """Return the fields of the study that is recorded, as plain values; policies and datasets need not be installed.
+
+    Raises:
+        ResultsError: what is recorded is not YAML.
+    """
+    try:
+        data = yaml.safe_load(results.meta("spec") or "")
+    except yaml.YAMLError:
+        raise ResultsError(f"{results.path}: the study in it is not YAML; run the study again.") from None
+    return data if isinstance(data, dict) else {}
+
+
+def settings(results: Results, cells: Sequence[CellRecord], data: Mapping[str, Any]) -> Settings:
+    """Return the settings of a study.
+
+    Args:
+        results: the results file.
+        cells: what the study compares.
+        data: what `read_study` returned.
+    """
+    problems: dict[str, list[Problem]] = defaultdict(list)
+    for (dataset, number), (prompt, answer) in results.problems().items():
+        problems[dataset].append(Problem(number, _excerpt(prompt), answer))
+    return Settings(
+        study=results.meta("spec") or "",
+        facts={name: _text(data[name]) for name in _FACTS if data.get(name) not in (None, [])},
+        axes=tuple(data.get("axes") or ()),
+        models=tuple(
+            json.loads(results.meta("models") or "null") or ({"name": name} for name in data.get("models", ()))
+        ),
+        environments=tuple(results.environments()),
+        policies=_policies(cells),
+        problems={dataset: tuple(found) for dataset, found in problems.items()},
+        version=kvpolicy.__version__,
+    )
+
+
+def _policies(cells: Sequence[CellRecord]) -> dict[str, tuple[PolicyFile, ...]]:
+    """Return the policies by variant; what is the same in several places is there once."""
+    several = len({cell.model for cell in cells}) > 1
+    found: dict[str, dict[tuple[str | None, str | None], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        place = " · ".join(filter(None, (cell.condition, cell.dataset, cell.model if several else "")))
+        found[cell.name][cell.policy, cell.error].append(place)
+    return {
+        name: tuple(PolicyFile(tuple(places), text, error) for (text, error), places in files.items())
+        for name, files in found.items()
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_text(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ("; " if any(isinstance(item, Mapping) for item in value) else ", ").join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _excerpt(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= _EXCERPT else f"{line[: _EXCERPT - 1]}…"
