@@ -25,7 +25,8 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[str], list[int]]
     Returns:
         One text per token, never empty, and the indices of special tokens.
     """
-    special_ids = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special_ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     texts: list[str] = []
     special: list[int] = []
     before = start = 0  # the text of tokens[before:start] is known; those from `start` on have not been written yet
@@ -39,11 +40,11 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[str], list[int]]
             before = start = i + 1
             continue
         known, text = _decoded(tokenizer, tokens[before:start]), _decoded(tokenizer, tokens[before : i + 1])
-        added = text[len(known) :] if text.startswith(known) else _decoded(tokenizer, tokens[start : i + 1])
-        if added.endswith(_BROKEN) and i + 1 - start < _MOST and i + 1 < len(tokens):
+        new = text[len(known) :] if text.startswith(known) else _decoded(tokenizer, tokens[start : i + 1])
+        if new.endswith(_BROKEN) and i + 1 - start < _MOST and i + 1 < len(tokens):
             texts.append(PART)
             continue
-        texts.append(added or PART)
+        texts.append(new or PART)
         before, start = start, i + 1
     return texts, special
 

@@ -4,13 +4,14 @@ const TYPES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int
 const KINDS = ["importance", "redundancy", "retention"];
 const HELD = ["gone", "h1", "h2", "h3", "h4", "h5", "future"];
 const FUTURE = 6;
+const SHARES = [0.1, 0.25, 0.5, 0.75]; // of heads, up to which a token has the first four shades
 const TO_THE_END = 6;
 const BLOCK = 80; // tokens in a block of text at least: blocks out of sight are not laid out
 const CELL = 9;
 
 const $ = (id) => document.getElementById(id);
 const whole = (n) => Math.round(n).toLocaleString("en-US");
-const percent = (x) => `${Math.round(100 * x)} %`;
+const percent = (x) => `${Math.round(100 * x)}%`;
 
 function el(tag, name, ...children) {
   const node = document.createElement(tag);
@@ -35,6 +36,11 @@ function atMost(numbers, limit) {
     if (numbers[middle] <= limit) low = middle + 1; else high = middle;
   }
   return low;
+}
+
+/** How many of the ascending `numbers` are below `limit`. */
+function below(numbers, limit) {
+  return numbers.filter((number) => number < limit).length;
 }
 
 /** One recording: its arrays, its panel, and what the panel shows at present. */
@@ -143,12 +149,13 @@ class Trace {
     for (const r of this.rows) {
       for (let p = 0, i = r * this.seen; p < seen; p++, i++) this.held[p] += this.evicted[i] > done;
     }
+    const shades = Uint8Array.from({ length: this.rows.length + 1 }, (_, n) => 1 + below(SHARES, n / this.rows.length));
     let total = 0;
     const before = this.now;
     this.now = seen < this.seen ? seen - 1 : -1;
     for (let p = 0; p < this.spans.length; p++) {
       total += this.held[p];
-      const level = p >= seen ? FUTURE : Math.ceil((5 * this.held[p]) / this.rows.length);
+      const level = p >= seen ? FUTURE : this.held[p] && shades[this.held[p]];
       const changed = level !== this.level[p];
       this.level[p] = level;
       if (changed || repaint || ((p === before) !== (p === this.now))) this.paint(p);

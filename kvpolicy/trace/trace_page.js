@@ -48,7 +48,7 @@ class Page {
 
   fillLegend() {
     const step = (name, text) => el("span", `k ${name}`, text);
-    $("legend-heads").replaceChildren(...[20, 40, 60, 80, 100].map((share, i) => step(`h${i + 1}`, `${share}%`)));
+    $("legend-heads").replaceChildren(...[...SHARES, 1].map((share, i) => step(`h${i + 1}`, i < 4 ? `≤${percent(share)}` : "more")));
     const words = [...this.bounds.map((bound) => `<${whole(bound)}`), `${whole(this.bounds[3])}+`, "to the end"];
     $("legend-life").replaceChildren(...words.map((word, i) => step(`t${i + 1}`, word)));
   }
