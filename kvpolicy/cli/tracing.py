@@ -113,15 +113,17 @@ def _run(request: Request, file: Path | None, out: Path, *, same_text: bool) -> 
     note, console = messages(), output()
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note, user="trace")
+    from kvpolicy.runtimes.opening import encode
     from kvpolicy.trace.page import Shown, trace_page
     from kvpolicy.trace.pieces import pieces
 
     given = None if written is None else _given(tokenizer, request, written)
+    inputs = encode(tokenizer, request.prompt, request.chat).to(model.device) if given is None else None
     shown = []
     for spec in specs:
         if given is None:
             console.rule(f"{spec.policy}, {described(spec)}", align="left")
-            tokens, recording = _generate(model, tokenizer, spec, request, console)
+            tokens, recording = _generate(model, tokenizer, inputs, spec, request, console)
             console.print()
             if same_text:
                 given = _Text(tokens, recording.prompt, recording.seen)
@@ -177,14 +179,12 @@ def _given(tokenizer: Any, request: Request, text: str) -> _Text:
 
 
 def _generate(
-    model: Any, tokenizer: Any, spec: PolicySpec, request: Request, console: Console
+    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console
 ) -> tuple[list[int], Recording]:
     from kvpolicy.cli.generating import generation_options
     from kvpolicy.cli.streaming import TextStream
-    from kvpolicy.runtimes.opening import encode
     from kvpolicy.trace.running import record_generation
 
-    inputs = encode(tokenizer, request.prompt, request.chat).to(model.device)
     options = generation_options(tokenizer, request)
     return record_generation(
         model, inputs, spec.build(), stream=lambda cache: TextStream(tokenizer, console, cache), **options

@@ -54,7 +54,7 @@ def settle(page):
 
 def classes(page, panel=0):
     return page.evaluate(
-        "(n) => [...document.querySelectorAll('.panel')[n].querySelectorAll('[data-i]')].map((s) => s.className.split(' '))",
+        "(n) => kvpolicyTrace.traces[n].panel.querySelectorAll('[data-i]').values().map((s) => [...s.classList]).toArray()",
         panel,
     )
 
@@ -239,7 +239,10 @@ def test_four_thousand_tokens(open_trace):
     before = page.evaluate("window.span = document.querySelector('[data-i=\"5\"]'), window.painted = 0")
     assert before == 0
     page.evaluate(
-        "() => { const t = kvpolicyTrace.traces[0], paint = t.paint; t.paint = (p) => { painted++; paint.call(t, p); }; }"
+        """() => {
+            const trace = kvpolicyTrace.traces[0], paint = trace.paint;
+            trace.paint = (p) => { painted++; paint.call(trace, p); };
+        }"""
     )
     set_slider(page, step + 1)
     assert page.evaluate("span === document.querySelector('[data-i=\"5\"]')")
