@@ -37,7 +37,7 @@ _STYLE: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,  # names may contain dollars
-        "font.size": 9.5,
+        "font.size": 10.5,
         "axes.unicode_minus": True,
         **dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.labelcolor", "ytick.labelcolor"), INK
@@ -54,12 +54,13 @@ _STYLE: Final[Mapping[str, Any]] = MappingProxyType(
         "axes.facecolor": "none",
         "figure.facecolor": "none",
         "legend.frameon": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 10,
     }
 )
 _SVG: Final = "http://www.w3.org/2000/svg"
 _XLINK: Final = "http://www.w3.org/1999/xlink"
 _DECIMALS: Final = re.compile(r"-?\d+\.\d{3,}")
+_FAMILY: Final = re.compile(r" font-family: [^;]*;")  # the page has its own
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,14 @@ def _inline(text: str, name: str, title: str) -> str:
             parent.attrib.pop("id", None)
     root.insert(0, label)
     for each in root.iter():
+        if each.attrib.get("transform", "").startswith("rotate(-0 "):
+            del each.attrib["transform"]
+        for kept in ("text", "tail"):
+            if not (getattr(each, kept) or "").strip():
+                setattr(each, kept, None)
         for attribute, value in each.attrib.items():
             if attribute != "id" and not attribute.endswith("href") and not attribute.startswith("aria"):
-                each.set(attribute, _page_colours(_DECIMALS.sub(_shorter, value)))
+                each.set(attribute, _page_colours(_FAMILY.sub("", _DECIMALS.sub(_shorter, " ".join(value.split())))))
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     return ET.tostring(root, encoding="unicode")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
 from kvpolicy.study.report.content import SIGNIFICANT, Effect, Measure, Place, Report
-from kvpolicy.study.report.drawing import Plot
 from kvpolicy.study.report.plots import budget_plots, forest_plot, front_plot
 
 _OPEN_ROWS: Final = 30  # a longer table is folded
@@ -37,6 +36,7 @@ def html(report: Report) -> str:
     environment.filters.update(
         {name: getattr(phrases, name) for name in ("value", "interval", "bounds", "probability", "numbers", "title")}
     )
+    environment.filters["breakable"] = _breakable
     text: str = environment.get_template("page.html.j2").render(
         report=report,
         plots={
@@ -55,6 +55,12 @@ def html(report: Report) -> str:
     return text
 
 
+def _breakable(name: str) -> Any:
+    """Return a variant's name, escaped, that may be broken after ``=``."""
+    markupsafe = library("markupsafe", "the page of a report needs")
+    return markupsafe.escape(name).replace("=", markupsafe.Markup("=<wbr>"))
+
+
 def _headlines(report: Report) -> Iterator[tuple[str, str]]:
     """Yield how many differences of each metric stand after the correction."""
     for metric in dict.fromkeys(measure.metric for place in report.places for measure in place.measures):
@@ -68,9 +74,12 @@ def _headlines(report: Report) -> Iterator[tuple[str, str]]:
             )
 
 
-def _plots(report: Report, place: Place, measure: Measure, name: str) -> dict[str, list[Plot]]:
+def _plots(report: Report, place: Place, measure: Measure, name: str) -> dict[str, Any]:
+    budget = list(budget_plots(report, place, measure, f"{name}-budget")) if report.budgets is not None else []
+    if all(len(facet) == 1 for facet in budget):  # then facets stand side by side
+        budget = [[plot for facet in budget for plot in facet]] if budget else []
     return {
-        "budget": list(budget_plots(report, place, measure, f"{name}-budget")) if report.budgets is not None else [],
+        "budget": budget,
         "front": [front_plot(place, measure, f"{name}-front")] if len(measure.front) + len(measure.beaten) > 1 else [],
         "forest": [
             forest_plot(effects, f"{name}-forest-{i}", " · ".join(filter(None, (place.dataset, condition))))

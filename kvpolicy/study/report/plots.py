@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kvpolicy.study.analysis import Estimate
+from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report.budgets import BudgetAxis
 from kvpolicy.study.report.content import BYTES, Effect, Entry, Measure, Place, Report
@@ -16,13 +17,13 @@ from kvpolicy.study.report.drawing import BAD, BAND, GOOD, GRID, INK, MUTED, PAP
 
 _MARKERS: Final = ("s", "^", "D", "v", "P")
 _DASHES: Final = ((0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (8, 2)))
-_LEGEND_WIDTH: Final = 52  # characters
+_LEGEND_WIDTH, _LABEL_WIDTH = 48, 28  # characters
 _LOGARITHMIC: Final = 8  # an axis whose ends are this far apart has equal steps for equal factors
 _UNITS: Final = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
-def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> Iterator[Plot]:
-    """Yield plots of a metric against the budget: for each facet, at most five variants at a time and the baseline.
+def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> Iterator[list[Plot]]:
+    """Yield the plots of a metric against the budget, facet by facet: at most five variants at a time and the baseline.
 
     Args:
         report: with budgets.
@@ -40,6 +41,7 @@ def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> I
             for series, points in lines.items()
         }
         drawn = {series: points for series, points in drawn.items() if points}
+        made = []
         for j, group in enumerate(groups):
             here = [series for series in group if series in drawn]
             if not here and not (j == 0 and report.baseline_series in drawn):
@@ -49,11 +51,13 @@ def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> I
             title = f"{METRICS[measure.metric].title} against the budget on {place.dataset}"
             title += f" ({caption})" if caption else ""
             rows = sum(len(_wrapped(series)) for series in (*here, "full", report.baseline_series))
-            with figure(2.6 + 0.17 * rows) as (made, axes):
+            with figure(2.6 + 0.17 * rows) as (whole, axes):
                 _budgets(axes, report, place, measure.metric, drawn, here)
                 axes.set_ylim(*limits)
-                made.legend(loc="outside lower left", ncols=1, handlelength=3.2, labelspacing=0.35)
-                yield plot(made, f"{name}-{i}-{j}", title, caption)
+                whole.legend(loc="outside lower left", ncols=1, handlelength=3.2, labelspacing=0.35)
+                made.append(plot(whole, f"{name}-{i}-{j}", title, caption))
+        if made:
+            yield made
 
 
 def _budgets(
@@ -155,7 +159,11 @@ def front_plot(place: Place, measure: Measure, name: str) -> Plot:
             x, y = (place.full.row.metrics[each].value for each in (BYTES, metric))
             axes.annotate("full", (x / unit, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9)
         if min(sizes) > 0 and max(sizes) / min(sizes) >= _LOGARITHMIC:
+            ticker = library("matplotlib.ticker", "the plots of a report need")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.margins(x=0.08, y=0.1)
         axes.set_xlabel(f"keys and values of a row, at most, {word}")
         axes.set_ylabel("\n".join(textwrap.wrap(METRICS[metric].title, 32)))
@@ -203,11 +211,13 @@ def forest_plot(effects: Sequence[Effect], name: str, where: str) -> Plot:
                 linewidth=1.6,
             )
         axes.axvline(0, color=MUTED, linewidth=1)
-        heads = [of is None for _, of in lines]
-        labels = [_shortened(text, head=head) for (text, _), head in zip(lines, heads, strict=True)]
-        axes.set_yticks(range(len(lines)), labels)
-        for label, head in zip(axes.get_yticklabels(), heads, strict=True):
-            label.set_fontweight("bold" if head else "normal")
+        axes.set_yticks(
+            range(len(lines)), [_shortened(text) if of is not None else "" for text, of in lines], fontsize=9.5
+        )
+        for height, (text, _) in ((i, line) for i, line in enumerate(lines) if line[1] is None):
+            place = {"xycoords": ("figure fraction", "data"), "va": "center", "fontsize": 9.5, "fontweight": "bold"}
+            # Heads may reach into the plot, where nothing else stands on their line.
+            axes.annotate(text, (0.01, height), annotation_clip=False, **place).set_in_layout(False)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -237,6 +247,5 @@ def _wrapped(series: str) -> list[str]:
     return textwrap.wrap(series, _LEGEND_WIDTH, max_lines=2, placeholder=" …") or [series]
 
 
-def _shortened(text: str, *, head: bool) -> str:
-    most = 34 if head else 30
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LABEL_WIDTH else f"{text[: _LABEL_WIDTH - 1]}…"
