@@ -80,6 +80,8 @@ class Trace {
     this.map = el("canvas", "map");
     this.map.trace = this;
     this.map.setAttribute("role", "img");
+    this.grid = el("canvas", "grid"); // stands in the card
+    this.grid.setAttribute("role", "img");
     this.text = el("div", "text");
     this.text.tabIndex = 0;
     this.text.setAttribute("role", "group");
@@ -145,9 +147,10 @@ class Trace {
     const seen = Math.min(tokens, this.seen);
     const done = (this.done = atMost(this.at, tokens));
     this.tokens = seen;
-    this.held.fill(0);
+    const { held, evicted } = this;
+    held.fill(0);
     for (const r of this.rows) {
-      for (let p = 0, i = r * this.seen; p < seen; p++, i++) this.held[p] += this.evicted[i] > done;
+      for (let p = 0, i = r * this.seen; p < seen; p++, i++) if (evicted[i] > done) held[p]++;
     }
     const shades = Uint8Array.from({ length: this.rows.length + 1 }, (_, n) => 1 + below(SHARES, n / this.rows.length));
     let total = 0;
@@ -217,35 +220,42 @@ class Trace {
     return null;
   }
 
+  /** Where the entries of each head begin in a snapshot's arrays, counted once. */
+  startsOf(snapshot) {
+    if (snapshot.starts) return snapshot.starts;
+    const { evicted, seen } = this, { compaction } = snapshot, end = this.at[compaction - 1];
+    const starts = new Uint32Array(this.heads.length + 1);
+    for (let r = 0; r < this.heads.length; r++) {
+      let count = 0;
+      for (let i = r * seen, stop = i + end; i < stop; i++) if (evicted[i] >= compaction) count++;
+      starts[r + 1] = starts[r] + count;
+    }
+    return (snapshot.starts = starts);
+  }
+
   read(snapshot, p, rows) {
-    const { compaction } = snapshot, wanted = new Set(rows), end = this.at[compaction - 1];
+    const { evicted } = this, { compaction } = snapshot, starts = this.startsOf(snapshot);
     const kinds = KINDS.filter((kind) => snapshot.scores[kind]);
     const sums = Object.fromEntries(kinds.map((kind) => [kind, { value: 0, rank: 0 }]));
-    let first = 0, guarded = 0;
-    for (let r = 0; r < this.heads.length; r++) {
-      let count = 0, place = 0;
-      for (let q = 0, i = r * this.seen; q < end; q++, i++) {
-        if (q === p) place = count;
-        count += this.evicted[i] >= compaction;
+    let guarded = 0;
+    for (const r of rows) {
+      const first = starts[r], last = starts[r + 1];
+      let at = first;
+      for (let i = r * this.seen, stop = i + p; i < stop; i++) if (evicted[i] >= compaction) at++;
+      guarded += (snapshot.protected[at >> 3] >> (at & 7)) & 1;
+      for (const kind of kinds) {
+        const [codes, scales] = snapshot.scores[kind], code = codes[at];
+        const low = scales[3 * r], high = scales[3 * r + 1], bend = scales[3 * r + 2];
+        let lower = 0;
+        for (let i = first; i < last; i++) if (codes[i] < code) lower++;
+        sums[kind].value += low + (high - low) * (code / 255) ** (1 / bend);
+        sums[kind].rank += last - first > 1 ? lower / (last - first - 1) : 0;
       }
-      if (wanted.has(r)) {
-        const at = first + place;
-        guarded += (snapshot.protected[at >> 3] >> (at & 7)) & 1;
-        for (const kind of kinds) {
-          const [codes, scales] = snapshot.scores[kind], code = codes[at];
-          const [low, high, bend] = scales.subarray(3 * r, 3 * r + 3);
-          let below = 0;
-          for (let i = first; i < first + count; i++) below += codes[i] < code;
-          sums[kind].value += low + (high - low) * (code / 255) ** (1 / bend);
-          sums[kind].rank += count > 1 ? below / (count - 1) : 0;
-        }
-      }
-      first += count;
     }
     for (const kind of kinds) {
       sums[kind].value /= rows.length;
       sums[kind].rank /= rows.length;
     }
-    return { compaction, tokens: end, heads: rows.length, guarded, scores: sums };
+    return { compaction, tokens: this.at[compaction - 1], heads: rows.length, guarded, scores: sums };
   }
 }

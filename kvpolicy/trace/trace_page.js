@@ -87,6 +87,7 @@ class Page {
         this.pinned = true;
         this.goTo(trace, trace.picked < 0 ? 0 : trace.picked + way);
       });
+      trace.grid.addEventListener("click", (event) => this.chooseHead(trace, event));
       trace.text.addEventListener("scroll", () => this.follow(trace), { passive: true });
       trace.map.addEventListener("click", (event) => {
         this.pinned = true;
@@ -130,6 +131,7 @@ class Page {
     const rate = Math.max(4, last / 15); // steps per second; a long text takes 15 seconds
     let place = $("slider").valueAsNumber, before = performance.now();
     this.label("Pause", "❚❚");
+    $("card").setAttribute("aria-live", "off");
     const frame = (now) => {
       place += (rate * (now - before)) / 1000;
       before = now;
@@ -145,11 +147,20 @@ class Page {
     cancelAnimationFrame(this.playing);
     this.playing = 0;
     this.label("Play", "▶");
+    $("card").setAttribute("aria-live", "polite");
   }
 
   label(word, sign) {
     $("play").setAttribute("aria-label", word);
     $("play").firstElementChild.textContent = sign;
+  }
+
+  chooseHead(trace, event) {
+    const scale = CELL * (trace.grid.clientWidth / parseFloat(trace.grid.style.width));
+    const { layers } = trace.data, column = Math.min(layers.length - 1, Math.floor(event.offsetX / scale));
+    $("layer").value = layers[column];
+    $("head").value = Math.min(trace.data.heads[column] - 1, Math.floor(event.offsetY / scale));
+    this.choose();
   }
 
   choose() {
@@ -274,8 +285,8 @@ class Page {
   /** A picture of all heads: blue holds the entry now, orange gave it up, darker after a longer time. */
   grid(trace, p) {
     const columns = trace.data.layers.length, lines = Math.max(...trace.data.heads), ratio = window.devicePixelRatio || 1;
-    const canvas = el("canvas", "grid"), pen = canvas.getContext("2d");
-    Object.assign(canvas, { width: columns * CELL * ratio, height: lines * CELL * ratio });
+    const canvas = trace.grid, pen = canvas.getContext("2d");
+    Object.assign(canvas, { width: columns * CELL * ratio, height: lines * CELL * ratio }); // clears it
     Object.assign(canvas.style, { width: `${columns * CELL}px`, height: `${lines * CELL}px` });
     pen.scale(ratio, ratio);
     const chosen = new Set(trace.rows);
@@ -288,14 +299,7 @@ class Page {
       pen.fillStyle = holds ? this.colours.held : there ? gone : this.colours.edge;
       pen.fillRect(column * CELL, head * CELL, CELL - 1, CELL - 1);
     });
-    canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `${held} of ${trace.heads.length} heads of all layers hold it now`);
-    canvas.addEventListener("click", (event) => {
-      const scale = canvas.clientWidth / (columns * CELL);
-      $("layer").value = trace.data.layers[Math.floor(event.offsetX / CELL / scale)];
-      $("head").value = Math.floor(event.offsetY / CELL / scale);
-      this.choose();
-    });
     return el("div", "", el("h3", "", "Layers across, heads down"), canvas);
   }
 }
@@ -304,6 +308,7 @@ class Page {
   try {
     const data = JSON.parse($("data").textContent);
     window.kvpolicyTrace = new Page(data, await unpack(data.blob));
+    $("main").setAttribute("aria-busy", "false");
   } catch (error) {
     $("failure").textContent = `The trace cannot be shown: ${error.message}. Use a newer browser, or write the page again.`;
     $("failure").hidden = false;

@@ -31,7 +31,7 @@ def open_trace(page_at, tmp_path):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.html"
         path.write_text(trace_page(shown, "tiny", same_text=same_text), encoding="utf-8")
         opened = page_at(path, width=width, **context)
-        opened.page.wait_for_function("window.kvpolicyTrace")
+        opened.page.locator("main[aria-busy=false]").wait_for()
         return opened
 
     return show
@@ -54,7 +54,7 @@ def settle(page):
 
 def classes(page, panel=0):
     return page.evaluate(
-        "(n) => kvpolicyTrace.traces[n].panel.querySelectorAll('[data-i]').values().map((s) => [...s.classList]).toArray()",
+        "(n) => Array.from(kvpolicyTrace.traces[n].panel.querySelectorAll('[data-i]'), (span) => [...span.classList])",
         panel,
     )
 
