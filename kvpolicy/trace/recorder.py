@@ -74,13 +74,13 @@ class Recorder:
             CacheStateError: the cache is not the one that was recorded, or nothing has gone through it.
         """
         engine = cache.engine
-        engine.settle()
         if not engine.rows or engine.rows[0].compactions != len(self._seen):
             raise CacheStateError(
                 f"recording: the cache has not made the {len(self._seen)} compactions that were recorded; give the "
                 "cache that was made with watch(policy), after a text has gone through it."
             )
         _one_row(len(engine.rows))
+        engine.settle()
         row = engine.rows[0]
         heads = tuple(engine.stores[layer].shape.heads for layer in engine.layers)
         evicted = torch.zeros(sum(heads), row.seen, dtype=torch.int32)
