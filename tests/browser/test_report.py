@@ -102,7 +102,8 @@ def test_plots_are_drawn(page_at, report):
                 return inner.left < box.left - 2 || inner.right > box.right + 2 || inner.bottom > box.bottom + 2;
             });
             return {width: box.width, height: box.height, lines: seen.length,
-                    title: svg.querySelector('title').textContent, texts: svg.querySelectorAll('text').length, outside: outside.map(text => text.textContent)};
+                    title: svg.querySelector('title').textContent,
+                    texts: svg.querySelectorAll('text').length, outside: outside.map(text => text.textContent)};
         })"""
     )
     # Of each dataset's metrics: budgets in two facets of two parts, one front, a forest in each of six conditions.
@@ -143,7 +144,7 @@ def test_text_stands_out_from_the_paper(page_at, report, scheme):
 
     paper = brightness(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert (paper > 0.5) == (scheme == "light")
-    chosen = ("p", ".note", "a", ".interval", "caption", ".worse")
+    chosen = ("p", ".note", "a", ".interval", "figcaption", ".worse")
     colours = {name: page.locator(name).first.evaluate("e => getComputedStyle(e).color") for name in chosen}
     colours["plot"] = page.locator("figure svg text").first.evaluate("e => getComputedStyle(e).fill")
     for name, colour in colours.items():
@@ -173,5 +174,5 @@ def test_nothing_in_the_results_becomes_code(page_at, report):
 def test_links_lead_somewhere(page_at, report):
     page = page_at(report).page
     for link in page.locator("nav a").all():
-        link.click()
+        link.evaluate("e => e.click()")
         assert page.locator(page.evaluate("location.hash")).is_visible()

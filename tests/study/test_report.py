@@ -134,6 +134,8 @@ def test_what_was_swapped_is_named(made):
         "mixer.weight",
         "mixer.weight + importance",
     ]
+    values = [effect.value for effect in measure.effects["budget=64, protect.prompt=true"]]
+    assert values == ["key_norm", "0.5", "0.5, key_norm"]
     assert len(list(report.effects("exact"))) == 12
 
 

@@ -57,6 +57,7 @@ class Effect:
         entry: the variant.
         comparison: the difference, with its intervals and p values.
         swapped: what differs from the baseline: a component, a parameter, or several.
+        value: what the variant has there; its name if that says more.
         better, worse, same: numbers of the problems on which the variant is better, worse, equal.
         verdict: ``better`` or ``worse`` if the corrected p value is below `SIGNIFICANT`, else empty.
     """
@@ -64,6 +65,7 @@ class Effect:
     entry: Entry
     comparison: Comparison
     swapped: str
+    value: str
     better: tuple[int, ...]
     worse: tuple[int, ...]
     same: tuple[int, ...]
@@ -296,7 +298,7 @@ def _effects(entries: Sequence[Entry], metric: str, baseline: str, axes: Sequenc
             Effect(
                 entry,
                 comparison,
-                _swapped(entry, base, axes),
+                *_swapped(entry, base, axes),
                 tuple(number for number, by in change.items() if by > 0),
                 tuple(number for number, by in change.items() if by < 0),
                 tuple(number for number, by in change.items() if by == 0),
@@ -306,16 +308,20 @@ def _effects(entries: Sequence[Entry], metric: str, baseline: str, axes: Sequenc
     return found
 
 
-def _swapped(entry: Entry, base: Entry, axes: Sequence[str]) -> str:
-    """Return what differs between a variant and the baseline: paths of the axes, for whole policies their parts."""
+def _swapped(entry: Entry, base: Entry, axes: Sequence[str]) -> tuple[str, str]:
+    """Return what differs between a variant and the baseline, and what it is in the variant.
+
+    What differs are paths of the axes; for whole policies, their parts.
+    """
     mine, its = entry.row.cell, base.row.cell
     if its.name == REFERENCE:
-        return "the whole cache"
+        return "the whole cache", mine.name
     paths = [path for path in axes if mine.settings.get(path) != its.settings.get(path)]
     if POLICY in paths:
         a, b = policy_data(mine), policy_data(its)
         parts = [field for field in {**b, **a} if field not in _TEXTS and a.get(field) != b.get(field)]
         if len(paths) == 1 and 0 < len(parts) <= _MOST_PARTS:
-            return " + ".join(parts)
-        return "whole policy"
-    return " + ".join(paths) or "variant"
+            return " + ".join(parts), mine.name
+        return "whole policy", mine.name
+    values = [mine.settings[path] for path in paths if path in mine.settings]
+    return " + ".join(paths) or "variant", ", ".join(values) if len(values) == len(paths) > 0 else mine.name

@@ -13,7 +13,7 @@ from kvpolicy.study.report.plots import budget_plots, forest_plot, front_plot
 
 _OPEN_ROWS: Final = 30  # a longer table is folded
 _PER_LINE: Final = 100
-_STEP, _HEIGHT = 3, 16  # px of a problem in a strip
+_STEP, _HEIGHT = 4, 16  # px of a problem in a strip
 
 
 def html(report: Report) -> str:
@@ -98,7 +98,7 @@ def _strip(effect: Effect) -> dict[str, object]:
     place = {number: divmod(i, _PER_LINE) for i, number in enumerate(order)}
 
     def path(chosen: tuple[int, ...], start: int, line: str) -> str:
-        at = ((_STEP * column + 1.5, _HEIGHT * row + start) for row, column in map(place.__getitem__, chosen))
+        at = ((_STEP * column + 2, _HEIGHT * row + start) for row, column in map(place.__getitem__, chosen))
         return "".join(f"M{x:g} {y}{line}" for x, y in at)
 
     return {

@@ -17,7 +17,7 @@ from kvpolicy.study.report.drawing import BAD, BAND, GOOD, GRID, INK, MUTED, PAP
 
 _MARKERS: Final = ("s", "^", "D", "v", "P")
 _DASHES: Final = ((0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (8, 2)))
-_LEGEND_WIDTH, _LABEL_WIDTH = 48, 28  # characters
+_LEGEND_WIDTH, _LABEL_WIDTH = 52, 28  # characters
 _LOGARITHMIC: Final = 8  # an axis whose ends are this far apart has equal steps for equal factors
 _UNITS: Final = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -195,8 +195,10 @@ def forest_plot(effects: Sequence[Effect], name: str, where: str) -> Plot:
     for effect in effects:
         if effect.swapped not in [text for text, head in lines if head is None]:
             lines.append((effect.swapped, None))
-        lines.append((effect.entry.row.cell.name, effect))
-    with figure(0.75 + 0.2 * len(lines)) as (made, axes):
+        lines.append((effect.value, effect))
+    labels = ["" if effect is None else "\n".join(_wrapped(text, _LABEL_WIDTH)) for text, effect in lines]
+    room = 0.27 if any("\n" in label for label in labels) else 0.2
+    with figure(0.75 + room * len(lines)) as (made, axes):
         for height, effect in ((i, effect) for i, (_, effect) in enumerate(lines) if effect is not None):
             difference = effect.comparison.difference
             colour = {"better": GOOD, "worse": BAD}.get(effect.verdict, INK)
@@ -211,9 +213,7 @@ def forest_plot(effects: Sequence[Effect], name: str, where: str) -> Plot:
                 linewidth=1.6,
             )
         axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_yticks(
-            range(len(lines)), [_shortened(text) if of is not None else "" for text, of in lines], fontsize=9.5
-        )
+        axes.set_yticks(range(len(lines)), labels, fontsize=9.5 if room == 0.2 else 8, linespacing=1)
         for height, (text, _) in ((i, line) for i, line in enumerate(lines) if line[1] is None):
             place = {"xycoords": ("figure fraction", "data"), "va": "center", "fontsize": 9.5, "fontweight": "bold"}
             # Heads may reach into the plot, where nothing else stands on their line.
@@ -243,9 +243,7 @@ def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
     ]
 
 
-def _wrapped(series: str) -> list[str]:
-    return textwrap.wrap(series, _LEGEND_WIDTH, max_lines=2, placeholder=" …") or [series]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LABEL_WIDTH else f"{text[: _LABEL_WIDTH - 1]}…"
+def _wrapped(name: str, width: int = _LEGEND_WIDTH) -> list[str]:
+    # A name may be broken after "=" too.
+    lines = textwrap.wrap(name.replace("=", "= "), width, max_lines=2, placeholder=" …")
+    return [line.replace("= ", "=") for line in lines] or [name]
