@@ -144,9 +144,16 @@ class QueryLog:
 
     def gather(self, layer: int, window: Window) -> Tensor:
         """Return the queries `[B, Hq, Q, D]` that `window` describes."""
-        queries = torch.cat([r.queries[layer] for r in self.records], 2)
         if window.index is None:
-            return queries[:, :, -window.positions.shape[1] :]
+            # Records may hold far more than the window, and these tensors live as long as a compaction.
+            wanted, parts = window.positions.shape[1], []
+            for record in reversed(self.records):
+                parts.append(record.queries[layer][:, :, -wanted:])
+                wanted -= parts[-1].shape[2]
+                if wanted <= 0:
+                    break
+            return torch.cat(parts[::-1], 2)
+        queries = torch.cat([r.queries[layer] for r in self.records], 2)
         index = window.index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
         return queries.gather(2, index)
 

@@ -6,23 +6,26 @@ search: it walks over blocks of keys from the newest backwards and drops a row a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvpolicy.ops.attention import masked_softmax
 from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.types import Keys, Mask, Scores
 
-_TINY = 1e-30
 _FIXED_POINT = 2.0**32
 _FIRST = 16  # columns of the first block: most keys find a similar one among them
 _WIDER = 8  # the next block of those that did not is so many times as wide
 _COPIED = 1 << 18  # numbers that are copied at a time, where copies are needed
-_TILE = 1 << 17  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
+_TILE = 1 << 16  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
 _WIDEST = 1 << 14  # columns are counted in int16
+_KEY = 64  # numbers of a key, about: columns are copied too
+_PADDING = 1 << 14  # products that may be computed for nothing to save one more step
 
 
 @dispatched
@@ -93,20 +96,21 @@ def mean_similarity(
         step = max(1, _TILE // (count * _FIRST))
         for first in range(0, batch * heads, step):
             some = slice(first, first + step)
-            _exempt(mean[some], flat[some], held[some], inverse[some], threshold, beta, spare, index_zero)
-    mean /= held.sum(dim=-1, keepdim=True).clamp(min=1)
-    return mean.masked_fill_(~held, 0.0).reshape(batch, heads, count)
+            _exempt(mean[some], flat[some], held[some], inverse[some], masked, threshold, beta, spare, index_zero)
+    mean /= held.sum(dim=-1, keepdim=True).clamp_(min=1)
+    return (mean.masked_fill_(~held, 0.0) if masked else mean).reshape(batch, heads, count)
 
 
 def _directions(keys: Tensor, held: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Return 1 / norm `[M, N]` (0 for zero keys and what takes no part), and the sum of the directions `[M, D, 1]`."""
+    """Return 1 / norm `[M, N]` (0 for zero keys and what takes no part), and the sum of the directions `[M, 1, D]`."""
     inverse = torch.empty(held.shape, dtype=torch.float32, device=keys.device)
-    total = torch.zeros(keys.shape[0], keys.shape[2], 1, dtype=torch.float32, device=keys.device)
+    total = torch.zeros(keys.shape[0], 1, keys.shape[2], dtype=torch.float32, device=keys.device)
     for part in _parts(keys, masked):
         some = _plain(keys[:, part], held[:, part], masked)
-        squares = torch.linalg.vecdot(some, some)
-        inverse[:, part] = torch.rsqrt(squares.clamp(min=_TINY)).masked_fill_(squares == 0, 0.0)
-        total += torch.matmul(some.transpose(1, 2), inverse[:, part].unsqueeze(-1))
+        norm = torch.linalg.vector_norm(some, dim=-1)
+        inverse[:, part] = norm.reciprocal().masked_fill_(norm == 0, 0.0)
+        # The vector on the left: the other way round a batch of such products is ten times slower on a CPU.
+        total += torch.matmul(inverse[:, None, part], some)
     return inverse, total
 
 
@@ -115,7 +119,7 @@ def _sums(keys: Tensor, held: Tensor, inverse: Tensor, total: Tensor, masked: bo
     sums = torch.empty_like(inverse)
     for part in _parts(keys, masked):
         some = _plain(keys[:, part], held[:, part], masked)
-        sums[:, part] = torch.matmul(some, total).squeeze(-1)
+        sums[:, part] = torch.matmul(total, some.transpose(1, 2)).squeeze(1)
     return sums.mul_(inverse).sub_((inverse > 0).float())
 
 
@@ -135,18 +139,25 @@ class _Search(NamedTuple):
     """Some rows of `g` heads that still lack exemptions.
 
     Attributes:
-        heads: int64 `[g]`.
+        heads: the `g` heads.
         rows: int64 `[g, r]`, the keys that pick.
         quota: int64 `[g, r]`, exemptions that they lack; 0 for padding.
+        first: the first row where rows lie side by side and are the same in all heads, or None.
         high: columns from here on have been searched.
         block: columns to search next.
     """
 
-    heads: Tensor
+    heads: Sequence[int]
     rows: Tensor
     quota: Tensor
+    first: int | None
     high: int
     block: int
+
+    @property
+    def low(self) -> int:
+        """The first column to search next."""
+        return max(self.high - self.block, 0)
 
 
 def _exempt(
@@ -154,112 +165,131 @@ def _exempt(
     keys: Tensor,
     held: Bool[Tensor, "M N"],
     inverse: Float32[Tensor, "M N"],
+    masked: bool,
     threshold: float,
     beta: int,
     spare: str,
     index_zero: bool,
 ) -> None:
     """Subtract from `mean`, in place, the similarities that each key's sum must lose."""
-    total, count, dim = keys.shape
+    total, count, _ = keys.shape
     # Integers add up to the same sum in any order, so a batch equals its rows and a GPU equals itself.
     lost = torch.zeros(total * count, dtype=torch.int64, device=keys.device)
     lonely = torch.zeros(total * count, dtype=torch.bool, device=keys.device)
-    heads, every = torch.arange(total, device=keys.device), torch.arange(count, device=keys.device)
+    every = torch.arange(count, device=keys.device)
+    ordinals = torch.arange(1, min(count, _WIDEST) + 1, dtype=torch.int16, device=keys.device).unsqueeze(-1)
     step = max(_FIRST, _TILE // (total * _FIRST))
     work = []
     for first in range(0, count, step):
         rows = every[first : first + step].expand(total, -1)
-        work.append(_Search(heads, rows, held[:, first : first + step].to(torch.int64) * beta, count, _FIRST))
+        work.append(_Search(range(total), rows, held[:, first : first + step].long() * beta, first, count, _FIRST))
     while work:
-        heads, rows, quota, high, block = work.pop()
-        low = max(high - block, 0)
-        offset = heads.unsqueeze(-1) * count
+        search = work.pop()
+        rows, quota, low = search.rows, search.quota, search.low
+        offset = torch.tensor([[head * count] for head in search.heads], device=keys.device)
         at = offset + rows
-        if high == count:  # everybody's first look, in contiguous pieces
-            picking = keys[:, rows[0, 0] : rows[0, -1] + 1].float()
-        else:
-            picking = keys.reshape(total * count, dim)[at].float()
-        columns = _plain(keys[heads, low:high], held[heads, low:high]) * inverse[heads, low:high].unsqueeze(-1)
-        dot = torch.matmul(picking, columns.transpose(-1, -2))
-        _clear_own(dot, rows - low)
+        dot, scale = _dots(keys, held, inverse, masked, search)
         # Norms stand on the other side of the comparison, so that no key is copied to be normalised.
-        scale = inverse.reshape(-1)[at]
-        similar = (dot > (threshold / scale).unsqueeze(-1)) * _ordinals(high - low, keys.device)
-        for _ in range(min(beta, high - low)):
-            newest = similar.amax(dim=-1)
+        similar = (dot > (threshold / scale).unsqueeze(1)) * ordinals[: search.high - low]
+        for _ in range(min(beta, search.high - low)):
+            newest = similar.amax(dim=1)
             hit = (newest > 0) & (quota > 0)
-            column = (newest.to(torch.int64) - 1).clamp(min=0)
-            pair = dot.gather(-1, column.unsqueeze(-1)).squeeze(-1) * scale
-            target = offset + column + low if spare == "newest" else at
-            amount = (pair * _FIXED_POINT).masked_fill(~hit, 0.0).to(torch.int64)
+            column = newest.long().sub_(1).clamp_(min=0)
+            pair = dot.gather(1, column.unsqueeze(1)).squeeze(1) * scale
+            target = offset + low + column if spare == "newest" else at
+            amount = (pair * _FIXED_POINT).masked_fill_(~hit, 0.0).long()
             lost.scatter_add_(0, target.reshape(-1), amount.reshape(-1))
-            quota = quota - hit.to(torch.int64)
+            quota = quota - hit.long()
             if beta > 1:
-                similar.scatter_(-1, column.unsqueeze(-1), 0)
+                similar.scatter_(1, column.unsqueeze(1), 0)
                 if not bool(hit.any()):
                     break
         if low > 0:
-            work.extend(_unresolved(_Search(heads, rows, quota, low, block)))
+            work.extend(_unresolved(search, quota))
         elif index_zero:
             lonely[at[quota == beta]] = True
-    mean -= lost.to(torch.float32).div_(_FIXED_POINT).reshape(total, count)
     if index_zero:
-        mean -= _oldest_instead(keys, held, inverse, lonely.reshape(total, count), spare == "newest")
+        _exempt_oldest(lost, keys, held, inverse, lonely.reshape(total, count), spare == "newest")
+    mean -= lost.to(torch.float32).div_(_FIXED_POINT).reshape(total, count)
 
 
-def _ordinals(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, count + 1, dtype=torch.int16, device=device)
+def _dots(
+    keys: Tensor, held: Tensor, inverse: Tensor, masked: bool, search: _Search
+) -> tuple[Float32[Tensor, "g C r"], Float32[Tensor, "g r"]]:
+    """Return products of the keys that pick with the directions of the columns to search, and 1 / norm of the former.
+
+    The product of a key with itself is below any threshold.
+    """
+    heads, rows, first, high, low = search.heads, search.rows, search.first, search.high, search.low
+    among = slice(low, high)
+    if first is not None:
+        span = slice(first, first + rows.shape[1])
+        picking, scale = keys[:, span], inverse[:, span]
+        columns = _plain(keys[:, among], held[:, among], masked) * inverse[:, among].unsqueeze(-1)
+    else:
+        picking = _joined([keys[h].index_select(0, some) for h, some in zip(heads, rows.unbind(), strict=True)])
+        scale = _joined([inverse[h].index_select(0, some) for h, some in zip(heads, rows.unbind(), strict=True)])
+        columns = _joined(
+            [_plain(keys[h, among], held[h, among], masked) * inverse[h, among].unsqueeze(-1) for h in heads]
+        )
+    dot = torch.matmul(columns, picking.float().transpose(1, 2))
+    if first is None:
+        column = rows - low
+        inside = (column >= 0) & (column < high - low)
+        index = column.clamp_(0, high - low - 1).unsqueeze(1)
+        dot.scatter_(1, index, dot.gather(1, index).masked_fill_(inside.unsqueeze(1), -torch.inf))
+    else:
+        start, stop = max(low, first), min(high, span.stop)
+        if start < stop:
+            own = dot[:, start - low : stop - low, start - first : stop - first]
+            own.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return dot, scale
 
 
-def _clear_own(cosine: Float32[Tensor, "M R C"], column: Tensor) -> None:
-    """Put the similarity of each row with itself, at `column` if inside the block, below any threshold."""
-    width = cosine.shape[-1]
-    inside = (column >= 0) & (column < width)
-    index = column.clamp(0, width - 1).unsqueeze(-1)
-    cosine.scatter_(-1, index, cosine.gather(-1, index).masked_fill(inside.unsqueeze(-1), -torch.inf))
-
-
-def _unresolved(done: _Search) -> list[_Search]:
-    """Pack the rows that still lack exemptions; heads with similar numbers of them stay together."""
-    heads, rows, quota, low, block = done
-    lacking = quota > 0
-    numbers = lacking.sum(dim=-1).tolist()
+def _unresolved(done: _Search, quota: Tensor) -> list[_Search]:
+    """Pack the rows that still lack exemptions, by the new `quota`; heads with similar numbers of them together."""
+    lacking = [mask.nonzero().squeeze(-1) for mask in (quota > 0).unbind()]
+    numbers = [index.numel() for index in lacking]
+    block = _WIDER * done.block
     groups: list[list[int]] = []
     for index in sorted((i for i, number in enumerate(numbers) if number), key=lambda i: -numbers[i]):
         largest = numbers[groups[-1][0]] if groups else 0
-        fits = groups and 2 * numbers[index] >= largest and (len(groups[-1]) + 1) * largest * block <= _TILE
-        if fits:
+        padding = (largest - numbers[index]) * block
+        if groups and padding <= _PADDING and (len(groups[-1]) + 1) * largest * block <= _TILE:
             groups[-1].append(index)
         else:
             groups.append([index])
     packed = []
     for group in groups:
-        members = torch.tensor(group, device=heads.device)
-        width = numbers[group[0]]
-        mask = lacking[members]
-        rank = (mask.cumsum(dim=-1) - 1).masked_fill(~mask, width)
-        blank = torch.zeros((len(group), width + 1), dtype=torch.int64, device=heads.device)
-        packed_rows = blank.scatter(-1, rank, rows[members])[:, :width]
-        packed_quota = blank.scatter(-1, rank, quota[members])[:, :width]
-        wider = min(_WIDER * block, max(_FIRST, _TILE // (len(group) * width)), _WIDEST)
-        packed.append(_Search(heads[members], packed_rows, packed_quota, low, wider))
+        rows = pad_sequence([done.rows[i].index_select(0, lacking[i]) for i in group], batch_first=True)
+        left = pad_sequence([quota[i].index_select(0, lacking[i]) for i in group], batch_first=True)
+        wider = min(block, max(_FIRST, _TILE // max(rows.numel(), len(group) * _KEY)), _WIDEST)
+        packed.append(_Search([done.heads[i] for i in group], rows, left, None, done.low, wider))
     return packed
 
 
-def _oldest_instead(
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Stack tensors; a single one is not copied."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+
+def _exempt_oldest(
+    lost: Tensor,
     keys: Tensor,
     held: Bool[Tensor, "M N"],
     inverse: Float32[Tensor, "M N"],
     lonely: Bool[Tensor, "M N"],
     spare_newest: bool,
-) -> Float32[Tensor, "M N"]:
-    """Similarities lost because a key without similar keys picked the oldest one."""
-    is_oldest = held & (held.cumsum(dim=-1) == 1)
-    first = is_oldest.to(torch.int64).argmax(dim=-1)[:, None, None].expand(-1, 1, keys.shape[2])
-    scale = inverse.masked_fill(~is_oldest, 0.0).sum(dim=-1)[:, None, None]
-    oldest = torch.where(scale > 0, keys.gather(1, first).float() * scale, 0.0).transpose(1, 2)
-    pair = torch.empty_like(inverse)
-    for part in _parts(keys, True):
-        pair[:, part] = torch.matmul(_plain(keys[:, part], held[:, part]), oldest).squeeze(-1) * inverse[:, part]
-    pair = pair.masked_fill_(~lonely | is_oldest, 0.0)
-    return torch.where(is_oldest, pair.sum(dim=-1, keepdim=True), 0.0) if spare_newest else pair
+) -> None:
+    """Add to `lost` the similarities of keys without similar ones to the oldest key, which they pick instead."""
+    found = lonely.nonzero()
+    if found.shape[0] == 0:
+        return
+    first = held.to(torch.uint8).argmax(dim=-1)
+    for some in found.split(max(1, _TILE // keys.shape[2])):
+        head, row = some.unbind(1)
+        oldest = first[head]
+        one, other = keys[head, oldest].float(), keys[head, row].float()
+        pair = torch.linalg.vecdot(one, other) * inverse[head, oldest] * inverse[head, row]
+        amount = (pair * _FIXED_POINT).masked_fill_(row == oldest, 0.0).long()
+        lost.scatter_add_(0, head * keys.shape[1] + (oldest if spare_newest else row), amount)

@@ -189,3 +189,12 @@ def test_a_clone_goes_its_own_way():
     assert twin.window().positions.tolist() == [[2, 3, 4]]
     twin.crop(1)
     assert feeder.window() == [[22, 23, 24]]
+
+
+def test_what_is_gathered_holds_on_to_nothing_but_the_window():
+    feeder = Feeder(8)
+    for _ in range(3):
+        feeder.feed("x" * 72)
+    feeder.feed("x")
+    queries = feeder.log.gather(1, feeder.log.window())
+    assert queries.untyped_storage().nbytes() == queries.numel() * queries.element_size() == 4 * 8 * 3 * 4
