@@ -40,6 +40,8 @@ class Forward:
 
     def plan_on(self, device: torch.device) -> WritePlan:
         """Return the write plan with its tensors on `device`."""
+        if self.plan.positions.device == device and self.plan.row is None:
+            return self.plan
         if device not in self._plans:
             tensors = {
                 name: value.to(device)

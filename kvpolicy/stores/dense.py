@@ -112,7 +112,7 @@ class DenseStore:
         self.positions = torch.zeros(lead, dtype=torch.int32, device=shape.device)
         self.rope_positions = torch.zeros_like(self.positions) if re_rotates else self.positions
         self.state = {s.name: torch.zeros(lead, dtype=s.dtype, device=shape.device) for s in self.states}
-        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._open: list[tuple[Tensor, ...]] = []
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by `change` of it."""
@@ -120,8 +120,7 @@ class DenseStore:
         self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
         self.rope_positions = self.positions if shared else change(self.rope_positions)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
-        # One layer's views, made once: indexing an arena for every layer of every token is measurable.
-        self._pairs = {layer: (self.keys[i], self.values[i]) for layer, i in self.index.items()}
+        self._open = []  # views would keep the old arenas
 
     def resize(self, capacity: int, used: int) -> None:
         """Give every arena `capacity` slots, keeping the first `used`."""
@@ -148,16 +147,23 @@ class DenseStore:
         return twin
 
     def append_slots(self, plan: WritePlan) -> None:
-        """Write positions and fresh slot state of the new tokens, for all layers at once."""
+        """Write positions and fresh slot state of the new tokens, for all layers at once; `append` follows."""
         fills = [(self.state[s.name], s.fill) for s in self.states]
-        if plan.start is not None:
-            span = slice(plan.start, plan.start + plan.width)
+        start, end = plan.start, plan.end
+        arenas = [self.keys, self.values]
+        used = [arena.narrow(3, 0, end).unbind(0) for arena in arenas]
+        if start is not None:
+            # All layers' views at once: making them for one layer of one token at a time is measurable.
+            new = [arena.narrow(3, start, plan.width).unbind(0) for arena in arenas]
+            self._open = list(zip(*used, *new, strict=True))
+            span = slice(start, start + plan.width)
             self.positions[:, :, :, span] = plan.positions
             if self.rope_positions is not self.positions:
                 self.rope_positions[:, :, :, span] = plan.rope_positions
             for tensor, fill in fills:
                 tensor[:, :, :, span] = fill
             return
+        self._open = list(zip(*used, strict=True))
         row, slot = plan.row, plan.slot
         # Advanced indices that are kept apart by a slice come first in the result: [M, L, H].
         self.positions[:, row, :, slot] = plan.positions[:, None, None]
@@ -167,16 +173,21 @@ class DenseStore:
             tensor[:, row, :, slot] = fill
 
     def append(self, layer: int, keys: Tensor, values: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
-        """Copy one layer's new keys `[B, H, q, D]` and values into place; return views over all slots in use."""
-        all_keys, all_values = self._pairs[layer]
-        if plan.start is not None:
-            slots = all_keys.narrow(2, plan.start, plan.width), all_values.narrow(2, plan.start, plan.width)
-            torch._foreach_copy_(slots, (keys, values))
+        """Copy one layer's new keys `[B, H, q, D]` and values into place; return views over all slots in use.
+
+        Args:
+            layer: index of the layer as transformers counts.
+            keys, values: what is new.
+            plan: the one that `append_slots` was given last.
+        """
+        all_keys, all_values, *new = self._open[self.index[layer]]
+        if new:
+            torch._foreach_copy_(new, (keys, values))
         else:
             row, column, slot = plan.row, plan.column, plan.slot
             all_keys[row, :, slot] = keys[row, :, column]
             all_values[row, :, slot] = values[row, :, column]
-        return all_keys.narrow(2, 0, plan.end), all_values.narrow(2, 0, plan.end)
+        return all_keys, all_values
 
     def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
         """Return all slots in use of a layer, without copying.

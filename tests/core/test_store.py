@@ -182,3 +182,12 @@ def test_bytes_are_those_of_the_tensors():
     assert store.bytes_per_entry == (4 + 6) * 2
     assert store.bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4)
     assert make(re_rotates=True).bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4 + 4)
+
+
+def test_growing_lets_go_of_the_old_arena():
+    store = make()
+    fill(store, 5)
+    old = store.keys.untyped_storage()._weak_ref()
+    store.resize(16, 5)
+    assert torch.UntypedStorage._expired(old)
+    torch.UntypedStorage._free_weak_ref(old)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import UnsupportedError
@@ -168,3 +170,34 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def packs(function: AttentionFunction, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether `packed_attention` may stand in for a model's attention function that is given one token and no mask."""
+    return (
+        function is sdpa_attention_forward
+        and query.is_cpu
+        and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None
+        and not kwargs.get("output_attentions")
+    )
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend from one token to everything: what sdpa computes, with the query heads of a KV head side by side.
+
+    On a CPU sdpa reads keys and values once per query head, and like this once per KV head.
+
+    Args:
+        query: `[B, Hq, 1, D]`.
+        key: `[B, H, N, D]`.
+        value: `[B, H, N, Dv]`.
+        scale: factor of the logits.
+
+    Returns:
+        `[B, 1, Hq, Dv]`.
+    """
+    packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    return scaled_dot_product_attention(packed, key, value, scale=scale).reshape(
+        query.shape[0], 1, query.shape[1], value.shape[3]
+    )

@@ -10,7 +10,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import ops
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import AttentionFunction, additive, mark, output_weight
+from kvpolicy.runtimes.hf.attention import (
+    AttentionFunction,
+    additive,
+    mark,
+    output_weight,
+    packed_attention,
+    packs,
+)
 from kvpolicy.stores import Base
 from kvpolicy.viewing import LayerFacts
 
@@ -100,10 +107,14 @@ class EvictingLayer(CacheLayerMixin):
             engine.record(self.layer_idx, query, facts)
             self.session.unattended = None
             return attended, None
-        if mask is None:
-            allowed = forward.mask_on(key.device, explicit=base == "eager")
-            mask = additive(allowed, query.dtype) if base == "eager" else allowed
-        output = function(module, engine.turn_queries(self.layer_idx, query), key, value, mask, **kwargs)
+        turned = engine.turn_queries(self.layer_idx, query)
+        if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
+            output: tuple[Tensor, Tensor | None] = packed_attention(turned, key, value, facts.scale), None
+        else:
+            if mask is None:
+                allowed = forward.mask_on(key.device, explicit=base == "eager")
+                mask = additive(allowed, query.dtype) if base == "eager" else allowed
+            output = function(module, turned, key, value, mask, **kwargs)
         engine.record(self.layer_idx, query, facts)
         self.session.unattended = None
         return output
