@@ -19,6 +19,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError, did_you_mean
+from kvpolicy.ops import arguments
 
 BACKENDS: Final = ("auto", "torch", "triton")
 """What the field `backend` of a policy may say."""
@@ -120,11 +121,15 @@ def dispatched(definition: Callable[P, R]) -> Callable[P, R]:
     """Let an operation, given by its plain-torch definition, run on the backend asked for.
 
     With ``auto`` a call that a backend refuses goes to torch; with a backend's name it raises UnsupportedError.
+    Arguments that do not fit together raise ValueError whatever the backend.
     """
     op = definition.__name__
+    check: Callable[..., None] | None = getattr(arguments, op, None)
 
     @functools.wraps(definition)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if check is not None:
+            check(*args, **kwargs)
         name = requested()
         if name != "torch":
             first: Any = args[0] if args else next(iter(kwargs.values()))

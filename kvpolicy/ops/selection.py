@@ -13,7 +13,7 @@ def top_k(scores: Scores, counts: Counts, protected: Mask, valid: Mask, *, width
     """Keep the protected slots and then those with the highest scores, exactly `counts` of them per head.
 
     Args:
-        scores: fp32 `[B, H, N]`, finite where `valid`; higher = keep. Equal scores go to the lowest slot.
+        scores: fp32 `[B, H, N]`; higher = keep. Equal scores go to the lowest slot; NaN ranks below every finite score.
         counts: int64 `[B, H]`, `protected & valid <= counts <= valid` in number.
         protected: bool `[B, H, N]`; only valid slots are protected.
         valid: bool `[B, H, N]`; no other slot is kept.
@@ -24,7 +24,10 @@ def top_k(scores: Scores, counts: Counts, protected: Mask, valid: Mask, *, width
     """
     batch, heads, slots = scores.shape
     columns = (int(counts.max()) if counts.numel() else 0) if width is None else width
-    ranked = torch.where(valid, scores, float("-inf")).masked_fill(protected & valid, float("inf"))
+    # Whatever a valid slot scores, it ranks above the others and below the protected ones.
+    lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    finite = scores.nan_to_num(nan=lowest, neginf=lowest, posinf=highest)
+    ranked = finite.masked_fill_(~valid, float("-inf")).masked_fill_(protected & valid, float("inf"))
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     slot = torch.arange(slots, device=scores.device)
     rank = torch.empty_like(order).scatter_(-1, order, slot.expand(batch, heads, slots))
