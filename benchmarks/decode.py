@@ -91,16 +91,43 @@ def run(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> dict
         for lane in lanes:
             lane.prefill(tokens[:, : racing.PROMPT])
         few = {FULL: options.full_tokens} if options.full_tokens else {}
-        blocks = []
-        for begin in range(racing.PROMPT, tokens.shape[1], every):
-            stop = min(begin + every, tokens.shape[1])
-            start = max(begin, stop - block)
+        blocks = sampled_blocks(tokens.shape[1], block, every, case.full_from)
+        at = racing.PROMPT
+        for start, stop in blocks:
             for lane in lanes:
-                lane.feed(tokens[:, begin:start])
+                lane.feed(tokens[:, at:start])
             racing.decode_block(lanes, tokens, start, stop, few)
-            blocks.append((start, stop))
+            at = stop
         peak_resident = cache.stats().peak_resident
     return figures(case, lanes, blocks) | {"peak_resident": peak_resident}
+
+
+def sampled_blocks(length: int, block: int, every: int, full_from: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of the blocks to decode.
+
+    They are the first tokens, those from which on the policy's cache is full, and the last of every `every` tokens.
+    """
+    starts = list(range(racing.PROMPT + every - block, length, every))
+    last = max(racing.PROMPT, length - block)
+    if every > block:
+        starts += [racing.PROMPT, min(full_from, last), last]
+    blocks: list[tuple[int, int]] = []
+    for start in sorted(set(starts)):
+        if not blocks or start >= blocks[-1][1]:
+            blocks.append((start, min(start + block, length)))
+    return blocks
+
+
+def whole_run(lane: Lane, blocks: list[tuple[int, int]], clock: str, stop: int) -> float:
+    """Return the seconds of all tokens of a run: a block's mean at its middle, linear in between.
+
+    Blocks lie at the start and at the end of equal pieces of the text, so their plain mean would favour late tokens.
+    """
+    points = []
+    for start, end in blocks:
+        seconds = [getattr(t, clock) for t in lane.between(start, end)]
+        points.append((start + len(seconds) / 2, _mean(seconds)))
+    return racing.integrated(points, racing.PROMPT, stop)
 
 
 def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dict[str, Any]:
@@ -113,6 +140,8 @@ def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dic
         for lane in lanes
     }
     full, ours = lanes[0].name, lanes[1].name
+    end = racing.PROMPT + case.tokens
+    runs = {clock: {lane.name: whole_run(lane, blocks, clock, end) for lane in lanes} for clock in ("wall", "cpu")}
     found: dict[str, Any] = {
         "batch": case.batch,
         "tokens": case.tokens,
@@ -123,9 +152,12 @@ def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dic
         "median_seconds_per_token": {
             lane.name: [Spread.of([t.wall for t in lane.between(*block)]) for block in blocks] for lane in lanes
         },
-        "tokens_per_second": {lane.name: case.batch / _mean(means[lane.name]["wall"]) for lane in lanes},
+        "run_seconds": runs,
+        "tokens_per_second": {lane.name: case.batch * case.tokens / runs["wall"][lane.name] for lane in lanes},
         "peak_bytes": {lane.name: lane.peak_bytes for lane in lanes},
-        "speed_of_full": {clock: sum(means[full][clock]) / sum(means[ours][clock]) for clock in ("wall", "cpu")},
+        "speed_of_full": {
+            lane.name: {clock: run[full] / run[lane.name] for clock, run in runs.items()} for lane in lanes[1:]
+        },
     }
     if case.evicts:
         # Only blocks in which the policy's cache is as large as the other one.
@@ -140,8 +172,8 @@ def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dic
 
 
 def flatness(lane: Lane, blocks: list[tuple[int, int]], clock: str) -> dict[str, Any]:
-    """Compare the first full block at 1,024 tokens or later with the last one, against the spread inside of blocks."""
-    late = [block for block in blocks if block[0] >= 1024] or blocks
+    """Compare the first full block that reaches 1,024 tokens with the last one, against the spread inside of blocks."""
+    late = [block for block in blocks if block[1] > 1024] or blocks
     times = {block: [getattr(t, clock) for t in lane.between(*block)] for block in blocks}
     first, last = (Spread.of(times[block]).median for block in (late[0], late[-1]))
     # Not the spread of all tokens: a cache that slows down would widen that too.
@@ -184,18 +216,20 @@ def report(results: list[dict[str, Any]], policy: str) -> None:
             r["batch"], r["tokens"], r["budget"],
             " / ".join(f"{speed[name]:.1f}" if name in speed else "-" for name in (FULL, policy, FIXED)),
             f"{press['tokens_per_second']:.1f}" if press else "-",
-            f"{r['speed_of_full']['wall']:.2f}x / {r['speed_of_full']['cpu']:.2f}x",
+            ", ".join(f"{s['wall']:.2f}x / {s['cpu']:.2f}x" for s in r["speed_of_full"].values()),
             f"{share['wall'].text('.0%')} / {share['cpu'].text('.0%')}" if share else "-",
             " / ".join({True: "yes", False: "NO", None: "one block"}[flat[c]["flat"]] for c in flat) if flat else "-",
             f"{r['peak_bytes'][FULL] / measuring.MIB:.0f} / {r['peak_bytes'][policy] / measuring.MIB:.0f}",
         ])  # fmt: skip
     measuring.show(
         f"Decoding with {policy}",
-        ["batch", "tokens", "budget", f"tokens/s full / {policy} / preallocated", "kvpress", "speed of the full cache",
+        ["batch", "tokens", "budget", f"tokens/s full / {policy} / preallocated", "kvpress",
+         f"speed of the full cache: {policy}, preallocated",
          "share of preallocated", "flat", f"KV MiB full / {policy}"],
         rows,
-        f"Tokens/s by wall clock. Pairs of ratios: by wall clock / by {measuring.cpu_clock()}. In brackets: quartiles "
-        "over blocks. kvpress ran afterwards in a process of its own, not interleaved.",
+        "Speeds are of the whole run, integrated over blocks. Tokens/s by wall clock. Pairs of ratios: by wall clock / "
+        f"by {measuring.cpu_clock()}. In brackets: quartiles over blocks. kvpress ran afterwards in a process of its "
+        "own, not interleaved.",
     )  # fmt: skip
     for r in results:
         names = list(r["median_seconds_per_token"])

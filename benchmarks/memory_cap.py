@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +61,6 @@ def sampled_lengths(tokens: int, block: int, steady: int, count: int) -> list[in
     return sorted({PROMPT, *(last - (last - first) * i // max(count - 1, 1) for i in range(count))})
 
 
-def integrated(points: list[tuple[float, float]], start: int, stop: int) -> float:
-    """Return the seconds of all tokens from `start` to `stop`: linear between points, constant outside of them.
-
-    Args:
-        points: (position, seconds per token), by position.
-        start, stop: positions.
-    """
-    before, after = (float(start), points[0][1]), (float(stop), points[-1][1])
-    path = [before, *points, after]
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(path))
-
-
 @torch.no_grad()
 def run(model: PreTrainedModel, policy: Policy, options: argparse.Namespace) -> dict[str, Any]:
     """Decode the sampled blocks with both caches, each at its largest batch."""
@@ -115,7 +102,7 @@ def figures(lane: Lane, rows: int, starts: list[int], block: int, tokens: int) -
             some.append((start + len(times) / 2, sum(seconds) / len(seconds)))
         found["blocks"].append({"start": start, "timed": len(times), "seconds": Spread.of([t.wall for t in times])})
     for clock, some in points.items():
-        found[f"{clock}_seconds"] = integrated(some, PROMPT, PROMPT + tokens)
+        found[f"{clock}_seconds"] = racing.integrated(some, PROMPT, PROMPT + tokens)
         found[f"{clock}_tokens_per_second"] = rows * tokens / found[f"{clock}_seconds"]
     return found
 

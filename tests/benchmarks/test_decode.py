@@ -15,7 +15,8 @@ def test_lanes_hold_what_they_should_and_time_every_token(measured, every):
     assert peak["preallocated"] == 2 * (48 + 4) * entry
     assert peak["rkv"] == 2 * 56 * (entry + 2 * 2 * 4)  # the bound, and a position per KV head
     assert result["peak_resident"] == 56
-    assert result["blocks"] == [[begin, begin + 8] for begin in range(32 + (8 if every else 0), 96, every or 8)]
+    starts = range(32, 96, 8) if every == 0 else [32, 40, 56, 72, 88]
+    assert result["blocks"] == [[start, start + 8] for start in starts]
     for name in ("DynamicCache", "rkv", "preallocated"):
         assert all(spread["count"] == 8 for spread in result["median_seconds_per_token"][name])
     assert result["flat"]["wall"]["at"][0] >= 56
@@ -40,6 +41,20 @@ def test_what_needs_too_much_memory_is_skipped_with_a_sentence(measured, capsys)
     assert report["results"] == []
     assert report["skipped"] == [line for line in capsys.readouterr().out.splitlines() if line]
     assert "--memory" in report["skipped"][0]
+
+
+def test_the_speed_of_a_run_does_not_favour_late_tokens(script):
+    decode = script("decode")
+    from kvbench.lanes import Lane, Token
+    from kvbench.measuring import Sample
+
+    lane, blocks = Lane("full", None, None), decode.sampled_blocks(8224, 128, 2048, 950)
+    assert blocks == [(32, 160), (950, 1078), (1952, 2080), (4000, 4128), (6048, 6176), (8096, 8224)]
+    assert decode.sampled_blocks(48, 8, 16, 56) == [(32, 40), (40, 48)]
+    lane.tokens = [Token(at, Sample(2.0 * at, at)) for start, _ in blocks for at in range(start, start + 16)]
+    true = sum(range(32, 8224))
+    assert decode.whole_run(lane, blocks, "cpu", 8224) == pytest.approx(true, rel=2e-3)
+    assert decode.whole_run(lane, blocks, "wall", 8224) == pytest.approx(2 * true, rel=2e-3)
 
 
 def test_flatness_compares_medians_with_the_spread(script):

@@ -21,9 +21,11 @@ def test_batches_are_the_largest_that_fit(measured):
 
 
 def test_time_is_integrated_over_the_run(script):
-    memory_cap = script("memory_cap")
+    script("memory_cap")
+    from kvbench.lanes import integrated
+
     # Seconds per token grow as the position: constant 2 before 2, the line, constant 6 behind 6.
-    assert memory_cap.integrated([(2.0, 2.0), (6.0, 6.0)], 0, 10) == pytest.approx(2 * 2 + 16 + 4 * 6)
+    assert integrated([(2.0, 2.0), (6.0, 6.0)], 0, 10) == pytest.approx(2 * 2 + 16 + 4 * 6)
 
 
 def test_blocks_begin_at_the_start_where_it_is_full_and_at_the_end(script):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -167,6 +168,18 @@ def decode_block(lanes: Sequence[Lane], tokens: Tensor, start: int, stop: int, f
             lane.decode(tokens[:, first : min(first + TURN, ends[lane.name])], first)
     for lane in lanes:
         lane.close_block(tokens[:, start:stop], ends[lane.name] - start)
+
+
+def integrated(points: list[tuple[float, float]], start: int, stop: int) -> float:
+    """Return the seconds of all tokens from `start` to `stop`: linear between points, constant outside of them.
+
+    Args:
+        points: (position, seconds per token), by position.
+        start, stop: positions.
+    """
+    before, after = (float(start), points[0][1]), (float(stop), points[-1][1])
+    path = [before, *points, after]
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(path))
 
 
 def rows_of_text(count: int, rows: int, model: PreTrainedModel) -> Tensor:
