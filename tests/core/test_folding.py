@@ -26,7 +26,7 @@ def views(rows: slice = slice(0, B)) -> list[CacheView]:
             keys[i, rows, :, :N], values[i, rows, :, :N], positions[rows], valid[rows], 0.3, i, L,
             torch.tensor([9, 4])[rows], torch.tensor([N, N - 7])[rows], torch.zeros(count, dtype=torch.int64),
             queries=torch.randn(count, H, G, Q, D),
-            query_positions=torch.tensor([[N - 4, N - 3, N - 2, N - 1], [N - 11, N - 10, N - 9, N - 8]], dtype=torch.int32)[rows],
+            query_positions=torch.tensor([[N - 4, N - 3, N - 2, N - 1], [N - 11, N - 10, N - 9, N - 8]])[rows].int(),
             query_valid=torch.ones(count, Q, dtype=torch.bool),
             budget=torch.tensor([30, 20])[rows],
         )
