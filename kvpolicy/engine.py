@@ -14,7 +14,7 @@ from kvpolicy import ops
 from kvpolicy.components import Component, Counters
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.observation import Observation
-from kvpolicy.plan import Forward, plan_forward
+from kvpolicy.plan import Forward, check_forward, plan_forward
 from kvpolicy.policy import Policy
 from kvpolicy.query_log import QueryLog, Window
 from kvpolicy.rollback import check_window, slots_to_keep, tokens_to_crop
@@ -89,20 +89,7 @@ class Engine:
             CacheStateError: the batch size changed, or the last forward pass did not finish.
             BudgetError, ScoreError: from the policy.
         """
-        if self.forward is not None and self.forward.pending:
-            raise CacheStateError(
-                f"the last forward pass stopped before layer {min(self.forward.pending)}, so the cache is incomplete; "
-                "call reset() or use a new cache."
-            )
-        if self.rows and batch != len(self.rows):
-            raise CacheStateError(
-                f"the cache holds {len(self.rows)} rows but the forward pass has {batch}; "
-                "use one cache per batch, or batch_select_indices() first."
-            )
-        if valid is not None and valid.shape[0] != batch:
-            raise CacheStateError(
-                f"attention_mask has {valid.shape[0]} rows but the forward pass has {batch}; give one row for each."
-            )
+        check_forward(self.forward, len(self.rows), batch, valid)
         is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
         chunk = self.policy.prefill_chunk
         if is_prefill and chunk is not None and columns > chunk and self.policy.phase != "decode":
@@ -189,8 +176,7 @@ class Engine:
         if not self.log.active:
             return
         if self.observation.active:
-            record = self.log.records[-1]
-            early = queries.shape[2] - record.width
+            early = queries.shape[2] - self.log.records[-1].width
             if early > 0:
                 assert self.forward is not None
                 positions, valid = self.forward.query_positions[:, :early], self.forward.query_valid[:, :early]
@@ -222,11 +208,7 @@ class Engine:
         with ops.using_backend(self.policy.backend):
             for part in parts:
                 self._compact(part)
-        longest = max(row.resident for row in self.rows)
-        bound = self.policy.bound
-        for store in self.stores.distinct():
-            if bound is not None and store.capacity > bound >= longest + max(incoming):
-                store.resize(bound, longest)
+        self.stores.shrink(max(row.resident for row in self.rows), max(incoming))
 
     def _fires(self, row: Row, incoming: int) -> bool:
         entries = self._fixed or self.policy.entries(row.seen, row.prompt)
@@ -245,9 +227,8 @@ class Engine:
         window = self.log.window()
         budget, views, keeps = self._decide(part, window)
         for i, (layer, kept) in enumerate(zip(self.layers, keeps, strict=True)):
-            store = self.stores[layer]
-            store.write(layer, part, self._changes(views, i, kept))
-            store.compact(layer, part, kept)
+            self.stores[layer].write(layer, part, self._changes(views, i, kept))
+        self.stores.compact(self.layers, part, keeps)
         for row, entries in zip(self.rows[part], budget, strict=True):
             row.resident = min(row.resident, entries)
             self._note(row)
@@ -408,11 +389,10 @@ class Engine:
         """Return an independent copy."""
         twin = object.__new__(Engine)
         twin.__dict__.update(self.__dict__)
-        twin.stores = self.stores.clone()
+        twin.stores, twin.facts = self.stores.clone(), dict(self.facts)
         twin.rows = [replace(row) for row in self.rows]
         twin.log, twin._columns = self.log.clone(), self._columns.clone()
         twin.observation = self.observation.clone(torch.arange(len(self.rows)))
-        twin.facts = dict(self.facts)
         return twin
 
     def _shifts(self, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import CacheStateError
 from kvpolicy.rows import Row
 from kvpolicy.stores.dense import WritePlan
 
@@ -68,6 +69,34 @@ class Forward:
             slots = torch.arange(self.plan.end, device=device)
             self._masks[device] = (slots < visible[:, :, None])[:, None]
         return self._masks[device]
+
+
+def check_forward(last: Forward | None, rows: int, batch: int, valid: Tensor | None) -> None:
+    """Refuse a forward pass that cannot follow the last one.
+
+    Args:
+        last: the last forward pass.
+        rows: rows that the cache holds, 0 when it is new.
+        batch: rows of the new pass.
+        valid: bool `[B, columns]`, or None when no token is padding.
+
+    Raises:
+        CacheStateError: the last pass did not finish, or the number of rows changed or does not fit the mask.
+    """
+    if last is not None and last.pending:
+        raise CacheStateError(
+            f"the last forward pass stopped before layer {min(last.pending)}, so the cache is incomplete; "
+            "call reset() or use a new cache."
+        )
+    if rows and batch != rows:
+        raise CacheStateError(
+            f"the cache holds {rows} rows but the forward pass has {batch}; "
+            "use one cache per batch, or batch_select_indices() first."
+        )
+    if valid is not None and valid.shape[0] != batch:
+        raise CacheStateError(
+            f"attention_mask has {valid.shape[0]} rows but the forward pass has {batch}; give one row for each."
+        )
 
 
 @cache

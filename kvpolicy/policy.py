@@ -284,11 +284,13 @@ class Policy:
         slots: list[Slots] = []
         # Views that a runtime makes on the way are taken one after the other, and never all at once.
         runs = folded(views) if self._folds and isinstance(views, list) else ((view, 1) for view in views)
+        together: list[tuple[Slots, int]] = []
         for view, layers_in_it in runs:
             parts = (self.retention(view), *self.masks(view))
             for mine, part in zip((scores, protected, allowed), parts, strict=True):
                 mine.extend(part.unflatten(0, (layers_in_it, -1)).unbind(0))
             slots += [Slots.of(view)] if layers_in_it == 1 else map(Slots.of, views[len(slots) : len(scores)])
+            together.append((Slots.of(view), layers_in_it))
             num_layers = view.num_layers
         scores, protected, allowed = self._share(scores, protected, allowed)
         valid_counts = [mask.sum(-1) for mask in allowed]
@@ -309,9 +311,19 @@ class Policy:
         counts = self.allocator.allocate(request)
         if self.selector.scope == "model":
             slots = [replace(each, layer_idx=layers[0]) for each in slots]
-        asked = zip(scores, counts, protected, allowed, slots, strict=True)
+        alike = self.counts == "equal" and all(member.same_for_layers for member in self.selector.members())
+        asked = list(zip(scores, counts, protected, allowed, strict=True))
+        kept: list[KeepIndices] = []
         with using_backend(self.backend):
-            return [self.selector.select(*each) for each in asked]
+            for whole, number in together if alike else [(each, 1) for each in slots]:
+                some = asked[len(kept) : len(kept) + number]
+                if number == 1:
+                    kept.append(self.selector.select(*some[0], slots[len(kept)]))
+                    continue
+                score, count, keep, may = (torch.cat(parts) for parts in zip(*some, strict=True))
+                one = self.selector.select(score, count, keep, may, whole)
+                kept += map(KeepIndices, *(part.unflatten(0, (number, -1)).unbind(0) for part in one))
+        return kept
 
     def _share(
         self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpolicy.policy import Policy
 from kvpolicy.stores.dense import DenseStore, Shape
 from kvpolicy.stores.ragged import BLOCK, RaggedStore
+from kvpolicy.types import KeepIndices
 
 _EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
 
@@ -59,6 +60,19 @@ class Stores(dict[int, DenseStore]):
         else:
             capacity = needed + max(needed // 2, 64)
         store.resize(capacity, min(used, store.capacity))
+
+    def shrink(self, used: int, incoming: int) -> None:
+        """Give back what lies behind the policy's bound, once the `used` slots and `incoming` new ones fit into it."""
+        bound = self.policy.bound
+        for store in self.distinct():
+            if bound is not None and store.capacity > bound >= used + incoming:
+                store.resize(bound, used)
+
+    def compact(self, layers: Sequence[int], rows: slice, keeps: Sequence[KeepIndices]) -> None:
+        """Move what each layer keeps of all rows, or of one, to the front."""
+        for store in self.distinct():
+            pairs = zip(layers, keeps, strict=True)
+            store.compact_layers(rows, {layer: kept for layer, kept in pairs if self[layer] is store})
 
     def take(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""

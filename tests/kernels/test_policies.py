@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 
 import pytest
@@ -11,7 +12,9 @@ import kvpolicy
 from kvpolicy.engine import Engine
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
+from kvpolicy.stores import dense
 from kvpolicy.view import CacheView
+from kvpolicy_kernels import _launch, compaction, selection, similarity, window
 
 
 def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
@@ -81,6 +84,32 @@ def test_an_engine_compacts_with_the_kernels(device, caplog):
         assert torch.equal(torch_view.positions, triton_view.positions)
         assert torch.equal(torch_view.keys, triton_view.keys)
         assert torch.equal(torch_view.values, triton_view.values)
+
+
+def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
+    launches = collections.Counter()
+    own = _launch.launch
+
+    def counted(name, *arguments, **options):
+        launches[name] += 1
+        own(name, *arguments, **options)
+
+    for module in (window, similarity, selection, compaction):
+        monkeypatch.setattr(module, "launch", counted)
+    monkeypatch.setitem(dense._TOGETHER, "cpu", 1 << 20)  # as on an accelerator
+    spec = kvpolicy.load("rkv", budget=24, backend="triton").replace("trigger", {"every": 8})
+    engine = Engine(spec.build(), [(0, 1, 2)], 3)
+    for start, count in ((0, 31), (31, 1)):
+        engine.open(1, count, None, device, prefill=start == 0)
+        for layer in range(3):
+            new = torch.randn(1, 2, count, 16, dtype=torch.float16, device=device)
+            engine.append(layer, new, new)
+            engine.record(layer, new.repeat(1, 2, 1, 1), kvpolicy.engine.LayerFacts(groups=2, scale=0.25))
+    engine.settle()
+    assert engine.rows[0].resident == 24
+    assert launches.pop("compaction.move_kept") == 3, "keys, values, positions"
+    assert set(launches.values()) == {1}
+    assert launches["selection.select_top"] == 1
 
 
 def test_an_engine_refuses_at_the_first_token(device, monkeypatch):
