@@ -22,10 +22,10 @@ _FIXED_POINT = 2.0**32
 _FIRST = 16  # columns of the first block: most keys find a similar one among them
 _WIDER = 8  # the next block of those that did not is so many times as wide
 _COPIED = 1 << 18  # numbers that are copied at a time, where copies are needed
-_TILE = 1 << 16  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
+_TILE = 88 << 10  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
 _WIDEST = 1 << 14  # columns are counted in int16
 _KEY = 64  # numbers of a key, about: columns are copied too
-_PADDING = 1 << 14  # products that may be computed for nothing to save one more step
+_PADDING = 1 << 16  # products that may be computed for nothing to save one more step
 
 
 @dispatched
@@ -178,6 +178,7 @@ def _exempt(
     lonely = torch.zeros(total * count, dtype=torch.bool, device=keys.device)
     every = torch.arange(count, device=keys.device)
     ordinals = torch.arange(1, min(count, _WIDEST) + 1, dtype=torch.int16, device=keys.device).unsqueeze(-1)
+    starts = torch.arange(0, total * count, count, device=keys.device).unsqueeze(-1)
     step = max(_FIRST, _TILE // (total * _FIRST))
     work = []
     for first in range(0, count, step):
@@ -186,11 +187,11 @@ def _exempt(
     while work:
         search = work.pop()
         rows, quota, low = search.rows, search.quota, search.low
-        offset = torch.tensor([[head * count] for head in search.heads], device=keys.device)
+        offset = starts if search.first is not None else _joined([starts[head] for head in search.heads])
         at = offset + rows
         dot, scale = _dots(keys, held, inverse, masked, search)
         # Norms stand on the other side of the comparison, so that no key is copied to be normalised.
-        similar = (dot > (threshold / scale).unsqueeze(1)) * ordinals[: search.high - low]
+        similar = (dot > (threshold / scale).unsqueeze(1)).to(torch.int16).mul_(ordinals[: search.high - low])
         for _ in range(min(beta, search.high - low)):
             newest = similar.amax(dim=1)
             hit = (newest > 0) & (quota > 0)
@@ -261,8 +262,8 @@ def _unresolved(done: _Search, quota: Tensor) -> list[_Search]:
             groups.append([index])
     packed = []
     for group in groups:
-        rows = pad_sequence([done.rows[i].index_select(0, lacking[i]) for i in group], batch_first=True)
-        left = pad_sequence([quota[i].index_select(0, lacking[i]) for i in group], batch_first=True)
+        rows = _padded([done.rows[i].index_select(0, lacking[i]) for i in group])
+        left = _padded([quota[i].index_select(0, lacking[i]) for i in group])
         wider = min(block, max(_FIRST, _TILE // max(rows.numel(), len(group) * _KEY)), _WIDEST)
         packed.append(_Search([done.heads[i] for i in group], rows, left, None, done.low, wider))
     return packed
@@ -271,6 +272,11 @@ def _unresolved(done: _Search, quota: Tensor) -> list[_Search]:
 def _joined(parts: list[Tensor]) -> Tensor:
     """Stack tensors; a single one is not copied."""
     return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Stack vectors, the shorter ones padded with 0; a single one is not copied."""
+    return pad_sequence(parts, batch_first=True) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _exempt_oldest(
