@@ -62,23 +62,25 @@ def test_flatness_compares_medians_with_the_spread(script):
     from kvbench.lanes import Lane, Token
     from kvbench.measuring import Sample
 
-    def lane(last):
+    def lane(first, last):
         found = Lane("rkv", None, None)
         found.tokens = [
             Token(start + i, Sample(level + i, level + i))
-            for start, level in ((1024, 10.0), (2048, last))
+            for start, level in ((1024, first), (2048, last))
             for i in range(5)
         ]
         return found
 
-    blocks = [(1024, 1029), (2048, 2053)]
-    assert decode.flatness(lane(11.0), blocks, "wall")["flat"] is True
-    assert decode.flatness(lane(100.0), blocks[:1], "wall")["flat"] is None
-    slower = decode.flatness(lane(11.0), blocks, "cpu")
-    assert slower["medians"] == [12.0, 13.0]
-    assert slower["spread"] == 2.0
+    blocks, fixed = [(1024, 1029), (2048, 2053)], lane(10.0, 10.0)  # medians of 12
+    assert decode.flatness(lane(10.0, 11.0), fixed, blocks, "wall")["flat"] is True
+    assert decode.flatness(lane(10.0, 100.0), fixed, blocks[:1], "wall")["flat"] is None
+    slower = decode.flatness(lane(10.0, 11.0), fixed, blocks, "cpu")
+    assert slower["medians"] == pytest.approx([1.0, 13 / 12])
+    assert slower["spread"] == pytest.approx(2 / 12)
     # A step between two blocks widens the spread of all tokens too, and must not pass for flat by that.
-    assert decode.flatness(lane(13.0), blocks, "wall")["flat"] is False
+    assert decode.flatness(lane(10.0, 13.0), fixed, blocks, "wall")["flat"] is False
+    # A machine that becomes slower slows both lanes.
+    assert decode.flatness(lane(10.0, 13.0), lane(10.0, 13.0), blocks, "wall")["flat"] is True
 
 
 def test_copies_of_a_row_decode_like_the_row(script, tiny_folder):
