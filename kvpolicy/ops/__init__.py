@@ -7,6 +7,7 @@ without reaching a result, and nothing of size slots x slots is ever built. Axes
 from kvpolicy.ops.apportion import apportion, pooled_counts
 from kvpolicy.ops.attention import attention_weights, masked_softmax
 from kvpolicy.ops.compaction import compact
+from kvpolicy.ops.density import key_density
 from kvpolicy.ops.dispatch import Backend, choose_backend, using_backend
 from kvpolicy.ops.leverage import gaussian_sketch, leverage
 from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
@@ -34,6 +35,7 @@ __all__ = [
     "extremes",
     "gaussian_sketch",
     "head_redundancy",
+    "key_density",
     "leverage",
     "masked_softmax",
     "mean_key_similarity",

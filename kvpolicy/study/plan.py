@@ -116,6 +116,15 @@ class Plan:
             if not any(self.problems[source.label].values()):
                 raise KVPolicyError(f"datasets: {source.label} has no problem in it; name another file or split.")
 
+    def places(self) -> list[tuple[ModelRef, Source]]:
+        """Return every model with every dataset that it is given, model by model."""
+        return [
+            (model, source)
+            for model in self.models
+            for source in self.spec.datasets
+            if source.models is None or model.name in source.models
+        ]
+
     def sampling(self, source: Source) -> Sampling:
         """Return how tokens are chosen on a dataset."""
         if source.max_new_tokens is None:
@@ -127,8 +136,7 @@ class Plan:
         digest = digest_of(self.reference.policy)
         return [
             run
-            for model in self.models
-            for source in self.spec.datasets
+            for model, source in self.places()
             if source.generates
             for run in self._runs("generate", model, source, self.reference.policy, digest, {})
         ]
@@ -140,22 +148,20 @@ class Plan:
             lengths: prompt and answer together, of every problem that the full cache answered.
         """
         found = {place: sum(values) / len(values) for place, values in lengths.items() if values}
-        for source in self.spec.datasets:
+        for model, source in self.places():
             if not source.generates:
-                for model in self.models:
-                    problems = self.problems[source.label][self.spec.seeds[0]]
-                    found[model.name, source.label] = sum(p.cut[1] for p in problems) / len(problems)
+                problems = self.problems[source.label][self.spec.seeds[0]]
+                found[model.name, source.label] = sum(p.cut[1] for p in problems) / len(problems)
         return found
 
     def cells(self, traces: Mapping[tuple[str, str], float]) -> list[Cell]:
         """Return every variant on every dataset with every model, the full cache first."""
         cells = []
-        for model in self.models:
-            for source in self.spec.datasets:
-                trace = traces.get((model.name, source.label))
-                cells += [
-                    self._cell(variant, model.name, source.label, trace) for variant in (self.reference, *self.variants)
-                ]
+        for model, source in self.places():
+            trace = traces.get((model.name, source.label))
+            cells += [
+                self._cell(variant, model.name, source.label, trace) for variant in (self.reference, *self.variants)
+            ]
         return cells
 
     def _cell(self, variant: Variant, model: str, dataset: str, trace: float | None) -> Cell:

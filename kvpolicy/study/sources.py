@@ -49,6 +49,8 @@ class Source(BaseModel):
     """Most tokens that are generated; that of the study's `sampling` if left out."""
     forced: bool = False
     """Also read the full cache's answers under teacher forcing (free text is always read so)."""
+    models: list[str] | None = Field(default=None, min_length=1)
+    """The study's models that are given it; all of them if left out."""
 
     @property
     def label(self) -> str:

@@ -136,6 +136,7 @@ class StudySpec(BaseModel):
             raise FieldError(("base",), "is not used, because `policy` names whole policies; remove one of the two.")
         _check_unique([source.label for source in self.datasets], "datasets", "give one of them a `name`")
         _check_unique(list(self.models), "models", "remove one")
+        self._check_given()
         _check_unique(list(self.seeds), "seeds", "remove one")
         _check_unique(list(self.metrics), "metrics", "remove one")
         for i, metric in enumerate(self.metrics):
@@ -151,6 +152,20 @@ class StudySpec(BaseModel):
                 f"there is no variant {shown(self.compare_to)}.{did_you_mean(self.compare_to, names)} "
                 f"Variants: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.",
             )
+
+    def _check_given(self) -> None:
+        """Check which models are given which datasets."""
+        for i, source in enumerate(self.datasets):
+            for j, name in enumerate(source.models or ()):
+                if name not in self.models:
+                    raise FieldError(
+                        ("datasets", i, "models", j),
+                        f"{shown(name)} is not among the study's models.{did_you_mean(name, self.models)} "
+                        f"Models: {', '.join(self.models)}.",
+                    )
+        for i, name in enumerate(self.models):
+            if all(source.models is not None and name not in source.models for source in self.datasets):
+                raise FieldError(("models", i), f"{shown(name)} is given no dataset; remove it, or give it one.")
 
     def _quick(self, marks: Mapping[KeyPath, Mark], found: files.Found | None) -> Self:
         """Return the study that `--quick` runs; raises FieldError below ``quick``."""

@@ -203,6 +203,17 @@ def key_cosine(p: Any, head: HeadView) -> Tensor:
     return result
 
 
+def key_density(p: Any, head: HeadView) -> Tensor:
+    """Mean of a kernel over the distances to all other keys."""
+    keys = turn(head.keys, head.info, [-place for place in head.turned_to]) if p.rope == "pre" else head.keys
+    unit = [key / key.norm() if float(key.norm()) else key for key in keys]
+    result = torch.zeros(len(unit), dtype=torch.float64)
+    for i, one in enumerate(unit):
+        others = [((one @ other - 1) / p.bandwidth).exp() for j, other in enumerate(unit) if j != i]
+        result[i] = sum(others) / len(unit)
+    return result
+
+
 def mean_key(p: Any, head: HeadView) -> Tensor:
     """Mean cosine to all keys, or the cosine with the mean direction."""
     unit = _directions(head)
@@ -279,7 +290,12 @@ IMPORTANCE: dict[str, Scorer] = {
     "recency": recency,
     "none": nothing,
 }
-REDUNDANCY: dict[str, Scorer] = {"key_cosine": key_cosine, "mean_key": mean_key, "none": nothing}
+REDUNDANCY: dict[str, Scorer] = {
+    "key_cosine": key_cosine,
+    "key_density": key_density,
+    "mean_key": mean_key,
+    "none": nothing,
+}
 MIXERS: dict[str, Mixer] = {
     "head_adaptive": head_adaptive,
     "importance_only": importance_only,

@@ -53,6 +53,7 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: 
     from kvpolicy_plugins.protections.recent import Recent
     from kvpolicy_plugins.protections.sinks import Sinks
     from kvpolicy_plugins.redundancy.key_cosine import KeyCosine
+    from kvpolicy_plugins.redundancy.key_density import KeyDensity
     from kvpolicy_plugins.redundancy.mean_key import MeanKey
     from kvpolicy_plugins.redundancy.negative import Negative
     from kvpolicy_plugins.redundancy.none import NoRedundancy
@@ -90,6 +91,7 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: 
     register("window_attention", WindowAttention)
 
     register("key_cosine", KeyCosine)
+    register("key_density", KeyDensity)
     register("mean_key", MeanKey)
     register("negative", Negative)
     register("none", NoRedundancy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -9,6 +11,13 @@ from torch import Tensor
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.view import CacheView, Rope
+
+
+class NeedsRope:
+    """`needs` of a scorer that un-rotates keys only when its parameter `rope` says so."""
+
+    def __get__(self, scorer: Any, owner: type[Any]) -> frozenset[str]:
+        return frozenset({"rope"}) if scorer is not None and scorer.rope == "pre" else frozenset()
 
 
 def rope_of(view: CacheView, who: str) -> Rope:

@@ -16,8 +16,8 @@ NAMES = [
     "adakv-snapkv", "cam", "chunkkv", "compactor", "criticalkv", "cur", "duo-attention", "expected-attention",
     "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "lagkv", "lazy-eviction", "lu-kv", "mixkv",
     "nacl", "pyramidkv", "qfilter", "raas", "random", "random-pinned", "recent-pinned", "rkv", "rkv-code",
-    "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid", "rkv-regions", "scissorhands", "sinks-recent",
-    "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold", "tova", "triattention",
+    "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid", "rkv-regions", "scissorhands",
+    "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold", "tova", "triattention",
 ]  # fmt: skip
 CONTROLS = {"full", "random", "random-pinned", "recent-pinned"}
 

@@ -76,6 +76,10 @@ WRONG = {
         ("family:", "famly:"),
         "s.yaml:14:22: datasets.0.famly: 'generator' has no such field. Did you mean 'family'?",
     ),
+    "a model that the study has not": (
+        ("level: short}", "level: short, models: [smolm2]}"),
+        "s.yaml:14:68: datasets.0.models.0: 'smolm2' is not among the study's models. Did you mean 'smollm2'?",
+    ),
     "an unknown level": (
         ("short}", "shrt}"),
         "s.yaml:14:45: datasets.0.level: should be 'short', 'medium' or 'long', got 'shrt'.",
@@ -200,3 +204,22 @@ def test_a_study_is_found_by_its_registered_name(folder):
             find_study("demmo")
     with pytest.raises(SpecError, match="there is no such file"):
         find_study(folder / "none.yaml")
+
+
+def test_a_model_is_given_its_datasets_only():
+    fields = {"study": "s", "base": "rkv", "models": ["a", "b"]}
+    needle, text = {"use": "needle", "models": ["a"]}, {"use": "text", "path": "t.txt", "models": ["a"]}
+    with pytest.raises(SpecError, match=r"^models\.1: 'b' is given no dataset; remove it, or give it one\.$"):
+        StudySpec(**fields, datasets=[needle, text])
+    spec = StudySpec(**fields, datasets=[needle, {**text, "models": ["b"]}])
+    assert StudySpec.from_yaml(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize("entry", kvpolicy.catalog().studies(), ids=lambda entry: entry.name)
+def test_every_registered_study_is_valid_and_small_when_quick(entry):
+    spec = find_study(entry.name)
+    assert spec.study == entry.name
+    assert spec.description.endswith((".", "?"))
+    assert StudySpec.from_yaml(spec.to_yaml()) == spec
+    quick = spec.quickened()
+    assert len(quick.variants()) * len(quick.datasets) * quick.samples * len(quick.seeds) <= 600

@@ -11,14 +11,7 @@ from kvpolicy import ops
 from kvpolicy.components import RedundancyScorer
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
-from kvpolicy_plugins._rope import unrotated_keys
-
-
-class _NeedsRope:
-    """`needs` of a scorer that un-rotates keys only when its parameter `rope` says so."""
-
-    def __get__(self, scorer: KeyCosine | None, owner: type[KeyCosine]) -> frozenset[str]:
-        return frozenset({"rope"}) if scorer is not None and scorer.rope == "pre" else frozenset()
+from kvpolicy_plugins._rope import NeedsRope, unrotated_keys
 
 
 class KeyCosine(RedundancyScorer):
@@ -29,7 +22,7 @@ class KeyCosine(RedundancyScorer):
     """
 
     same_for_layers: ClassVar[bool] = True
-    needs = _NeedsRope()
+    needs = NeedsRope()
     paper: ClassVar[str] = "arXiv:2505.24133"
     comparable_across_heads: ClassVar[bool] = True
 

@@ -1,0 +1,68 @@
+"""Kernel density of keys against its definition in loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kvpolicy import ops
+
+
+def by_definition(keys, valid, bandwidth):
+    result = torch.zeros(valid.shape, dtype=torch.float64)
+    for b, h in torch.cartesian_prod(*map(torch.arange, valid.shape[:2])).tolist():
+        held = valid[b, h].nonzero()[:, 0].tolist()
+        unit = {i: keys[b, h, i].double() / max(float(keys[b, h, i].double().norm()), 1e-15) for i in held}
+        for i in held:
+            near = [math.exp((float(unit[i] @ unit[j]) - 1) / bandwidth) for j in held if j != i]
+            result[b, h, i] = math.fsum(near) / len(held)
+    return result
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("bandwidth", [0.05, 0.2, 3.0])
+def test_equals_the_definition_and_reads_no_other_slot(count, bandwidth):
+    generator = torch.Generator().manual_seed(count)
+    keys = torch.randn(2, 3, count, 8, generator=generator) + 1
+    valid = torch.rand(2, 3, count, generator=generator) < 0.8
+    valid[0, 0], valid[1, 2] = True, False
+    got = ops.key_density(torch.where(valid[..., None], keys, float("nan")), valid, bandwidth=bandwidth)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), by_definition(keys, valid, bandwidth), rtol=1e-5, atol=1e-6)
+    assert (got[~valid] == 0).all()
+
+
+def test_by_hand():
+    # Cosines 0.8, 0.6 and 0.96 of a 3-4-5 triangle, and a key of length 0, which has cosine 0 to all.
+    keys = torch.tensor([[2.0, 0.0], [0.8, 0.6], [3.0, 4.0], [0.0, 0.0]])[None, None]
+    kernel = {cosine: math.exp((cosine - 1) / 0.2) for cosine in (0.8, 0.6, 0.96, 0.0)}
+    expected = [
+        kernel[0.8] + kernel[0.6] + kernel[0.0],
+        kernel[0.8] + kernel[0.96] + kernel[0.0],
+        kernel[0.6] + kernel[0.96] + kernel[0.0],
+        3 * kernel[0.0],
+    ]
+    got = ops.key_density(keys, torch.ones(1, 1, 4, dtype=torch.bool), bandwidth=0.2)
+    assert got[0, 0].tolist() == pytest.approx([x / 4 for x in expected], rel=1e-5)
+
+
+def test_views_half_precision_and_rows_alone():
+    generator = torch.Generator().manual_seed(3)
+    arena = torch.randn(3, 2, 220, 16, generator=generator).bfloat16()
+    keys, valid = arena[:, :, 10:210], torch.rand(3, 2, 200, generator=generator) < 0.9
+    got = ops.key_density(keys, valid, bandwidth=0.2)
+    torch.testing.assert_close(got, ops.key_density(keys.float().contiguous(), valid, bandwidth=0.2), rtol=0, atol=0)
+    for b in range(3):
+        alone = ops.key_density(keys[b : b + 1], valid[b : b + 1], bandwidth=0.2)
+        torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_to_score_and_wrong_arguments():
+    nothing = ops.key_density(torch.zeros(2, 1, 0, 4), torch.zeros(2, 1, 0, dtype=torch.bool), bandwidth=0.2)
+    assert nothing.shape == (2, 1, 0)
+    with pytest.raises(ValueError, match=r"bandwidth is 0; give a number above 0\."):
+        ops.key_density(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, dtype=torch.bool), bandwidth=0)
+    with pytest.raises(ValueError, match=r"keys have shape \[1, 1, 2, 4\] and valid \[1, 2\]; give"):
+        ops.key_density(torch.zeros(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), bandwidth=0.2)
