@@ -59,7 +59,7 @@ def _common(
 def list_(
     *,
     kind: Annotated[
-        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., table.")
+        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., study, table.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the policies as in docs/methods.md.")] = False,

@@ -21,7 +21,7 @@ from kvpolicy.tables import Table, installed
 
 def print_list(kind: str | None, *, as_json: bool) -> None:
     """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind."""
-    kinds = ["policy", *KINDS, "table"]
+    kinds = ["policy", *KINDS, "study", "table"]
     if kind is not None and kind not in kinds:
         raise KVPolicyError(f"--kind: {kind!r} is not a kind.{did_you_mean(kind, kinds)} Kinds: {', '.join(kinds)}.")
     catalog = kvpolicy.catalog()
@@ -51,8 +51,8 @@ def summary(component: type[Component]) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Return the text up to the first full stop that a capital follows, on one line."""
-    return re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
+    """Return the text up to the first full stop or question mark that a capital follows, on one line."""
+    return re.split(r"(?<=[.?])\s+(?=[A-Z])", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
 
 
 def _rows(catalog: Catalog) -> list[dict[str, Any]]:
@@ -61,6 +61,7 @@ def _rows(catalog: Catalog) -> list[dict[str, Any]]:
         found.setdefault(name, Origin(str(path)))
     rows = [_row("policy", name, _described(name), origin) for name, origin in found.items()]
     rows += [_row(e.kind, e.name, summary(e.component), e.origin) for e in catalog.entries()]
+    rows += [_row("study", entry.name, _asked(entry.name), entry.origin) for entry in catalog.studies()]
     tables = dict(installed())
     rows += [_row("table", entry.name, _measured(tables[entry.name]), entry.origin) for entry in catalog.tables()]
     return rows
@@ -76,6 +77,15 @@ def _measured(table: Table | TableError) -> str:
 def _described(policy: str) -> str:
     try:
         return first_sentence(kvpolicy.load(policy).description)
+    except SpecError as error:
+        return f"not valid: {error}"
+
+
+def _asked(study: str) -> str:
+    from kvpolicy.study.spec import find_study
+
+    try:
+        return first_sentence(find_study(study).description)
     except SpecError as error:
         return f"not valid: {error}"
 

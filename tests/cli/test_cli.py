@@ -115,7 +115,9 @@ def test_list_as_json(run, broken_catalog):
     assert code == 0
     listed = json.loads(out)
     found = {(entry["kind"], entry["name"]): entry for entry in listed["entries"]}
-    assert len(found) == len(broken_catalog.entries()) + len(broken_catalog.policies()) + len(broken_catalog.tables())
+    known = (broken_catalog.entries(), broken_catalog.policies(), broken_catalog.studies(), broken_catalog.tables())
+    assert len(found) == sum(map(len, known))
+    assert found["study", "rkv-lambda"]["summary"] == "How much of R-KV's score should be importance?"
     assert found["importance", "key_norm"]["distribution"] == "kvpolicy"
     assert found["importance", "key_norm"]["plugin"] == "builtin-plugins"
     assert found["policy", "rkv"]["summary"]
