@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from kvpolicy.types import Keys, Mask, Scores
 
 _TINY = 1e-30
-_TILE = 1 << 17  # numbers of a tile, so that it stays in a core's cache
+_SHARPEST = 1e30  # 1 / bandwidth at most, so that products of scaled keys are finite
 _ROWS = 64
+# Numbers of a tile. A CPU is to keep it in a core's cache; elsewhere fewer launches count.
+_TILE = {"cpu": 1 << 18}
+_TILE_ELSEWHERE = 1 << 24
 
 
 def key_density(keys: Keys, valid: Mask, *, bandwidth: float) -> Scores:
     """Sum over the valid keys `j != i` of ``exp((cos(k_i, k_j) - 1) / bandwidth)``, divided by how many are valid.
 
     A key that repeats another adds 1 to it, one at a right angle next to nothing. Cosines are computed tile by tile,
-    O(N^2 D) operations and O(N) memory.
+    each pair once: O(N^2 D) operations and O(N) memory.
 
     Args:
         keys: `[B, H, N, D]`, any float dtype.
@@ -35,26 +39,39 @@ def key_density(keys: Keys, valid: Mask, *, bandwidth: float) -> Scores:
         raise ValueError(
             f"keys have shape {list(keys.shape)} and valid {list(valid.shape)}; give [B, H, N, D] and [B, H, N]."
         )
-    count = keys.shape[2]
-    unit = _directions(keys, valid).flatten(0, 1)
-    counts = valid.flatten(0, 1).unsqueeze(1).float()
-    density = torch.zeros(unit.shape[:2], dtype=torch.float32, device=keys.device)
-    columns = unit.transpose(1, 2)
-    some = max(1, _TILE // max(count * _ROWS, 1))
-    for head in range(0, unit.shape[0], some):
-        heads = slice(head, head + some)
-        for start in range(0, count, _ROWS):
-            rows = slice(start, start + _ROWS)
-            near = torch.matmul(unit[heads, rows], columns[heads])
-            near.sub_(1.0).mul_(1 / bandwidth).exp_()
-            near.diagonal(offset=start, dim1=1, dim2=2).zero_()
-            density[heads, rows] = torch.matmul(near, counts[heads].transpose(1, 2)).squeeze(-1)
-    density /= counts.sum(-1).clamp(min=1)
+    sharpness = min(1 / bandwidth, _SHARPEST)
+    scaled = _directions(keys, valid, sharpness**0.5).flatten(0, 1)
+    counted = valid.flatten(0, 1).unsqueeze(1).float()
+    density = torch.zeros(scaled.shape[:2], dtype=torch.float32, device=keys.device)
+    for start in range(0, keys.shape[2], _ROWS):
+        _add_rows(density[:, start:], scaled[:, start:], counted[:, :, start:], sharpness)
+    density /= counted.sum(-1).clamp(min=1)
     return density.reshape(valid.shape).masked_fill_(~valid, 0.0)
 
 
-def _directions(keys: Keys, valid: Mask) -> Tensor:
-    """Return keys of length 1, fp32; 0 for keys of length 0 and slots that are not valid."""
+def _add_rows(
+    density: Float32[Tensor, "M C"],
+    scaled: Float32[Tensor, "M C D"],
+    counted: Float32[Tensor, "M 1 C"],
+    sharpness: float,
+) -> None:
+    """Add to `density`, in place, all pairs that one of the first `_ROWS` keys is part of."""
+    tile = _TILE.get(scaled.device.type, _TILE_ELSEWHERE)
+    some = max(1, tile // (scaled.shape[1] * _ROWS))
+    for first in range(0, scaled.shape[0], some):
+        heads = slice(first, first + some)
+        near = torch.bmm(scaled[heads, :_ROWS], scaled[heads].transpose(1, 2))
+        # Rounded cosines of twins exceed 1, which a narrow kernel would blow up.
+        near.sub_(sharpness).clamp_(max=0.0).exp_()
+        near.diagonal(dim1=1, dim2=2).zero_()
+        # The vector on the left: the other way round a batch of such products is slower on a CPU.
+        density[heads, :_ROWS] += torch.bmm(counted[heads], near.transpose(1, 2)).squeeze(1)
+        density[heads, _ROWS:] += torch.bmm(counted[heads, :, :_ROWS], near[:, :, _ROWS:]).squeeze(1)
+
+
+def _directions(keys: Keys, valid: Mask, length: float) -> Keys:
+    """Return keys of the given length, fp32; 0 for keys of length 0 and slots that are not valid."""
     # `where`, not a product: a slot that is not valid may hold NaN.
     plain = torch.where(valid.unsqueeze(-1), keys, 0).float()
-    return plain * torch.rsqrt(torch.linalg.vecdot(plain, plain).clamp(min=_TINY)).unsqueeze(-1)
+    norm = torch.linalg.vecdot(plain, plain).clamp_(min=_TINY).sqrt_()
+    return plain.mul_((length / norm).unsqueeze(-1))

@@ -208,6 +208,8 @@ def _test(differences: Sequence[float], *, binary: bool, resamples: int) -> tupl
         interval = test.proportion_ci(CONFIDENCE, method="exact")
         low, high = ((2 * float(bound) - 1) * (wins + losses) / count for bound in interval)
         return (low, high), float(test.pvalue)
+    if count < 2:  # with its sign flipped, a single difference is as large as before
+        return None, 1.0
     flips = stats.permutation_test(
         (differences,), _mean, permutation_type="samples", n_resamples=resamples, rng=_generator()
     )

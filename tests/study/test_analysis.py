@@ -103,3 +103,10 @@ def test_holm():
 def test_as_tables_show_it():
     assert shown(estimate([1.0] * 97 + [0.0] * 3, proportion=True), "exact") == "0.970 [0.915, 0.990]"
     assert shown(estimate([12345.6], proportion=False), "bytes_peak") == "12,346"
+
+
+def test_a_single_problem_proves_nothing():
+    (found,) = compare([row("a", [0.5], metric="kl"), row("b", [0.4], metric="kl")], "kl")
+    assert found.difference.value == pytest.approx(-0.1)
+    assert math.isnan(found.difference.low)
+    assert (found.losses, found.mcnemar, found.p) == (1, None, 1.0)
