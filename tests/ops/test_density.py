@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy import ops
 
@@ -21,7 +22,7 @@ def by_definition(keys, valid, bandwidth):
     return result
 
 
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 129, 200])
 @pytest.mark.parametrize("bandwidth", [0.05, 0.2, 3.0])
 def test_equals_the_definition_and_reads_no_other_slot(count, bandwidth):
     generator = torch.Generator().manual_seed(count)
@@ -48,15 +49,73 @@ def test_by_hand():
     assert got[0, 0].tolist() == pytest.approx([x / 4 for x in expected], rel=1e-5)
 
 
-def test_views_half_precision_and_rows_alone():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_half_precision_and_rows_alone(dtype):
     generator = torch.Generator().manual_seed(3)
-    arena = torch.randn(3, 2, 220, 16, generator=generator).bfloat16()
+    arena = torch.randn(3, 2, 220, 16, generator=generator).to(dtype)
     keys, valid = arena[:, :, 10:210], torch.rand(3, 2, 200, generator=generator) < 0.9
     got = ops.key_density(keys, valid, bandwidth=0.2)
     torch.testing.assert_close(got, ops.key_density(keys.float().contiguous(), valid, bandwidth=0.2), rtol=0, atol=0)
     for b in range(3):
         alone = ops.key_density(keys[b : b + 1], valid[b : b + 1], bandwidth=0.2)
         torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_half_precision_is_upcast_before_it_is_squared():
+    keys = torch.full((1, 1, 5, 64), 60000.0, dtype=torch.float16)
+    keys[..., 4, :] = 1e-6
+    got = ops.key_density(keys, torch.ones(1, 1, 5, dtype=torch.bool), bandwidth=0.2)
+    assert got[0, 0].tolist() == pytest.approx([0.8] * 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_heads_in_several_tiles_and_padding_do_not_meet(rows):
+    generator = torch.Generator().manual_seed(4)
+    keys, valid = torch.randn(rows, 2, 150, 8, generator=generator), torch.ones(rows, 2, 150, dtype=torch.bool)
+    valid[-1, :, :70] = False
+    got = ops.key_density(keys, valid, bandwidth=0.2)
+    alone = ops.key_density(keys[-1:, :, 70:], valid[-1:, :, 70:], bandwidth=0.2)
+    torch.testing.assert_close(got[-1:, :, 70:], alone, rtol=1e-5, atol=1e-7)
+    swapped = ops.key_density(keys.flip(0, 1), valid.flip(0, 1), bandwidth=0.2).flip(0, 1)
+    torch.testing.assert_close(swapped, got, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-3, 1e-9, 1e-300])
+def test_rounded_cosines_of_twins_do_not_explode(bandwidth):
+    keys = torch.randn(1, 1, 1, 61, generator=torch.Generator().manual_seed(5)) * torch.arange(1, 100).reshape(
+        1, 1, -1, 1
+    )
+    got = ops.key_density(keys, torch.ones(1, 1, 99, dtype=torch.bool), bandwidth=bandwidth)
+    assert ((got >= 0) & (got <= 98 / 99 + 1e-6)).all()
+    if bandwidth == 1e-3:
+        torch.testing.assert_close(got, torch.full_like(got, 98 / 99), rtol=1e-3, atol=0)
+
+
+def test_keys_of_length_0_are_close_to_nothing_and_to_each_other_alike():
+    got = ops.key_density(torch.zeros(1, 1, 70, 4), torch.ones(1, 1, 70, dtype=torch.bool), bandwidth=0.5)
+    torch.testing.assert_close(got, torch.full_like(got, 69 / 70 * math.exp(-2)))
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most numbers that any result held."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and 0 not in result.stride():
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 8192), (24, 1152)])
+def test_never_keys_times_keys(rows, count):
+    keys, valid = torch.randn(rows, 1, count, 16), torch.ones(rows, 1, count, dtype=torch.bool)
+    with _Largest() as largest:
+        ops.key_density(keys, valid, bandwidth=0.2)
+    assert rows * count * 16 <= largest.numbers <= max(64 * count, rows * count * 16)
 
 
 def test_nothing_to_score_and_wrong_arguments():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -30,11 +29,6 @@ class KeyDensity(RedundancyScorer):
     """Distance from cosine 1 at which a neighbour counts for 1/e."""
     rope: Literal["pre", "post"] = "pre"
     """Compare the keys with the rotary embedding taken off (`pre`) or as cached (`post`)."""
-
-    def laws_excused(self) -> Mapping[str, str]:
-        if self.rope == "pre":
-            return {"newest_twin_spared": "equal keys at two positions differ without their rotation"}
-        return {}
 
     def score(self, view: CacheView) -> Scores:
         pre = self.rope == "pre"
