@@ -256,6 +256,15 @@ def rank(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tens
     return linear(p, ranks(importance), ranks(redundancy), head)
 
 
+def rank_doubt(p: Any, redundancy: Tensor, near: float) -> Tensor:
+    """By how much `rank` may move the score of each entry when redundancies closer than `near` change places.
+
+    Repeated tokens are equally redundant but for rounding, and a rank makes a step of the smallest difference.
+    """
+    close = ((redundancy[:, None] - redundancy).abs() < near).sum(1) - 1
+    return (1 - float(p.weight)) * close.double() / max(len(redundancy) - 1, 1)
+
+
 def head_adaptive(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
     """Importance where keys differ, diversity where they are alike."""
     if p.by_modality:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kvpolicy
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.testing.oracle_scores import rank_doubt
 from kvpolicy.view import Rope
 
 
@@ -115,3 +117,10 @@ def test_kept_set_of_the_policy_equals_its_definition(make_view, draw):
         sure, possible = ({i for i in order if score[i] > cut + d} for d in (1e-6, -1e-6))
         assert sure <= set(kept.indices[0, h].tolist()) <= possible
         assert len(possible) <= budget + 3
+
+
+def test_where_the_oracle_leaves_ranks_in_doubt():
+    """Two twins of four entries may change places; that moves a score by half a rank's step."""
+    redundancy = torch.tensor([0.1, 0.2, 0.2 + 1e-9, 0.3], dtype=torch.float64)
+    doubt = rank_doubt(SimpleNamespace(weight=0.5), redundancy, 1e-6)
+    assert doubt.tolist() == pytest.approx([0, 0.5 / 3, 0.5 / 3, 0])
