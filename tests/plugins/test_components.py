@@ -24,7 +24,7 @@ BUNDLED = {
         "none", "q_filter", "random", "recency", "recurrence", "tova", "trigonometric", "value_norm",
         "window_attention",
     },
-    "redundancy": {"key_cosine", "mean_key", "negative", "none"},
+    "redundancy": {"key_cosine", "key_density", "mean_key", "negative", "none"},
     "mixer": {"head_adaptive", "importance_only", "linear", "max_normalised", "rank", "z_score"},
     "allocator": {
         "adaptive_heads", "global_pool", "pyramid", "table", "table_curve", "table_gate", "uniform",

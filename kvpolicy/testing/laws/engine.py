@@ -158,7 +158,7 @@ def residents_are_bounded(subject: Policy, prompts: tuple[int, ...], seed: int, 
     policy = _roomy(subject, prompts)
     drive = Drive(policy, _texts(prompts, seed))
     drive.run(prompts, 0)
-    compactions = [0] * len(prompts)
+    compactions = [row.compactions for row in drive.engine.rows]  # a prompt in chunks has had some
     for step in range(steps):
         drive.forward([1] * len(prompts), prefill=False)
         for b, row in enumerate(drive.engine.rows):
