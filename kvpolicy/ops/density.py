@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.types import Keys, Mask, Scores
 
-_TINY = 1e-30
+_TINY = 1e-15
 _SHARPEST = 1e30  # 1 / bandwidth at most, so that products of scaled keys are finite
 _ROWS = 64
 # Numbers of a tile. A CPU is to keep it in a core's cache; elsewhere fewer launches count.
@@ -73,5 +73,5 @@ def _directions(keys: Keys, valid: Mask, length: float) -> Keys:
     """Return keys of the given length, fp32; 0 for keys of length 0 and slots that are not valid."""
     # `where`, not a product: a slot that is not valid may hold NaN.
     plain = torch.where(valid.unsqueeze(-1), keys, 0).float()
-    norm = torch.linalg.vecdot(plain, plain).clamp_(min=_TINY).sqrt_()
-    return plain.mul_((length / norm).unsqueeze(-1))
+    norm = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_(min=_TINY)
+    return plain.mul_(length / norm)
