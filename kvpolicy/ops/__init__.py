@@ -13,7 +13,16 @@ from kvpolicy.ops.leverage import gaussian_sketch, leverage
 from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
 from kvpolicy.ops.merging import merged_values
 from kvpolicy.ops.noise import counter_uniform
-from kvpolicy.ops.normalisation import by_maximum, extremes, mean_matched, min_max, ranks, z_scores
+from kvpolicy.ops.normalisation import (
+    by_maximum,
+    extremes,
+    levelled,
+    mean_matched,
+    min_max,
+    places,
+    ranks,
+    z_scores,
+)
 from kvpolicy.ops.packing import pack, unpack
 from kvpolicy.ops.projection import projected_value_norm
 from kvpolicy.ops.ragged import Blocks, ragged_attention
@@ -36,6 +45,7 @@ __all__ = [
     "gaussian_sketch",
     "head_redundancy",
     "key_density",
+    "levelled",
     "leverage",
     "masked_softmax",
     "mean_key_similarity",
@@ -47,6 +57,7 @@ __all__ = [
     "numbered",
     "ordered_by",
     "pack",
+    "places",
     "pooled_counts",
     "projected_value_norm",
     "quota_mask",

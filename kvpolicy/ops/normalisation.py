@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpolicy.types import Mask, Scores
 
@@ -84,12 +85,42 @@ def ranks(scores: Scores, mask: Mask) -> Scores:
     Returns:
         fp32 `[B, H, N]`, from 0 for the lowest to 1 for the highest; 0 outside the mask and for a slot that is alone.
     """
+    return places(scores, mask) / (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
+
+
+def places(scores: Scores, mask: Mask) -> Scores:
+    """Count the other slots with a lower score, equal ones as half.
+
+    Args:
+        scores: fp32 `[B, H, N]`, finite where `mask`.
+        mask: bool `[B, H, N]`.
+
+    Returns:
+        fp32 `[B, H, N]`, multiples of 1/2, exact for fewer than 2^23 slots; 0 outside the mask.
+    """
     inside = torch.where(mask, scores, float("inf")).contiguous()
     ordered = inside.sort(-1).values
     below = torch.searchsorted(ordered, inside)
     upto = torch.searchsorted(ordered, inside, right=True)
-    others = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-    return torch.where(mask, (below + upto - 1) / (2 * others), 0.0)
+    return torch.where(mask, (below + upto - 1) / 2, 0.0)
+
+
+def levelled(scores: Scores, mask: Mask, near: float) -> Scores:
+    """Make scores that are nearly equal equal: all of a chain of near neighbours take its lowest score.
+
+    Args:
+        scores: fp32 `[B, H, N]`, finite and not negative where `mask`.
+        mask: bool `[B, H, N]`.
+        near: neighbours in the order of scores are near when they differ by at most this share of the larger one.
+
+    Returns:
+        fp32 `[B, H, N]`, 0 outside the mask.
+    """
+    ordered, slots = torch.where(mask, scores, float("inf")).sort(-1)
+    low, high = ordered[..., :-1], ordered[..., 1:]
+    apart = low < high * (1 - near)  # infinity, behind the mask's scores, is near to itself only
+    lowest = torch.where(pad(apart, (1, 0), value=True)[..., : ordered.shape[-1]], ordered, 0.0).cummax(-1).values
+    return torch.zeros_like(ordered).scatter_(-1, slots, lowest).masked_fill_(~mask, 0.0)
 
 
 def extremes(scores: Scores, mask: Mask) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
 from kvpolicy.testing.oracle import TOLERANCE
-from kvpolicy.testing.oracle_scores import rank_doubt
 from kvpolicy.types import KeepIndices, Scores
 from kvpolicy.view import CacheView
 
@@ -33,8 +32,7 @@ class AloneReport:
     Attributes:
         decisions: how many times a head of a row of the batch was compacted.
         mismatches: decisions that differ from the single run's.
-        accepted: likewise, but the scores at the cut, or a cosine and its threshold, or redundancies that were ranked,
-            are closer than `TOLERANCE`.
+        accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
         slack: largest difference of scores among the accepted ones.
         logit_error: largest absolute difference of logits.
         tokens: what each prompt was continued with.
@@ -133,18 +131,11 @@ class _Watched(Policy):
         text = f"{where}: keeps {extra}, alone {missing} (scores differ by {slack:.1e}, nearest cosine {near:.1e})"
         # Keys differ by rounding in every batch, and scores by as much of the largest among them.
         allowed = TOLERANCE * max(1.0, *map(abs, at.values()))
-        if catalog().name_of(type(self.mixer)) == "rank":
-            moved = dict(zip(at, self._doubt(view, b, h), strict=True))
-            allowed += max(moved[p] for p in extra) + max(moved[p] for p in missing)
         if slack > -allowed and (slack < allowed or near < TOLERANCE):
             self.report.accepted.append(text)
             self.report.slack = max(self.report.slack, slack)
         else:
             self.report.mismatches.append(text)
-
-    def _doubt(self, view: CacheView, b: int, h: int) -> list[float]:
-        redundancy = self.redundancy.score(view)[b, h][view.valid[b, h]]
-        return rank_doubt(self.mixer, redundancy, TOLERANCE).tolist()
 
     def _nearest_cosine(self, view: CacheView, b: int, h: int) -> float:
         p: Any = self.redundancy

@@ -35,8 +35,7 @@ class Report:
         decisions: how many times a head was compacted.
         evictions: entries that these compactions dropped.
         mismatches: places where the recorded cache holds something else than the oracle says.
-        accepted: likewise, but the scores at the cut, or a cosine and its threshold, or redundancies that were ranked,
-            are closer than `TOLERANCE`.
+        accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
         slack: largest difference of scores among the accepted ones.
         output_error: largest absolute difference of recorded and recomputed attention outputs.
     """
@@ -386,11 +385,6 @@ class Oracle:
         value = dict(zip(head.positions, score.tolist(), strict=True))
         slack = max(value[p] for p in ours) - min(value[p] for p in theirs)
         allowed = TOLERANCE * max(1.0, *(abs(value[p]) for p in ours + theirs))
-        if self.mixer is scores.rank:
-            redundancy = self.redundancy(self.policy.redundancy, head)
-            doubt = scores.rank_doubt(self.policy.mixer, redundancy, TOLERANCE).tolist()
-            moved = dict(zip(head.positions, doubt, strict=True))
-            allowed += max(moved[p] for p in ours) + max(moved[p] for p in theirs)
         near = math.inf
         if self.redundancy is scores.key_cosine and self.policy.mixer.uses_redundancy:
             p: Any = self.policy.redundancy

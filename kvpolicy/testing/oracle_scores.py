@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -211,7 +212,11 @@ def key_density(p: Any, head: HeadView) -> Tensor:
     for i, one in enumerate(unit):
         others = [((one @ other - 1) / p.bandwidth).exp() for j, other in enumerate(unit) if j != i]
         result[i] = sum(others) / len(unit)
-    return result
+    level = result.clone()
+    for before, i in pairwise(result.argsort().tolist()):  # those that differ by no more than rounding are equal
+        if float(result[before]) >= float(result[i]) * (1 - 4e-6):
+            level[i] = level[before]
+    return level
 
 
 def mean_key(p: Any, head: HeadView) -> Tensor:
@@ -249,20 +254,11 @@ def z_score(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> T
 def rank(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
     """Weighted difference of ranks, equal scores in the middle of their places."""
 
-    def ranks(x: Tensor) -> Tensor:
+    def places(x: Tensor) -> Tensor:
         lower, upper = (x[:, None] > x).sum(1), (x[:, None] >= x).sum(1)
-        return (lower + upper - 1).double() / 2 / max(len(x) - 1, 1)
+        return (lower + upper - 1).double() / 2
 
-    return linear(p, ranks(importance), ranks(redundancy), head)
-
-
-def rank_doubt(p: Any, redundancy: Tensor, near: float) -> Tensor:
-    """By how much `rank` may move the score of each entry when redundancies closer than `near` change places.
-
-    Repeated tokens are equally redundant but for rounding, and a rank makes a step of the smallest difference.
-    """
-    close = ((redundancy[:, None] - redundancy).abs() < near).sum(1) - 1
-    return (1 - float(p.weight)) * close.double() / max(len(redundancy) - 1, 1)
+    return linear(p, places(importance), places(redundancy), head) / max(len(importance) - 1, 1)
 
 
 def head_adaptive(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:

@@ -15,7 +15,8 @@ from kvpolicy_plugins.mixers.linear import Linear
 class Rank(Linear):
     """``weight * rank(I) - (1 - weight) * rank(R)``: ranks within each head, from 0 to 1, equal scores alike.
 
-    Insensitive to how the numbers are distributed: outliers of an attention score weigh no more than their place.
+    Insensitive to how the numbers are distributed: outliers of an attention score weigh no more than their place. A
+    rank makes a step of the smallest difference: scores that are equal but for rounding should be made equal before.
     """
 
     paper: ClassVar[str] = ""
@@ -26,4 +27,6 @@ class Rank(Linear):
     """Share of the importance: 1 is importance alone, 0 redundancy alone."""
 
     def mix(self, importance: Scores, redundancy: Scores, view: CacheView) -> Scores:
-        return super().mix(ops.ranks(importance, view.valid), ops.ranks(redundancy, view.valid), view)
+        important, redundant = (ops.places(scores, view.valid) for scores in (importance, redundancy))
+        # Divided at the end: places are multiples of a half, so with equal weights equal sums are equal exactly.
+        return super().mix(important, redundant, view) / (view.valid.sum(-1, keepdim=True) - 1).clamp(min=1)
