@@ -6,7 +6,7 @@ import random
 import pytest
 
 from kvpolicy import KVPolicyError
-from kvpolicy.study.analysis import Row, compare, estimate, holm, shown
+from kvpolicy.study.analysis import Row, compare, estimate, holm, shown, tango
 from kvpolicy.study.results import CellRecord
 
 pytest.importorskip("scipy")
@@ -55,9 +55,39 @@ def test_mcnemar_looks_only_at_the_problems_that_differ():
     assert (found.wins, found.losses) == (9, 1)
     assert found.difference.value == pytest.approx(0.08)
     assert found.p == pytest.approx(2 * (1 + 10) / 2**10)  # two-sided sign test of 9 to 1
-    assert found.mcnemar == pytest.approx(((2 * 0.555 - 1) * 0.1, (2 * 0.9975 - 1) * 0.1), abs=1e-3)
+    assert found.mcnemar == tango(9, 1, 100) == pytest.approx((0.0226, 0.1541), abs=1e-4)
     assert found.difference.low < found.difference.value < found.difference.high
     assert found.baseline == "a"
+
+
+@pytest.mark.parametrize(("wins", "losses", "count"), [(0, 14, 16), (9, 1, 100), (3, 3, 20), (0, 0, 16), (1, 0, 2)])
+def test_mcnemars_interval_goes_beyond_the_estimate_on_both_sides(wins, losses, count):
+    low, high = tango(wins, losses, count)
+    assert -1 < low < (wins - losses) / count < high < 1
+    assert tango(losses, wins, count) == pytest.approx((-high, -low))
+
+
+def test_mcnemars_interval_ends_where_all_problems_are_lost():
+    assert tango(0, 16, 16) == pytest.approx((-1, -0.6128), abs=1e-4)
+    assert tango(16, 0, 16) == pytest.approx((0.6128, 1), abs=1e-4)
+
+
+def test_mcnemars_interval_holds_zero_as_long_as_mcnemars_score_test_does_not_reject():
+    for count in (20, 50):
+        for wins in range(12):
+            for losses in range(8):
+                low, high = tango(wins, losses, count)
+                square = (wins - losses) ** 2 / max(wins + losses, 1)
+                assert (low <= 0 <= high) == (square <= 3.8415)
+
+
+def test_mcnemars_interval_covers_the_truth_as_often_as_it_says():
+    generator, hits = random.Random(3), 0
+    for _ in range(400):
+        kinds = generator.choices((1, -1, 0), (0.05, 0.3, 0.65), k=40)
+        low, high = tango(kinds.count(1), kinds.count(-1), 40)
+        hits += low <= 0.05 - 0.3 <= high
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 def test_pairing_finds_what_two_intervals_would_hide():
