@@ -30,15 +30,16 @@ def tables(rows: Sequence[Row], spec: StudySpec) -> Iterator[Table]:
         here = [row for row in rows if (row.cell.model, row.cell.dataset) == place]
         names = [name for name in spec.metrics if any(name in row.metrics for row in here)]
         table = Table(title=escape(f"{place[1]} · {place[0]}"), title_justify="left", header_style="bold", box=None)
-        table.add_column("variant")
-        table.add_column("condition", max_width=24)
-        table.add_column("runs", justify="right")
+        # Where it is too narrow a number goes on in the next line: cut short it would be another number.
+        table.add_column("variant", overflow="fold")
+        table.add_column("condition", max_width=24, overflow="fold")
+        table.add_column("runs", justify="right", overflow="fold")
         for name in names:
-            table.add_column(name.replace("_", " "), justify="right")
+            table.add_column(name.replace("_", " "), justify="right", overflow="fold")
         compared = [differences[id(row.cell)] for row in here if id(row.cell) in differences]
         if compared:
             title = f"{compared[0].metric.replace('_', ' ')} − {escape(compared[0].baseline)}"
-            table.add_column(title, justify="right", min_width=8)
+            table.add_column(title, justify="right", min_width=8, overflow="fold")
         for row in here:
             cells = [_cell(row.metrics.get(name), name) for name in names]
             failed = f" ({row.failed} failed)" if row.failed else ""

@@ -166,14 +166,16 @@ def duration(seconds: float) -> str:
 
 def _print_results(path: Path, spec: StudySpec) -> None:
     from kvpolicy.cli.study_tables import tables
-    from kvpolicy.cli.terminal import output
+    from kvpolicy.cli.terminal import output, widen
     from kvpolicy.study.analysis import failures, summarise
     from kvpolicy.study.results import Results
 
     with Results(path) as results:
         rows = summarise(results, spec.metrics)
     console = output()
-    for table in tables(rows, spec):
+    made = list(tables(rows, spec))
+    widen(console, made)
+    for table in made:
         console.print(table)
     for reason, count in failures(rows).items():
         console.print(f"{count} failed: {reason}", markup=False)

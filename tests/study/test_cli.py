@@ -63,6 +63,22 @@ def test_plan_run_status(run, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"small.yaml", "small.sqlite", "small.sqlite.lock"}
 
 
+@pytest.mark.parametrize("columns", [None, "72"])
+def test_no_number_of_a_table_is_cut_short(run, monkeypatch, columns):
+    """A pipe gets the width that the table needs; where it is narrow, cells go on in the next line."""
+    if columns is None:
+        monkeypatch.delenv("COLUMNS")
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run("run", "small.yaml")
+    assert code == 0
+    assert "…" not in out
+    if columns is None:
+        assert re.search(r"^ *random +4 .* 0\.000 \[0\.000, 0\.000\], p = 1 *$", out, flags=re.MULTILINE)
+    else:
+        assert max(map(len, out.splitlines())) <= 72
+
+
 def test_quick_has_a_file_of_its_own(run, tmp_path):
     code, out, _ = run("run", "small.yaml", "--quick")
     assert code == 0
