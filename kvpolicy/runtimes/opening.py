@@ -67,7 +67,9 @@ def open_tokenizer(place: Path | str, name: str, *, option: str = "--model", rev
         transformers.AutoConfig.from_pretrained(place, revision=revision)
         return transformers.AutoTokenizer.from_pretrained(place, revision=revision)
     except _UNREADABLE as error:
-        raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {first_line(error)}.") from error
+        # A folder that is mistyped is taken for an id of the hub, whose answer alone would mislead.
+        where = "" if Path(place).is_dir() else "there is no such folder, and as an id of the hub: "
+        raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {where}{first_line(error)}.") from error
 
 
 def open_model(

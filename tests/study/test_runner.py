@@ -217,6 +217,10 @@ def test_a_folder_that_is_no_model_is_said_in_one_sentence(tmp_path, model_folde
         KVPolicyError, match=r"^models: there is no folder './nowhere'; give a model folder or a hub id\."
     ):
         find_model("./nowhere", "auto", "cpu")
+    with pytest.raises(
+        KVPolicyError, match=r"^models: 'nowhere' cannot be loaded: there is no such folder, and as an id"
+    ):
+        find_model("nowhere", "auto", "cpu")
     for file in model_folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / "empty" / file.name).write_bytes(file.read_bytes())

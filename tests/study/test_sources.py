@@ -39,10 +39,12 @@ def test_json_lines_with_named_fields(folder):
         ({"question": "problem", "answer": "x"}, r"sums.jsonl has no field 'x' for `answer`\. Its fields are"),
         ({"path": "none.jsonl"}, r"there is no file .*none.jsonl; correct `path`, which is relative to the study file"),
         ({"path": "broken.jsonl"}, r"broken.jsonl cannot be read: "),
+        ({"path": "empty.jsonl"}, r"^datasets: .*empty.jsonl is empty; name another file\.$"),
     ],
 )  # fmt: skip
 def test_bad_data_is_said_in_one_sentence(folder, fields, message):
     (folder / "broken.jsonl").write_text('{"problem": "x"\n')
+    (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(KVPolicyError, match=message) as caught:
         source(folder, **{"use": "jsonl", "path": "sums.jsonl", **fields}).problems(1, 0)
     assert "\n" not in str(caught.value)
