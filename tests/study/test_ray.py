@@ -28,7 +28,6 @@ def cluster():
         made.shutdown()
 
 
-@pytest.mark.slow
 def test_ray_gives_the_same_table(study, table, tmp_path, cluster):
     spec = study.make(
         datasets=[{"use": "needle", "words": 20, "chat": False, "forced": True}],
