@@ -33,7 +33,9 @@ def existing(path: str) -> str:
     """Return the path of a file; raises KVPolicyError if there is none, or nothing in it."""
     if not Path(path).is_file():
         raise KVPolicyError(f"datasets: there is no file {path}; correct `path`, which is relative to the study file.")
-    if not Path(path).read_text(encoding="utf-8", errors="replace").strip():
+    with Path(path).open(encoding="utf-8", errors="replace") as lines:
+        empty = not any(line.strip() for line in lines)  # stops at the first that is not
+    if empty:
         raise KVPolicyError(f"datasets: {path} is empty; name another file.")
     return path
 

@@ -297,6 +297,17 @@ def test_settings_are_there_in_full(made):
     assert report.settings.axes == ("policy",)
 
 
+def test_reports_do_not_say_where_a_machine_keeps_its_texts(made, tmp_path):
+    folder = tmp_path / "somewhere" / "texts"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("a b c d " * 40)
+    text = {"use": "text", "path": [str(folder / "a.txt")], "tokens": 40, "prompt_tokens": 8}
+    report = made(spec(datasets=[text], metrics=["kl"]), lambda task, item: Outcome(metrics={"kl": 0.1}))
+    for said in (markdown(report), page(report)):
+        assert "texts/a.txt" in said
+        assert "somewhere" not in said
+
+
 def test_markdown_has_whole_tables(made):
     text = markdown(made())
     assert "| rkv | 8 | 0.375 \\[0.137, 0.694\\] | 100.0 | 640 |" in text

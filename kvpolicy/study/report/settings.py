@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -63,7 +64,7 @@ class Settings:
     """Everything that a study's numbers depend on.
 
     Attributes:
-        study: the study file as it ran; empty if it is not recorded.
+        study: the study file as it ran, files of datasets by folder and name only; empty if it is not recorded.
         facts: its most important fields, name -> value as text.
         axes: the paths that are compared.
         models: name, fingerprint, revision, dtype and device of each model, as far as they are recorded.
@@ -108,8 +109,8 @@ def settings(results: Results, cells: Sequence[CellRecord], data: Mapping[str, A
     for (dataset, number), (prompt, answer) in results.problems().items():
         problems[dataset].append(Problem(number, _excerpt(prompt), answer))
     return Settings(
-        study=results.meta("spec") or "",
-        facts={name: _text(data[name]) for name in _FACTS if data.get(name) not in (None, [])},
+        study=_portable(results.meta("spec") or "", data),
+        facts={name: _portable(_text(data[name]), data) for name in _FACTS if data.get(name) not in (None, [])},
         axes=tuple(data.get("axes") or ()),
         models=tuple(
             json.loads(results.meta("models") or "null") or ({"name": name} for name in data.get("models", ()))
@@ -119,6 +120,16 @@ def settings(results: Results, cells: Sequence[CellRecord], data: Mapping[str, A
         problems={dataset: tuple(found) for dataset, found in problems.items()},
         version=kvpolicy.__version__,
     )
+
+
+def _portable(text: str, data: Mapping[str, Any]) -> str:
+    """Shorten the absolute paths of datasets, which say where a machine keeps them, to folder and name."""
+    for source in data.get("datasets") or ():
+        given = source.get("path") if isinstance(source, Mapping) else None
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and Path(path).is_absolute():
+                text = text.replace(path, "/".join(Path(path).parts[-2:]))
+    return text
 
 
 def _policies(cells: Sequence[CellRecord]) -> dict[str, tuple[PolicyFile, ...]]:
