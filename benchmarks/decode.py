@@ -168,19 +168,27 @@ def figures(case: Case, lanes: list[Lane], blocks: list[tuple[int, int]]) -> dic
                 for clock in ("wall", "cpu")
             }
             full_blocks = [blocks[i] for i in steady]
-            found["flat"] = {clock: flatness(lanes[1], lanes[2], full_blocks, clock) for clock in ("wall", "cpu")}
+            for name, fixed in (("flat", None), ("flat_beside_preallocated", lanes[2])):
+                found[name] = {clock: flatness(lanes[1], full_blocks, clock, fixed) for clock in ("wall", "cpu")}
     return found
 
 
-def flatness(lane: Lane, fixed: Lane, blocks: list[tuple[int, int]], clock: str) -> dict[str, Any]:
+def flatness(lane: Lane, blocks: list[tuple[int, int]], clock: str, fixed: Lane | None = None) -> dict[str, Any]:
     """Compare the first full block that reaches 1,024 tokens with the last one, against the spread inside of blocks.
 
-    Times are shares of the preallocated cache's median in the same block: its work never changes, so what the machine
-    does meanwhile is left out.
+    Args:
+        lane: whose tokens.
+        blocks: those in which its cache is full.
+        clock: wall or cpu.
+        fixed: divide by this lane's median of the same block, whose work never changes: what the machine does meanwhile
+            is then left out. Without it, seconds.
     """
     late = [block for block in blocks if block[1] > 1024] or blocks
-    medians = {block: Spread.of([getattr(t, clock) for t in fixed.between(*block)]).median for block in late}
-    found = [Spread.of([getattr(t, clock) / medians[block] for t in lane.between(*block)]) for block in late]
+    unit = {
+        block: 1.0 if fixed is None else Spread.of([getattr(t, clock) for t in fixed.between(*block)]).median
+        for block in late
+    }
+    found = [Spread.of([getattr(t, clock) / unit[block] for t in lane.between(*block)]) for block in late]
     # Not the spread of all tokens: a cache that slows down would widen that too.
     spread = statistics.median(each.width for each in found)
     return {
@@ -210,12 +218,16 @@ def beside_kvpress(model: PreTrainedModel, case: Case, options: argparse.Namespa
     return answer
 
 
+def _verdicts(flat: dict[str, dict[str, Any]]) -> str:
+    return " / ".join({True: "yes", False: "NO", None: "one block"}[each["flat"]] for each in flat.values())
+
+
 def report(results: list[dict[str, Any]], policy: str) -> None:
     """Print the summary, and time per token against generated length."""
     rows = []
     for r in results:
         speed = r["tokens_per_second"]
-        share, flat = r.get("share_of_preallocated"), r.get("flat")
+        share = r.get("share_of_preallocated")
         press = r.get("kvpress")
         rows.append([
             r["batch"], r["tokens"], r["budget"],
@@ -223,14 +235,14 @@ def report(results: list[dict[str, Any]], policy: str) -> None:
             f"{press['tokens_per_second']:.1f}" if press else "-",
             ", ".join(f"{s['wall']:.2f}x / {s['cpu']:.2f}x" for s in r["speed_of_full"].values()),
             f"{share['wall'].text('.0%')} / {share['cpu'].text('.0%')}" if share else "-",
-            " / ".join({True: "yes", False: "NO", None: "one block"}[flat[c]["flat"]] for c in flat) if flat else "-",
+            ", ".join(_verdicts(r[name]) for name in ("flat", "flat_beside_preallocated")) if share else "-",
             f"{r['peak_bytes'][FULL] / measuring.MIB:.0f} / {r['peak_bytes'][policy] / measuring.MIB:.0f}",
         ])  # fmt: skip
     measuring.show(
         f"Decoding with {policy}",
         ["batch", "tokens", "budget", f"tokens/s full / {policy} / preallocated", "kvpress",
          f"speed of the full cache: {policy}, preallocated",
-         "share of preallocated", "flat", f"KV MiB full / {policy}"],
+         "share of preallocated", "flat, beside preallocated", f"KV MiB full / {policy}"],
         rows,
         "Speeds are of the whole run, integrated over blocks. Tokens/s by wall clock. Pairs of ratios: by wall clock / "
         f"by {measuring.cpu_clock()}. In brackets: quartiles over blocks. kvpress ran afterwards in a process of its "

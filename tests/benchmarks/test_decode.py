@@ -71,16 +71,20 @@ def test_flatness_compares_medians_with_the_spread(script):
         ]
         return found
 
-    blocks, fixed = [(1024, 1029), (2048, 2053)], lane(10.0, 10.0)  # medians of 12
-    assert decode.flatness(lane(10.0, 11.0), fixed, blocks, "wall")["flat"] is True
-    assert decode.flatness(lane(10.0, 100.0), fixed, blocks[:1], "wall")["flat"] is None
-    slower = decode.flatness(lane(10.0, 11.0), fixed, blocks, "cpu")
-    assert slower["medians"] == pytest.approx([1.0, 13 / 12])
-    assert slower["spread"] == pytest.approx(2 / 12)
+    blocks = [(1024, 1029), (2048, 2053)]
+    assert decode.flatness(lane(10.0, 11.0), blocks, "wall")["flat"] is True
+    assert decode.flatness(lane(10.0, 100.0), blocks[:1], "wall")["flat"] is None
+    slower = decode.flatness(lane(10.0, 11.0), blocks, "cpu")
+    assert slower["medians"] == [12.0, 13.0]
+    assert slower["spread"] == 2.0
     # A step between two blocks widens the spread of all tokens too, and must not pass for flat by that.
-    assert decode.flatness(lane(10.0, 13.0), fixed, blocks, "wall")["flat"] is False
-    # A machine that becomes slower slows both lanes.
-    assert decode.flatness(lane(10.0, 13.0), lane(10.0, 13.0), blocks, "wall")["flat"] is True
+    assert decode.flatness(lane(10.0, 13.0), blocks, "wall")["flat"] is False
+    # A machine that becomes slower slows both lanes; beside the other one that is left out.
+    beside = decode.flatness(lane(10.0, 11.0), blocks, "cpu", lane(10.0, 10.0))
+    assert beside["medians"] == pytest.approx([1.0, 13 / 12])
+    assert beside["spread"] == pytest.approx(2 / 12)
+    assert decode.flatness(lane(10.0, 13.0), blocks, "wall", lane(10.0, 10.0))["flat"] is False
+    assert decode.flatness(lane(10.0, 13.0), blocks, "wall", lane(10.0, 13.0))["flat"] is True
 
 
 def test_copies_of_a_row_decode_like_the_row(script, tiny_folder):
