@@ -109,7 +109,7 @@ def levelled(scores: Scores, mask: Mask, near: float) -> Scores:
     """Make scores that are nearly equal equal: all of a chain of near neighbours take its lowest score.
 
     Args:
-        scores: fp32 `[B, H, N]`, finite and not negative where `mask`.
+        scores: fp32 `[B, H, N]`, finite where `mask`; those below 0 stay as they are.
         mask: bool `[B, H, N]`.
         near: neighbours in the order of scores are near when they differ by at most this share of the larger one.
 

@@ -105,7 +105,7 @@ class _Row:
 
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
-_REDUNDANCY = {**scores.REDUNDANCY, **statistics.REDUNDANCY}
+_REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
 
 
 def knows(policy: Policy) -> bool:

@@ -118,6 +118,18 @@ def critical(p: Any, head: HeadView) -> Tensor:
     return _tensor([2.0 + lower[n] if n in first else float(refined[n]) / most for n in range(len(base))])
 
 
+def value_weighted(p: Any, head: HeadView) -> Tensor:
+    """The base, counted from its lowest where that is negative, times the length of the value."""
+    base = _base(p.base, head)
+    return scores.levelled((base - min(float(base.min()), 0.0)) * head.values.norm(p.norm, dim=-1))
+
+
+def key_coverage(p: Any, head: HeadView) -> Tensor:
+    """The density of keys, where those that matter more count whole."""
+    matters = scores.levelled(_base(p.by, head)).tolist()
+    return scores.density(p, head, lambda i, j: 1.0 if (matters[j], j) > (matters[i], i) else p.lower)
+
+
 IMPORTANCE: dict[str, Scorer] = {
     "accumulated_attention": lambda p, head: _tensor(accumulated(p, head)["accumulated"]),
     "attention_memory": attention_memory,
@@ -126,7 +138,9 @@ IMPORTANCE: dict[str, Scorer] = {
     "last_used": lambda p, head: _tensor(stamps(p, head)["stamps"]),
     "recurrence": recurrence,
     "tova": tova,
+    "value_weighted": value_weighted,
 }
+REDUNDANCY: dict[str, Scorer] = {"key_coverage": key_coverage}
 REMEMBER: dict[str, Remember] = {
     "accumulated_attention": accumulated,
     "attention_memory": faded,

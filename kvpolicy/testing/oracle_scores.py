@@ -206,14 +206,24 @@ def key_cosine(p: Any, head: HeadView) -> Tensor:
 
 def key_density(p: Any, head: HeadView) -> Tensor:
     """Mean of a kernel over the distances to all other keys."""
+    return density(p, head, lambda i, j: 1.0)  # noqa: ARG005
+
+
+def density(p: Any, head: HeadView, weight: Callable[[int, int], float]) -> Tensor:
+    """The same, with the weight that key `j` has for key `i`."""
     keys = turn(head.keys, head.info, [-place for place in head.turned_to]) if p.rope == "pre" else head.keys
     unit = [key / key.norm() if float(key.norm()) else key for key in keys]
     result = torch.zeros(len(unit), dtype=torch.float64)
     for i, one in enumerate(unit):
-        others = [((one @ other - 1) / p.bandwidth).exp() for j, other in enumerate(unit) if j != i]
+        others = [weight(i, j) * ((one @ other - 1) / p.bandwidth).exp() for j, other in enumerate(unit) if j != i]
         result[i] = sum(others) / len(unit)
+    return levelled(result)
+
+
+def levelled(result: Tensor) -> Tensor:
+    """Scores `[n]` that differ by no more than rounding are made equal."""
     level = result.clone()
-    for before, i in pairwise(result.argsort().tolist()):  # those that differ by no more than rounding are equal
+    for before, i in pairwise(result.argsort().tolist()):
         if float(result[before]) >= float(result[i]) * (1 - 4e-6):
             level[i] = level[before]
     return level

@@ -38,6 +38,7 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: 
     from kvpolicy_plugins.importance.tova import Tova
     from kvpolicy_plugins.importance.trigonometric import Trigonometric
     from kvpolicy_plugins.importance.value_norm import ValueNorm
+    from kvpolicy_plugins.importance.value_weighted import ValueWeighted
     from kvpolicy_plugins.importance.window_attention import WindowAttention
     from kvpolicy_plugins.mixers.head_adaptive import HeadAdaptive
     from kvpolicy_plugins.mixers.importance_only import ImportanceOnly
@@ -53,6 +54,7 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: 
     from kvpolicy_plugins.protections.recent import Recent
     from kvpolicy_plugins.protections.sinks import Sinks
     from kvpolicy_plugins.redundancy.key_cosine import KeyCosine
+    from kvpolicy_plugins.redundancy.key_coverage import KeyCoverage
     from kvpolicy_plugins.redundancy.key_density import KeyDensity
     from kvpolicy_plugins.redundancy.mean_key import MeanKey
     from kvpolicy_plugins.redundancy.negative import Negative
@@ -88,9 +90,11 @@ def kvpolicy_register_components(register: RegisterComponent) -> None:  # noqa: 
     register("tova", Tova)
     register("trigonometric", Trigonometric)
     register("value_norm", ValueNorm)
+    register("value_weighted", ValueWeighted)
     register("window_attention", WindowAttention)
 
     register("key_cosine", KeyCosine)
+    register("key_coverage", KeyCoverage)
     register("key_density", KeyDensity)
     register("mean_key", MeanKey)
     register("negative", Negative)

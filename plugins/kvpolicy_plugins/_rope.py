@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float32, Int64
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.types import Keys
 from kvpolicy.view import CacheView, Rope
 
 
@@ -31,6 +32,11 @@ def unrotated_keys(view: CacheView, who: str) -> Float32[Tensor, "B H N D"]:
     """Return the keys without their rotary embedding, in fp32: half-precision ones would be rounded a second time."""
     at = view.positions if view.rope_positions is None else view.rope_positions
     return ops.rotate(view.keys.float(), rope_of(view, who), -at)
+
+
+def compared_keys(view: CacheView, rope: Literal["pre", "post"], who: str) -> Keys:
+    """Return the keys that a scorer with the parameter `rope` compares: un-rotated (`pre`) or as cached (`post`)."""
+    return unrotated_keys(view, f"{who} with `rope: pre`") if rope == "pre" else view.keys
 
 
 def next_position(view: CacheView) -> Int64[Tensor, " B"]:

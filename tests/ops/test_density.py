@@ -11,13 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvpolicy import ops
 
 
-def by_definition(keys, valid, bandwidth):
+def by_definition(keys, valid, bandwidth, priority=None, lower=1.0):
+    """In float64; of equal priorities the later slot comes first."""
     result = torch.zeros(valid.shape, dtype=torch.float64)
     for b, h in torch.cartesian_prod(*map(torch.arange, valid.shape[:2])).tolist():
         held = valid[b, h].nonzero()[:, 0].tolist()
         unit = {i: keys[b, h, i].double() / max(float(keys[b, h, i].double().norm()), 1e-15) for i in held}
+        rank = {i: (0.0 if priority is None else float(priority[b, h, i]), i) for i in held}
         for i in held:
-            near = [math.exp((float(unit[i] @ unit[j]) - 1) / bandwidth) for j in held if j != i]
+            weight = {j: 1.0 if rank[j] > rank[i] else lower for j in held if j != i}
+            near = [w * math.exp((float(unit[i] @ unit[j]) - 1) / bandwidth) for j, w in weight.items()]
             result[b, h, i] = math.fsum(near) / len(held)
     return result
 
@@ -33,6 +36,34 @@ def test_equals_the_definition_and_reads_no_other_slot(count, bandwidth):
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), by_definition(keys, valid, bandwidth), rtol=1e-5, atol=1e-6)
     assert (got[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 64, 65, 200])
+@pytest.mark.parametrize("lower", [0.0, 0.3, 1.0])
+def test_keys_of_higher_priority_count_whole(count, lower):
+    generator = torch.Generator().manual_seed(count)
+    keys = torch.randn(2, 3, count, 8, generator=generator) + 1
+    valid = torch.rand(2, 3, count, generator=generator) < 0.8
+    valid[0, 0], valid[1, 2] = True, False
+    priority = torch.randint(-5, 5, valid.shape, generator=generator).float()  # many are equal
+    got = ops.key_density(
+        torch.where(valid[..., None], keys, float("nan")),
+        valid,
+        bandwidth=0.2,
+        priority=priority.masked_fill(~valid, float("nan")),
+        lower=lower,
+    )
+    expected = by_definition(keys, valid, 0.2, priority, lower)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (got[~valid] == 0).all()
+
+
+def test_by_hand_with_priorities():
+    """Three copies: the best one is covered by nothing but a share of the others, the second by the best, and so on."""
+    keys = torch.tensor([[1.0, 0.0]]).expand(1, 1, 3, 2)
+    everything = torch.ones(1, 1, 3, dtype=torch.bool)
+    got = ops.key_density(keys, everything, bandwidth=0.2, priority=torch.tensor([[[5.0, 1.0, 5.0]]]), lower=0.25)
+    assert (3 * got[0, 0]).tolist() == pytest.approx([1.25, 2.0, 0.5])
 
 
 def test_by_hand():
@@ -111,10 +142,12 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 8192), (24, 1152)])
-def test_never_keys_times_keys(rows, count):
+@pytest.mark.parametrize("lower", [1.0, 0.5])
+def test_never_keys_times_keys(rows, count, lower):
     keys, valid = torch.randn(rows, 1, count, 16), torch.ones(rows, 1, count, dtype=torch.bool)
+    priority = torch.rand(rows, 1, count) if lower < 1 else None
     with _Largest() as largest:
-        ops.key_density(keys, valid, bandwidth=0.2)
+        ops.key_density(keys, valid, bandwidth=0.2, priority=priority, lower=lower)
     assert rows * count * 16 <= largest.numbers <= max(64 * count, rows * count * 16)
 
 
@@ -123,5 +156,10 @@ def test_nothing_to_score_and_wrong_arguments():
     assert nothing.shape == (2, 1, 0)
     with pytest.raises(ValueError, match=r"bandwidth is 0; give a number above 0\."):
         ops.key_density(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, dtype=torch.bool), bandwidth=0)
+    two = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"lower is 1.5; give a number from 0 to 1\."):
+        ops.key_density(*two, bandwidth=0.2, priority=torch.zeros(1, 1, 2), lower=1.5)
+    with pytest.raises(ValueError, match=r"priority has shape \[1, 2\]; give that of valid, \[1, 1, 2\]\."):
+        ops.key_density(*two, bandwidth=0.2, priority=torch.zeros(1, 2), lower=0.5)
     with pytest.raises(ValueError, match=r"keys have shape \[1, 1, 2, 4\] and valid \[1, 2\]; give"):
         ops.key_density(torch.zeros(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), bandwidth=0.2)

@@ -22,9 +22,9 @@ BUNDLED = {
         "accumulated_attention", "attention_memory", "critical", "cur", "decayed_attention",
         "expected_attention", "key_diff", "key_norm", "lag_relative", "last_used", "leverage", "non_causal",
         "none", "q_filter", "random", "recency", "recurrence", "tova", "trigonometric", "value_norm",
-        "window_attention",
+        "value_weighted", "window_attention",
     },
-    "redundancy": {"key_cosine", "key_density", "mean_key", "negative", "none"},
+    "redundancy": {"key_cosine", "key_coverage", "key_density", "mean_key", "negative", "none"},
     "mixer": {"head_adaptive", "importance_only", "linear", "max_normalised", "rank", "z_score"},
     "allocator": {
         "adaptive_heads", "global_pool", "pyramid", "table", "table_curve", "table_gate", "uniform",

@@ -1,4 +1,4 @@
-"""`key_density` on views, and `rkv-density` against a literal implementation that shares nothing with the ops."""
+"""`key_density` on views, against its definition."""
 
 from __future__ import annotations
 
@@ -86,28 +86,3 @@ def test_the_rotation_is_needed_only_to_take_it_off(make_view):
     assert make(rope="post").score(view).isfinite().all()
     with pytest.raises(UnsupportedError, match=r"redundancy: key_density with `rope: pre` needs the rotary embedding"):
         make().score(view)
-
-
-@pytest.mark.parametrize("draw", range(6))
-def test_kept_set_of_the_policy_equals_its_definition(make_view, draw):
-    """Ranks of R-KV's importance against ranks of the density, half and half; sinks and the window stay."""
-    generator = torch.Generator().manual_seed(draw)
-    n, budget, dim = 100, 40 + 5 * draw, 16
-    policy = kvpolicy.load("rkv-density", budget=budget).build()
-    weight, bandwidth = policy.mixer.weight, policy.redundancy.bandwidth
-    keys = torch.randn(1, 2, 1, dim, generator=generator) + torch.randn(1, 2, n, dim, generator=generator)
-    view = make_view(keys, queries=2 * torch.randn(1, 2, 3, 8, dim, generator=generator))
-    importance = kvpolicy.load("rkv").build().importance.score(view)
-    kept = policy.select([view], [budget])[0]
-    for h in range(2):
-        angle = torch.arange(n).double()[:, None] * view.rope.inv_freq.double()
-        pairs = torch.view_as_complex(torch.stack(keys[0, h].double().chunk(2, dim=-1), dim=-1))
-        alike = density(torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), -angle)).flatten(1), bandwidth)
-
-        def places(x):
-            return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1) - 1).double() / 2
-
-        score = weight * places(importance[0, h]) - (1 - weight) * places(alike)  # multiples of 1/4: exact
-        score[:4] = score[-8:] = torch.inf
-        order = sorted(range(n), key=lambda i: (-float(score[i]), i))
-        assert kept.indices[0, h].tolist() == sorted(order[:budget])

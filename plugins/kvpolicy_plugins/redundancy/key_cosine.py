@@ -11,7 +11,7 @@ from kvpolicy import ops
 from kvpolicy.components import RedundancyScorer
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
-from kvpolicy_plugins._rope import NeedsRope, unrotated_keys
+from kvpolicy_plugins._rope import NeedsRope, compared_keys
 
 
 class KeyCosine(RedundancyScorer):
@@ -49,7 +49,7 @@ class KeyCosine(RedundancyScorer):
     def score(self, view: CacheView) -> Scores:
         participates = ~view.newest(self.window) if self.window else None
         return ops.redundancy(
-            unrotated_keys(view, "redundancy: key_cosine with `rope: pre`") if self.rope == "pre" else view.keys,
+            compared_keys(view, self.rope, "redundancy: key_cosine"),
             view.valid,
             participates=participates,
             threshold=self.threshold,

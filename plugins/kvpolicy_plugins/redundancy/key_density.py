@@ -10,9 +10,10 @@ from kvpolicy import ops
 from kvpolicy.components import RedundancyScorer
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
-from kvpolicy_plugins._rope import NeedsRope, unrotated_keys
+from kvpolicy_plugins._rope import NeedsRope, compared_keys
 
-_ROUNDING = 4e-6  # densities differ by less when only the order of sums does
+ROUNDING = 4e-6
+"""Densities differ by a smaller share when only the order of sums does."""
 
 
 class KeyDensity(RedundancyScorer):
@@ -34,7 +35,6 @@ class KeyDensity(RedundancyScorer):
     """Compare the keys with the rotary embedding taken off (`pre`) or as cached (`post`)."""
 
     def score(self, view: CacheView) -> Scores:
-        pre = self.rope == "pre"
-        keys = unrotated_keys(view, "redundancy: key_density with `rope: pre`") if pre else view.keys
+        keys = compared_keys(view, self.rope, "redundancy: key_density")
         density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth)
-        return ops.levelled(density, view.valid, _ROUNDING)
+        return ops.levelled(density, view.valid, ROUNDING)

@@ -1,0 +1,43 @@
+"""Importance times the length of the value (VATP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from kvpolicy import ops
+from kvpolicy.components import ImportanceScorer
+from kvpolicy.types import Scores
+from kvpolicy.view import CacheView
+from kvpolicy_plugins.importance.window_attention import WindowAttention
+
+_ROUNDING = 4e-6  # a repeated token's value differs by less from one place of a batch to another
+
+
+class ValueWeighted(ImportanceScorer):
+    """Score of `base` times the norm of the value: attention to a short value moves the output little.
+
+    Meant for scores that are not negative; others are counted from the lowest of their head. Products that are equal
+    but for rounding, such as those of a repeated token under one smoothed score, are made equal: ranks count on it.
+    """
+
+    shorthand: ClassVar[str | None] = "base"
+    same_for_layers: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv:2406.12335 (VATP)"
+
+    base: ImportanceScorer = WindowAttention()
+    """The score that is weighted."""
+    norm: Literal[1, 2] = Field(default=2)
+    """1 for the sum of magnitudes, as in the paper, 2 for the Euclidean norm."""
+
+    def laws_excused(self) -> Mapping[str, str]:
+        return self.base.laws_excused()
+
+    def score(self, view: CacheView) -> Scores:
+        base = self.base.score(view)
+        lowest, _ = ops.extremes(base, view.valid)
+        length = torch.linalg.vector_norm(view.values, ord=self.norm, dim=-1, dtype=torch.float32)
+        return ops.levelled((base - lowest.clamp(max=0)) * length, view.valid, _ROUNDING)
