@@ -20,7 +20,7 @@ from kvpolicy.loading import catalog
 from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
-from kvpolicy.testing.oracle import TOLERANCE
+from kvpolicy.testing.oracle_rows import TOLERANCE
 from kvpolicy.types import KeepIndices, Scores
 from kvpolicy.view import CacheView
 

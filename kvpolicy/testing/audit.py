@@ -6,7 +6,8 @@ from typing import Any
 
 from kvpolicy.policy import Policy
 from kvpolicy.testing.events import Pass, Trace
-from kvpolicy.testing.oracle import Oracle, Report, Sets, _Row
+from kvpolicy.testing.oracle import Oracle
+from kvpolicy.testing.oracle_rows import Report, Row, Sets
 
 
 class _Auditor(Oracle):
@@ -16,12 +17,12 @@ class _Auditor(Oracle):
         self.trace = trace
         self.policy = policy
         self.rerotates = False
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.layers = sorted(trace.layers)
         self.prefill = True
         self.report = Report()
 
-    def _compact_if_due(self, row: _Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
+    def _compact_if_due(self, row: Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
         if recorded == row.held:
             return
         before = total = 0
@@ -38,12 +39,12 @@ class _Auditor(Oracle):
             self.report.mismatches.append(f"{where}: {total} entries are kept over all heads, {expected} expected")
         self._adopt(row, recorded)
 
-    def _check_outputs(self, row: _Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
         """Only where entries are as they came: nothing else is known of them here."""
         if not self.policy.post:
             super()._check_outputs(row, b, event, valid)
 
-    def _entries(self, row: _Row) -> int:
+    def _entries(self, row: Row) -> int:
         return self.policy.entries(row.seen, row.prompt)
 
     def _retention(self, head: Any) -> Any:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,90 +18,7 @@ from kvpolicy.testing import oracle_memory as memory
 from kvpolicy.testing import oracle_scores as scores
 from kvpolicy.testing import oracle_statistics as statistics
 from kvpolicy.testing.events import Crop, Pass, Rows, Settled, Trace
-
-TOLERANCE = 1e-6
-"""Gap of scores (relative to scores above 1), or distance of a cosine to its threshold, that fp32 need not resolve."""
-
-Sets = list[list[int]]
-"""Positions by head."""
-
-
-@dataclass
-class Report:
-    """What a comparison found.
-
-    Attributes:
-        decisions: how many times a head was compacted.
-        evictions: entries that these compactions dropped.
-        mismatches: places where the recorded cache holds something else than the oracle says.
-        accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
-        slack: largest difference of scores among the accepted ones.
-        output_error: largest absolute difference of recorded and recomputed attention outputs.
-    """
-
-    decisions: int = 0
-    evictions: int = 0
-    mismatches: list[str] = field(default_factory=list)
-    accepted: list[str] = field(default_factory=list)
-    slack: float = 0.0
-    output_error: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Nothing differs that may not differ."""
-        return not self.mismatches
-
-    def __str__(self) -> str:
-        more = f"; first: {self.mismatches[0]}" if self.mismatches else ""
-        return (
-            f"{self.decisions} decisions, {self.evictions} evictions, {len(self.mismatches)} mismatches, "
-            f"{len(self.accepted)} accepted (slack {self.slack:.1e}), output error {self.output_error:.1e}{more}"
-        )
-
-
-@dataclass
-class _Row:
-    """One row. Lists are indexed by position, `held` and the like by layer and head."""
-
-    keys: dict[int, list[Tensor]]
-    values: dict[int, list[Tensor]]
-    queries: dict[int, list[Tensor]]
-    held: dict[int, Sets]
-    turned: dict[int, list[dict[int, int]]]
-    memory: dict[int, list[dict[str, dict[int, float]]]]
-    columns: list[bool] = field(default_factory=list)
-    prompt: int = 0
-    compactions: int = 0
-    observed: int = 0
-    shift: int = 0
-    decoded: bool = False
-
-    @property
-    def seen(self) -> int:
-        return sum(self.columns)
-
-    @staticmethod
-    def empty(heads: dict[int, int]) -> _Row:
-        """Return a row that has seen nothing; `heads` says how many each layer has."""
-        return _Row(
-            keys={i: [] for i in heads},
-            values={i: [] for i in heads},
-            queries={i: [] for i in heads},
-            held={i: [[] for _ in range(count)] for i, count in heads.items()},
-            turned={i: [{} for _ in range(count)] for i, count in heads.items()},
-            memory={i: [{} for _ in range(count)] for i, count in heads.items()},
-        )
-
-    def copy(self) -> _Row:
-        def each(table: dict[int, Any]) -> dict[int, Any]:
-            return {layer: [x if isinstance(x, Tensor) else x.copy() for x in row] for layer, row in table.items()}
-
-        return _Row(
-            each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
-            each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
-            self.decoded,
-        )  # fmt: skip
-
+from kvpolicy.testing.oracle_rows import TOLERANCE, Report, Row, Sets
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
@@ -141,7 +57,7 @@ class Oracle:
             raise NotImplementedError(
                 "the oracle knows the allocator uniform, the selector top_k and no post but rerotate"
             )
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.layers = sorted(trace.layers)
         self.prefill = True
         self.report = Report()
@@ -170,7 +86,7 @@ class Oracle:
     def _forward(self, event: Pass, where: str) -> None:
         valid = event.valid.tolist()
         if not self.rows:
-            self.rows = [_Row.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
+            self.rows = [Row.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
         for b, row in enumerate(self.rows):
             recorded = {}
             for i in self.layers:
@@ -185,7 +101,7 @@ class Oracle:
             self._check_outputs(row, b, event, valid[b])
         self.prefill = event.prefill
 
-    def _append(self, row: _Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _append(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
         for column, real in enumerate(valid):
             if not real:
                 continue
@@ -205,7 +121,7 @@ class Oracle:
         if not row.decoded:
             row.prompt = row.seen
 
-    def _crop(self, row: _Row, columns: int) -> None:
+    def _crop(self, row: Row, columns: int) -> None:
         if columns == 0:
             return
         del row.columns[len(row.columns) - columns :]
@@ -217,7 +133,7 @@ class Oracle:
 
     # -- compaction ---------------------------------------------------------------------------------------------------
 
-    def _entries(self, row: _Row) -> int:
+    def _entries(self, row: Row) -> int:
         """Entries to hold after a compaction."""
         budget = self.policy.budget
         if budget.tokens is not None:
@@ -230,7 +146,7 @@ class Oracle:
     def _protections(self) -> list[tuple[str, Any]]:
         return [(_name(part), part) for part in self.policy.protections]
 
-    def _due(self, row: _Row, incoming: int) -> bool:
+    def _due(self, row: Row, incoming: int) -> bool:
         phase = "prefill" if self.prefill else "decode"
         if incoming == 0 or not row.columns or self.policy.phase not in ("both", phase):
             return False
@@ -245,7 +161,7 @@ class Oracle:
             return True
         return row.seen % int(p.align) == 0
 
-    def _compact_if_due(self, row: _Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
+    def _compact_if_due(self, row: Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
         if not self._due(row, incoming):
             for i in self.layers:
                 if recorded[i] != row.held[i]:
@@ -289,7 +205,7 @@ class Oracle:
         return found
 
     @staticmethod
-    def _adopt(row: _Row, recorded: dict[int, Sets]) -> None:
+    def _adopt(row: Row, recorded: dict[int, Sets]) -> None:
         row.held = {i: [list(held) for held in sets] for i, sets in recorded.items()}
 
     def _shared(self) -> list[list[tuple[int, int]]]:
@@ -312,7 +228,7 @@ class Oracle:
         # First over the heads of each layer, then over layers: the means differ where layers have different heads.
         return over([over([r for r, (i, _) in zip(retention, group, strict=True) if i == layer]) for layer in layers])
 
-    def _head(self, row: _Row, i: int, h: int) -> scores.HeadView:
+    def _head(self, row: Row, i: int, h: int) -> scores.HeadView:
         info, held = self.trace.layers[i], row.held[i][h]
         places = [row.turned[i][h][p] for p in held]
         keys = torch.stack([row.keys[i][p][h].double() for p in held])
@@ -339,11 +255,11 @@ class Oracle:
         )
         return view
 
-    def _turned_queries(self, queries: Tensor, i: int, row: _Row) -> Tensor:
+    def _turned_queries(self, queries: Tensor, i: int, row: Row) -> Tensor:
         flat = queries.flatten(0, 1)
         return scores.turn(flat, self.trace.layers[i], [-row.shift] * len(flat)).view_as(queries)
 
-    def _history(self, row: _Row, i: int, h: int, view: scores.HeadView) -> list[tuple[int, Tensor]]:
+    def _history(self, row: Row, i: int, h: int, view: scores.HeadView) -> list[tuple[int, Tensor]]:
         """Return the attention of every query since the last compaction: nothing has been evicted in between."""
         found = []
         sinks = [None] * view.info.groups if view.sinks is None else view.sinks.tolist()
@@ -361,7 +277,7 @@ class Oracle:
         redundancy = self.redundancy(self.policy.redundancy, head) if mixer.uses_redundancy else zero
         return self.mixer(mixer, importance, redundancy, head)
 
-    def _protected(self, row: _Row, positions: list[int]) -> list[bool]:
+    def _protected(self, row: Row, positions: list[int]) -> list[bool]:
         limit = {"sinks": 0, "prompt": 0}
         newest: list[int] = []
         for name, part in self._protections():
@@ -400,7 +316,7 @@ class Oracle:
 
     # -- attention outputs --------------------------------------------------------------------------------------------
 
-    def _check_outputs(self, row: _Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
         """Recompute what the attention must return over the entries that are held."""
         for i in self.layers:
             output, info = event.layers[i].output, self.trace.layers[i]
