@@ -86,6 +86,8 @@ def test_numbers_of_a_small_study(made):
     report = made()
     assert (report.baseline, report.runs, report.failed) == ("rkv", 40, 0)
     assert (report.budgets.labels, report.budgets.title) == (("64", "128"), "budget, entries per head")
+    fewer = made(spec(axes={"policy": ["rkv"]}))
+    assert (fewer.runs, fewer.series) == (24, ("rkv",)), "the file keeps the runs of variants that have gone"
     (place,) = report.places
     assert (place.model, place.dataset, place.metrics) == ("nowhere", "needle-20", ("exact", "tokens", "bytes_peak"))
     assert place.full.row.metrics["exact"].value == 7 / 8

@@ -141,7 +141,7 @@ class Report:
         baseline_series: the series that it belongs to.
         budgets: the study's budgets, if it compares several.
         places: every dataset with every model.
-        runs, failed: how many runs are recorded, and how many of them failed.
+        runs, failed: how many runs of these variants are recorded, and how many of them failed.
         failures: reason -> number of runs.
         settings: all that the numbers depend on.
     """
@@ -201,8 +201,9 @@ def build(results: Results, commands: Commands) -> Report:
         baseline_series=next((e.series for e in entries if e.row.cell.name == baseline), baseline),
         budgets=axis,
         places=tuple(_place(*place, entries, wanted, effects) for place in places),
-        runs=sum(len(results.finished(failed=failed)) for failed in (False, True)),
-        failed=len(results.finished(failed=True)),
+        # The file may also hold runs of variants that the study no longer has.
+        runs=sum(row.runs + row.failed for row in rows),
+        failed=sum(row.failed for row in rows),
         failures=failures(rows),
         settings=made,
     )
