@@ -249,14 +249,12 @@ def test_a_model_that_cannot_be_loaded_by_a_worker_fails_its_runs(study, tmp_pat
     assert rows[0].failed == 4
 
 
-@pytest.mark.slow
 def test_processes_give_the_same_table(study, everything, table, tmp_path):
     study.run(everything, tmp_path / "here.sqlite")
     study.run(everything, tmp_path / "there.sqlite", executor=Processes(2))
     assert table(tmp_path / "there.sqlite") == table(tmp_path / "here.sqlite")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_three_times_the_table_is_that_of_an_unbroken_run(study, table, tmp_path, model_folder):
     """SIGKILL to the command while it works; nothing is repeated, nothing lost, and no worker is left behind."""
