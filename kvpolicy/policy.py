@@ -182,14 +182,20 @@ class Policy:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """All components whose result is used, in the order of the pipeline, each before those it is made of."""
+        """All components whose result is used, in the order of the pipeline, each before those it is made of.
+
+        Equal ones are listed once: they need the same, and remember the same for both.
+        """
         parts: list[Component] = [self.trigger]
         if self.mixer.uses_importance:
             parts.append(self.importance)
         if self.mixer.uses_redundancy:
             parts.append(self.redundancy)
         parts += [self.mixer, self.allocator, *self.protections, self.selector, *self.post]
-        return tuple(member for part in parts for member in part.members())
+        found: list[Component] = []
+        for part in parts:
+            found += [member for member in part.members() if member not in found]
+        return tuple(found)
 
     @property
     def counts(self) -> Literal["equal", "per_layer", "per_head"]:

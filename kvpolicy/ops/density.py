@@ -30,13 +30,14 @@ def key_density(
         valid: bool `[B, H, N]`; other slots may hold anything.
         bandwidth: distance from cosine 1 at which a neighbour counts for 1/e; above 0.
         priority: fp32 `[B, H, N]`, finite where `valid`; higher comes first, of equal ones the later slot.
-        lower: weight of keys that come later; 1, as without a priority, to 0.
+        lower: weight of keys that come later, from 0 to 1; at 1 all count alike and the priority says nothing.
 
     Returns:
         fp32 `[B, H, N]`, within [0, 1]; 0 for slots that are not valid. A key of length 0 has cosine 0 to all.
 
     Raises:
-        ValueError: the bandwidth is not positive, `lower` is not within [0, 1], or shapes do not fit `keys`.
+        ValueError: the bandwidth is not positive, `lower` is not within [0, 1] or below 1 without a priority, or shapes
+            do not fit `keys`.
     """
     if not bandwidth > 0:
         raise ValueError(f"bandwidth is {bandwidth}; give a number above 0.")
@@ -46,9 +47,11 @@ def key_density(
         )
     if not 0 <= lower <= 1:
         raise ValueError(f"lower is {lower}; give a number from 0 to 1.")
-    if priority is not None and lower < 1:
-        if priority.shape != valid.shape:
-            raise ValueError(f"priority has shape {list(priority.shape)}; give that of valid, {list(valid.shape)}.")
+    if priority is not None and priority.shape != valid.shape:
+        raise ValueError(f"priority has shape {list(priority.shape)}; give that of valid, {list(valid.shape)}.")
+    if lower < 1:
+        if priority is None:
+            raise ValueError(f"lower is {lower} and there is no priority; give one, or leave lower out.")
         order = _by_priority(priority, valid)
         sorted_keys = keys.gather(2, order.unsqueeze(-1).expand_as(keys))
         found = _sorted_density(sorted_keys, valid.gather(2, order), bandwidth, lower)
@@ -68,8 +71,11 @@ def _sorted_density(keys: Keys, valid: Mask, bandwidth: float, lower: float) -> 
     scaled = _directions(keys, valid, sharpness**0.5).flatten(0, 1)
     counted = valid.flatten(0, 1).unsqueeze(1).float()
     density = torch.zeros(scaled.shape[:2], dtype=torch.float32, device=keys.device)
+    # Within a tile on the diagonal, keys of a row above are those in columns before it.
+    square = torch.ones(_ROWS, _ROWS, device=keys.device)
+    own = square.tril() + lower * square.triu(1) if lower < 1 else None
     for start in range(0, keys.shape[2], _ROWS):
-        _add_rows(density[:, start:], scaled[:, start:], counted[:, :, start:], sharpness, lower)
+        _add_rows(density[:, start:], scaled[:, start:], counted[:, :, start:], sharpness, lower, own)
     density /= counted.sum(-1).clamp(min=1)
     return density.reshape(valid.shape).masked_fill_(~valid, 0.0)
 
@@ -80,6 +86,7 @@ def _add_rows(
     counted: Float32[Tensor, "M 1 C"],
     sharpness: float,
     lower: float,
+    own: Float32[Tensor, "R R"] | None,
 ) -> None:
     """Add to `density`, in place, all pairs that one of the first `_ROWS` keys is part of."""
     later = counted.clone()
@@ -92,9 +99,9 @@ def _add_rows(
         # Rounded cosines of twins exceed 1, which a narrow kernel would blow up.
         near.sub_(sharpness).clamp_(max=0.0).exp_()
         near.diagonal(dim1=1, dim2=2).zero_()
-        if lower < 1:
-            own = near[:, :, :_ROWS]
-            own.copy_(own.tril() + lower * own.triu())
+        if own is not None:
+            size = min(_ROWS, near.shape[2])
+            near[:, :, :size] *= own[:size, :size]
         # The vector on the left: the other way round a batch of such products is slower on a CPU.
         density[heads, :_ROWS] += torch.bmm(later[heads], near.transpose(1, 2)).squeeze(1)
         density[heads, _ROWS:] += torch.bmm(counted[heads, :, :_ROWS], near[:, :, _ROWS:]).squeeze(1)

@@ -114,13 +114,14 @@ def levelled(scores: Scores, mask: Mask, near: float) -> Scores:
         near: neighbours in the order of scores are near when they differ by at most this share of the larger one.
 
     Returns:
-        fp32 `[B, H, N]`, 0 outside the mask.
+        fp32 `[B, H, N]`, 0 outside the mask; NaN and infinity stay where they are.
     """
     ordered, slots = torch.where(mask, scores, float("inf")).sort(-1)
     low, high = ordered[..., :-1], ordered[..., 1:]
     apart = low < high * (1 - near)  # infinity, behind the mask's scores, is near to itself only
     lowest = torch.where(pad(apart, (1, 0), value=True)[..., : ordered.shape[-1]], ordered, 0.0).cummax(-1).values
-    return torch.zeros_like(ordered).scatter_(-1, slots, lowest).masked_fill_(~mask, 0.0)
+    level = torch.zeros_like(ordered).scatter_(-1, slots, lowest)
+    return torch.where(scores.isfinite(), level, scores).masked_fill(~mask, 0.0)
 
 
 def extremes(scores: Scores, mask: Mask) -> tuple[Tensor, Tensor]:

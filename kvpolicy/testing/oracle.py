@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.components import ImportanceScorer
 from kvpolicy.loading import catalog
 from kvpolicy.policy import Policy
 from kvpolicy.testing import oracle_memory as memory
@@ -26,8 +27,13 @@ _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY
 
 def knows(policy: Policy) -> bool:
     """Say whether the oracle can replay a policy; `kvpolicy.testing.audit` checks what holds under any."""
-    named = (_name(policy.importance) in _IMPORTANCE, _name(policy.redundancy) in _REDUNDANCY)
-    return all(named) and _name(policy.mixer) in scores.MIXERS and _selects(policy)
+    named = [_name(c) in _IMPORTANCE for c in policy.components if isinstance(c, ImportanceScorer)]
+    return (
+        all(named)
+        and _name(policy.redundancy) in _REDUNDANCY
+        and _name(policy.mixer) in scores.MIXERS
+        and _selects(policy)
+    )
 
 
 def _selects(policy: Policy) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpolicy.loading import catalog
 from kvpolicy.testing import oracle_scores as scores
+from kvpolicy.testing import oracle_statistics as statistics
 from kvpolicy.testing.oracle_scores import HeadView, Scorer
 
 Remember = Callable[[Any, HeadView], dict[str, Sequence[float | None]]]
@@ -18,7 +19,8 @@ Remember = Callable[[Any, HeadView], dict[str, Sequence[float | None]]]
 
 
 def _base(component: Any, head: HeadView) -> Tensor:
-    return {**scores.IMPORTANCE, **IMPORTANCE}[catalog().name_of(type(component))](component, head)
+    known = {**scores.IMPORTANCE, **IMPORTANCE, **statistics.IMPORTANCE}
+    return known[catalog().name_of(type(component))](component, head)
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:
@@ -126,7 +128,8 @@ def value_weighted(p: Any, head: HeadView) -> Tensor:
 
 def key_coverage(p: Any, head: HeadView) -> Tensor:
     """The density of keys, where those that matter more count whole."""
-    matters = scores.levelled(_base(p.by, head)).tolist()
+    base = _base(p.by, head)
+    matters = scores.levelled(base - min(float(base.min()), 0.0)).tolist()
     return scores.density(p, head, lambda i, j: 1.0 if (matters[j], j) > (matters[i], i) else p.lower)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.errors import ScoreError, SpecError, UnsupportedError
 
 
 def make(kind, name, **params):
@@ -83,12 +83,44 @@ def test_equal_importance_but_for_rounding_goes_to_the_newer_key(make_view):
     assert torch.equal(newer, got)
 
 
+def test_scores_below_0_are_counted_from_the_lowest(make_view):
+    """Norms of equal keys that differ by rounding: the newer key matters more in either order."""
+    for lengths in ((1.0 + 1.2e-7, 1.0), (1.0, 1.0 + 1.2e-7)):
+        keys = torch.tensor([[5.0, 0.0], *([length, 0.0] for length in lengths)])[None, None]
+        scorer = make("redundancy", "key_coverage", rope="post", by=make("importance", "key_norm"), lower=0.0)
+        assert (3 * scorer.score(make_view(keys))[0, 0]).tolist() == pytest.approx([2, 1, 0])
+
+
 def test_what_it_needs_is_what_its_parts_need(make_view):
-    policy = kvpolicy.load("rkv", redundancy="key_coverage", mixer="rank").build()
+    by = {"use": "window_attention", "observe": 16}
+    policy = kvpolicy.load(
+        "rkv", importance="recency", redundancy={"use": "key_coverage", "by": by}, mixer="rank"
+    ).build()
     assert policy.needs == {"rope", "queries"}
+    assert policy.observed_queries == 16
     assert make("redundancy", "key_coverage", rope="post", by=NORM).needs == frozenset()
     with pytest.raises(UnsupportedError, match=r"redundancy: key_coverage with `rope: pre` needs the rotary embedding"):
         make("redundancy", "key_coverage", by=NORM).score(make_view(rope=None))
+
+
+def test_the_same_scorer_with_memory_serves_importance_and_redundancy():
+    redundancy = {"use": "key_coverage", "by": "decayed_attention"}
+    policy = kvpolicy.load("rkv", importance="decayed_attention", redundancy=redundancy, mixer="rank").build()
+    assert [state.name for state in policy.slot_states] == ["decayed_attention"]
+    other = {"use": "key_coverage", "by": {"use": "decayed_attention", "decay": 0.5}}
+    with pytest.raises(SpecError, match="slot state 'decayed_attention': two components"):
+        kvpolicy.load("rkv", importance="decayed_attention", redundancy=other, mixer="rank").build()
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_a_number_that_is_none_is_not_hidden_by_its_rank(make_view, what):
+    view = make_view(shape=(1, 2, 40, 8), queries=torch.randn(1, 2, 3, 16, 8))
+    broken = getattr(view, what).clone()
+    broken[0, 1, 5] = float("nan")
+    policy = kvpolicy.load("rkv-density", budget=20).build()
+    policy.select([view], [20])
+    with pytest.raises(ScoreError):
+        policy.select([replace(view, **{what: broken})], [20])
 
 
 @pytest.mark.parametrize("norm", [1, 2])
@@ -100,6 +132,13 @@ def test_value_weighted_is_the_product(make_view, norm):
     below = make("importance", "value_weighted", base=make("importance", "key_norm"), norm=norm).score(view)
     height = view.keys.norm(dim=-1).amax(-1, keepdim=True) - view.keys.norm(dim=-1)
     torch.testing.assert_close(below, height * view.values.norm(norm, dim=-1))
+
+
+def test_value_weighted_makes_equal_what_differs_by_rounding(make_view):
+    values = torch.tensor([1.0, 1.0 + 2e-7, 1.0 + 1e-5])[None, None, :, None]
+    view = replace(make_view(torch.randn(1, 1, 3, 2)), values=values)
+    scores = make("importance", "value_weighted", base=make("importance", "value_norm")).score(view)[0, 0].tolist()
+    assert scores[0] == scores[1] < scores[2]
 
 
 def test_value_weighted_does_not_overflow_in_half_precision(make_view):

@@ -88,6 +88,8 @@ def test_numbers_of_a_small_study(made):
     assert (report.budgets.labels, report.budgets.title) == (("64", "128"), "budget, entries per head")
     fewer = made(spec(axes={"policy": ["rkv"]}))
     assert (fewer.runs, fewer.series) == (24, ("rkv",)), "the file keeps the runs of variants that have gone"
+    twice = made(spec(study="twice", conditions={"budget": [64, {"trace": 0.5}], "trigger.interval": [16]}))
+    assert (twice.runs, len(twice.places[0].entries)) == (24, 4), "runs that two variants share count once"
     (place,) = report.places
     assert (place.model, place.dataset, place.metrics) == ("nowhere", "needle-20", ("exact", "tokens", "bytes_peak"))
     assert place.full.row.metrics["exact"].value == 7 / 8

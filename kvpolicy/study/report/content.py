@@ -193,6 +193,8 @@ def build(results: Results, commands: Commands) -> Report:
     baseline = study.get("compare_to") or (names[0] if len(names) > 1 else REFERENCE)
     effects = {name: _effects(entries, name, baseline, made.axes) for name in _qualities(rows, wanted)}
     places = dict.fromkeys((row.cell.model, row.cell.dataset) for row in rows)
+    # Variants that come to the same policy share their runs; the file may also hold runs of variants that have gone.
+    apart = {(row.cell.model, row.cell.dataset, row.cell.digest): row for row in rows}.values()
     return Report(
         study=results.meta("study") or "study",
         description=study.get("description") or "",
@@ -201,9 +203,8 @@ def build(results: Results, commands: Commands) -> Report:
         baseline_series=next((e.series for e in entries if e.row.cell.name == baseline), baseline),
         budgets=axis,
         places=tuple(_place(*place, entries, wanted, effects) for place in places),
-        # The file may also hold runs of variants that the study no longer has.
-        runs=sum(row.runs + row.failed for row in rows),
-        failed=sum(row.failed for row in rows),
+        runs=sum(row.runs + row.failed for row in apart),
+        failed=sum(row.failed for row in apart),
         failures=failures(rows),
         settings=made,
     )

@@ -28,5 +28,8 @@ class Rank(Linear):
 
     def mix(self, importance: Scores, redundancy: Scores, view: CacheView) -> Scores:
         important, redundant = (ops.places(scores, view.valid) for scores in (importance, redundancy))
+        # A place would hide that there is no number, and the entry would be kept or not by chance.
+        unknown = view.valid & ~(importance.isfinite() & redundancy.isfinite())
         # Divided at the end: places are multiples of a half, so with equal weights equal sums are equal exactly.
-        return super().mix(important, redundant, view) / (view.valid.sum(-1, keepdim=True) - 1).clamp(min=1)
+        mixed = super().mix(important, redundant, view) / (view.valid.sum(-1, keepdim=True) - 1).clamp(min=1)
+        return mixed.masked_fill(unknown, float("nan"))

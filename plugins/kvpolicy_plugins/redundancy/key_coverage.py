@@ -35,6 +35,10 @@ class KeyCoverage(KeyDensity):
 
     def score(self, view: CacheView) -> Scores:
         keys = compared_keys(view, self.rope, "redundancy: key_coverage")
-        priority = ops.levelled(self.by.score(view), view.valid, ROUNDING)
+        matters = self.by.score(view)
+        lowest, _ = ops.extremes(matters, view.valid)
+        priority = ops.levelled(matters - lowest.clamp(max=0), view.valid, ROUNDING)
         density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth, priority=priority, lower=self.lower)
+        # An order hides that there is no number.
+        density = density.masked_fill(view.valid & ~matters.isfinite(), float("nan"))
         return ops.levelled(density, view.valid, ROUNDING)
