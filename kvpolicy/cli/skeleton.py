@@ -110,7 +110,7 @@ class @@Class@@Size(ImportanceScorer):
 
     def score(self, view: CacheView) -> Scores:
         \"\"\"Return `[B, H, N]`; slots that are not valid may hold anything, so they get a 0.\"\"\"
-        size = torch.linalg.vector_norm(view.values, self.order, dim=-1, dtype=torch.float32)
+        size = torch.linalg.vector_norm(view.values.float(), self.order, dim=-1)
         return torch.where(view.valid, size, 0.0)
 """
 

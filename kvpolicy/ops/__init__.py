@@ -16,6 +16,7 @@ from kvpolicy.ops.noise import counter_uniform
 from kvpolicy.ops.normalisation import (
     by_maximum,
     extremes,
+    lengths,
     levelled,
     mean_matched,
     min_max,
@@ -45,6 +46,7 @@ __all__ = [
     "gaussian_sketch",
     "head_redundancy",
     "key_density",
+    "lengths",
     "levelled",
     "leverage",
     "masked_softmax",

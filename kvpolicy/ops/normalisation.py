@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpolicy.types import Mask, Scores
+from kvpolicy.types import Keys, Mask, Scores, Values
+
+
+def lengths(vectors: Keys | Values, order: float = 2.0) -> Scores:
+    """Return the norm of each vector of `[B, H, N, D]`, any float dtype, summed in fp32 at least: fp32 `[B, H, N]`."""
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(vectors, order, dim=-1, dtype=wide)
+    return norms.float()
 
 
 def by_maximum(scores: Scores, mask: Mask) -> Scores:

@@ -57,7 +57,7 @@ FIELDS = {
     "component of another kind": (
         "redundancy: key_cosine",
         "redundancy: key_norm",
-        "p.yaml:9:1: redundancy: unknown redundancy 'key_norm'. Known: <redundancy>.",
+        "p.yaml:9:1: redundancy: unknown redundancy 'key_norm'. Did you mean 'key_coverage'? Known: <redundancy>.",
     ),
     "unknown protection": (
         "sinks: 4",

@@ -175,6 +175,20 @@ def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
 
 
 @pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
+def test_scores_of_a_float64_cache_are_fp32_and_nearly_those_of_an_fp32_one(make_view, kind, name, params):
+    scorer = make(kind, name, **params)
+    view = full_view(make_view, scorer)
+    double = replace(
+        view,
+        **{field: getattr(view, field).double() for field in ("keys", "values", "queries")},
+        extras={name: t.double() if name == "output_projection" else t for name, t in view.extras.items()},
+    )
+    scores = scorer.score(double)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, scorer.score(view), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
 def test_a_row_of_a_batch_scores_as_alone(make_view, kind, name, params):
     scorer = make(kind, name, **params)
     view = full_view(make_view, scorer, compaction=torch.tensor([0, 3]), prompt_length=torch.tensor([5, 9]))

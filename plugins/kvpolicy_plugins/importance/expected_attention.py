@@ -51,7 +51,7 @@ class ExpectedAttention(ImportanceScorer):
         keys = torch.where(view.valid.unsqueeze(-1), view.keys, 0).float() * view.scale
         weights = ops.masked_softmax(self._logits(view, keys), candidates.unsqueeze(2)).mean(dim=2)
         if self.value_norm:
-            length = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+            length = ops.lengths(view.values)
             weights = (weights + self.epsilon) * length
         scores = torch.where(candidates, weights, 0.0)
         return torch.where(view.valid & ~candidates, scores.amax(dim=-1, keepdim=True), scores)

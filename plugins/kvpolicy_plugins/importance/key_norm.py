@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
@@ -18,5 +19,5 @@ class KeyNorm(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2406.11430"
 
     def score(self, view: CacheView) -> Scores:
-        norm = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
+        norm = ops.lengths(view.keys)
         return torch.where(view.valid, -norm, 0.0)

@@ -76,5 +76,5 @@ class NonCausal(ImportanceScorer):
 
     @staticmethod
     def _weighted(view: CacheView, candidates: Mask) -> Scores:
-        length = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        length = ops.lengths(view.values)
         return torch.where(candidates, view.state[_STATE] * length, 0.0)

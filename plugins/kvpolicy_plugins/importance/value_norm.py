@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
@@ -18,5 +19,5 @@ class ValueNorm(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2510.20707 (VNorm in MixKV)"
 
     def score(self, view: CacheView) -> Scores:
-        norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        norm = ops.lengths(view.values)
         return torch.where(view.valid, norm, 0.0)

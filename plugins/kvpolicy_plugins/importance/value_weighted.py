@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from kvpolicy import ops
@@ -39,5 +38,5 @@ class ValueWeighted(ImportanceScorer):
     def score(self, view: CacheView) -> Scores:
         base = self.base.score(view)
         lowest, _ = ops.extremes(base, view.valid)
-        length = torch.linalg.vector_norm(view.values, ord=self.norm, dim=-1, dtype=torch.float32)
+        length = ops.lengths(view.values, self.norm)
         return ops.levelled((base - lowest.clamp(max=0)) * length, view.valid, _ROUNDING)
