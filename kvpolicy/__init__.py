@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from kvpolicy._catalog import Catalog as Catalog
+    from kvpolicy.budget import Budget as Budget
     from kvpolicy.components import BudgetAllocator as BudgetAllocator
     from kvpolicy.components import Component as Component
     from kvpolicy.components import ImportanceScorer as ImportanceScorer
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from kvpolicy.errors import UnsupportedError as UnsupportedError
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.loading import catalog as catalog
-    from kvpolicy.policy import Budget as Budget
     from kvpolicy.policy import Policy as Policy
     from kvpolicy.spec import ComponentRef as ComponentRef
     from kvpolicy.spec import PolicySpec as PolicySpec

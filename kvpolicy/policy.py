@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from kvpolicy.budget import Budget
 from kvpolicy.components import (
     AllocationRequest,
     BudgetAllocator,
@@ -28,35 +27,12 @@ from kvpolicy.components import (
 from kvpolicy.errors import BudgetError, ScoreError, SpecError
 from kvpolicy.folding import folded
 from kvpolicy.ops.dispatch import using_backend
+from kvpolicy.scoring import checked, once
 from kvpolicy.types import KeepIndices, Mask, Scores
 from kvpolicy.view import CacheView
 
 Phase = Literal["prefill", "decode", "both"]
 Backend = Literal["auto", "torch", "triton"]
-
-
-class Budget(BaseModel):
-    """How many KV entries a layer keeps per KV head after a compaction, protected ones included; exactly one field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    tokens: int | None = Field(default=None, ge=1)
-    """A fixed number of entries per KV head (on average over heads when the allocator is not uniform)."""
-    fraction: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """A share of the tokens seen so far, rounded up; 1.0 keeps everything."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Budget:
-        if (self.tokens is None) == (self.fraction is None):
-            raise ValueError("give either `tokens` or `fraction`, and not both")
-        return self
-
-    def entries(self, seen: int, protected: int) -> int:
-        """Return the entries to keep of `seen` tokens; a fraction never asks for less than what is `protected`."""
-        if self.tokens is not None:
-            return self.tokens
-        assert self.fraction is not None
-        return min(seen, max(math.ceil(self.fraction * seen - 1e-9), protected, 1))
 
 
 class Scored(NamedTuple):
@@ -250,13 +226,9 @@ class Policy:
         zeros = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
         both = self.mixer.uses_importance and self.mixer.uses_redundancy
         with using_backend(self.backend, shared=both):
-            importance = self._scored(self.importance, view) if self.mixer.uses_importance else zeros
-            redundancy = self._scored(self.redundancy, view) if self.mixer.uses_redundancy else zeros
-        return Scored(importance, redundancy, _checked(self.mixer.mix(importance, redundancy, view), view, self.mixer))
-
-    @staticmethod
-    def _scored(scorer: ImportanceScorer | RedundancyScorer, view: CacheView) -> Scores:
-        return _checked(scorer.score(view), view, scorer)
+            importance = once(self.importance, view) if self.mixer.uses_importance else zeros
+            redundancy = once(self.redundancy, view) if self.mixer.uses_redundancy else zeros
+        return Scored(importance, redundancy, checked(self.mixer.mix(importance, redundancy, view), view, self.mixer))
 
     def masks(self, view: CacheView) -> tuple[Mask, Mask]:
         """Return (protected, allowed) of one layer, bool `[B, H, N]`; what is not valid is never allowed."""
@@ -386,16 +358,6 @@ class Policy:
                     f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {self.name!r} "
                     "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
                 )
-
-
-def _checked(scores: Tensor, view: CacheView, component: Component) -> Scores:
-    if not isinstance(scores, Tensor) or scores.shape != view.shape or scores.dtype != torch.float32:
-        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise ScoreError(
-            f"{type(component).__name__}: returned {got} instead of torch.float32 {list(view.shape)}; "
-            "return one fp32 number for every slot."
-        )
-    return scores
 
 
 def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:

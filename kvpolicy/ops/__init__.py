@@ -16,6 +16,7 @@ from kvpolicy.ops.noise import counter_uniform
 from kvpolicy.ops.normalisation import (
     by_maximum,
     extremes,
+    from_lowest,
     lengths,
     levelled,
     mean_matched,
@@ -43,6 +44,7 @@ __all__ = [
     "compact",
     "counter_uniform",
     "extremes",
+    "from_lowest",
     "gaussian_sketch",
     "head_redundancy",
     "key_density",

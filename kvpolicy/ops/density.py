@@ -72,8 +72,8 @@ def _sorted_density(keys: Keys, valid: Mask, bandwidth: float, lower: float) -> 
     counted = valid.flatten(0, 1).unsqueeze(1).float()
     density = torch.zeros(scaled.shape[:2], dtype=torch.float32, device=keys.device)
     # Within a tile on the diagonal, keys of a row above are those in columns before it.
-    square = torch.ones(_ROWS, _ROWS, device=keys.device)
-    own = square.tril() + lower * square.triu(1) if lower < 1 else None
+    own = torch.ones(_ROWS, _ROWS, device=keys.device)
+    own = own.tril() + lower * own.triu(1)
     for start in range(0, keys.shape[2], _ROWS):
         _add_rows(density[:, start:], scaled[:, start:], counted[:, :, start:], sharpness, lower, own)
     density /= counted.sum(-1).clamp(min=1)
@@ -86,7 +86,7 @@ def _add_rows(
     counted: Float32[Tensor, "M 1 C"],
     sharpness: float,
     lower: float,
-    own: Float32[Tensor, "R R"] | None,
+    own: Float32[Tensor, "R R"],
 ) -> None:
     """Add to `density`, in place, all pairs that one of the first `_ROWS` keys is part of."""
     later = counted.clone()
@@ -99,7 +99,7 @@ def _add_rows(
         # Rounded cosines of twins exceed 1, which a narrow kernel would blow up.
         near.sub_(sharpness).clamp_(max=0.0).exp_()
         near.diagonal(dim1=1, dim2=2).zero_()
-        if own is not None:
+        if lower < 1:
             size = min(_ROWS, near.shape[2])
             near[:, :, :size] *= own[:size, :size]
         # The vector on the left: the other way round a batch of such products is slower on a CPU.

@@ -8,6 +8,9 @@ from torch.nn.functional import pad
 
 from kvpolicy.types import Keys, Mask, Scores, Values
 
+ROUNDING = 4e-6
+"""Numbers that are equal but for the order of their sums differ by a smaller share."""
+
 
 def lengths(vectors: Keys | Values, order: float = 2.0) -> Scores:
     """Return the norm of each vector of `[B, H, N, D]`, any float dtype, summed in fp32 at least: fp32 `[B, H, N]`."""
@@ -112,23 +115,32 @@ def places(scores: Scores, mask: Mask) -> Scores:
     return torch.where(mask, (below + upto - 1) / 2, 0.0)
 
 
-def levelled(scores: Scores, mask: Mask, near: float) -> Scores:
+def levelled(scores: Scores, mask: Mask, near: float = ROUNDING) -> Scores:
     """Make scores that are nearly equal equal: all of a chain of near neighbours take its lowest score.
 
     Args:
-        scores: fp32 `[B, H, N]`, finite where `mask`; those below 0 stay as they are.
+        scores: fp32 `[B, H, N]`, finite where `mask`.
         mask: bool `[B, H, N]`.
-        near: neighbours in the order of scores are near when they differ by at most this share of the larger one.
+        near: neighbours in the order of scores are near when they differ by at most this share of the larger magnitude.
 
     Returns:
         fp32 `[B, H, N]`, 0 outside the mask; NaN and infinity stay where they are.
     """
     ordered, slots = torch.where(mask, scores, float("inf")).sort(-1)
     low, high = ordered[..., :-1], ordered[..., 1:]
-    apart = low < high * (1 - near)  # infinity, behind the mask's scores, is near to itself only
-    lowest = torch.where(pad(apart, (1, 0), value=True)[..., : ordered.shape[-1]], ordered, 0.0).cummax(-1).values
+    apart = high - low > near * torch.maximum(low.abs(), high.abs())
+    first = pad(apart, (1, 0), value=True)[..., : ordered.shape[-1]]
+    lowest = torch.where(first, ordered, float("-inf")).cummax(-1).values
     level = torch.zeros_like(ordered).scatter_(-1, slots, lowest)
     return torch.where(scores.isfinite(), level, scores).masked_fill(~mask, 0.0)
+
+
+def from_lowest(scores: Scores, mask: Mask) -> Scores:
+    """Count scores from the lowest of their head where that is below 0; others stay, fp32 `[B, H, N]`.
+
+    For formulas that multiply a score and mean one that is not negative.
+    """
+    return scores - extremes(scores, mask)[0].clamp(max=0)
 
 
 def extremes(scores: Scores, mask: Mask) -> tuple[Tensor, Tensor]:

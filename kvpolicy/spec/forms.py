@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from kvpolicy._catalog import Catalog, held_kinds
+from kvpolicy.budget import Budget
 from kvpolicy.components import Component, kind_of
 from kvpolicy.errors import UnknownComponentError, did_you_mean
-from kvpolicy.policy import Budget
 from kvpolicy.spec.problems import FieldError, shown
 from kvpolicy.spec.reference import ComponentRef, plain, unfolded
 from kvpolicy.spec.yaml_text import KeyPath, Mark

@@ -21,8 +21,9 @@ from pydantic import (
 
 from kvpolicy import loading
 from kvpolicy._catalog import POLICY_NAME, Catalog
+from kvpolicy.budget import Budget
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
-from kvpolicy.policy import Backend, Budget, Phase, Policy
+from kvpolicy.policy import Backend, Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
 from kvpolicy.spec.problems import FieldError, from_pydantic
 from kvpolicy.spec.reference import ComponentRef, resolve

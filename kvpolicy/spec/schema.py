@@ -12,8 +12,8 @@ from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from kvpolicy import loading
 from kvpolicy._catalog import POLICY_NAME, Catalog, ComponentEntry, held_kinds
+from kvpolicy.budget import Budget
 from kvpolicy.components import KINDS, Component
-from kvpolicy.policy import Budget
 from kvpolicy.spec import forms
 from kvpolicy.spec.model import PolicySpec
 from kvpolicy.spec.reference import ComponentRef

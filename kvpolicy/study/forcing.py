@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvpolicy import ops
+from kvpolicy.budget import Budget
 from kvpolicy.components import Counters, ImportanceScorer
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.policy import Budget, Policy
+from kvpolicy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward

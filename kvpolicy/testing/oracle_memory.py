@@ -128,8 +128,7 @@ def value_weighted(p: Any, head: HeadView) -> Tensor:
 
 def key_coverage(p: Any, head: HeadView) -> Tensor:
     """The density of keys, where those that matter more count whole."""
-    base = _base(p.by, head)
-    matters = scores.levelled(base - min(float(base.min()), 0.0)).tolist()
+    matters = scores.levelled(_base(p.by, head)).tolist()
     return scores.density(p, head, lambda i, j: 1.0 if (matters[j], j) > (matters[i], i) else p.lower)
 
 

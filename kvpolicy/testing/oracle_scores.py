@@ -224,7 +224,8 @@ def levelled(result: Tensor) -> Tensor:
     """Scores `[n]` that differ by no more than rounding are made equal."""
     level = result.clone()
     for before, i in pairwise(result.argsort().tolist()):
-        if float(result[before]) >= float(result[i]) * (1 - 4e-6):
+        low, high = float(result[before]), float(result[i])
+        if high - low <= 4e-6 * max(abs(low), abs(high)):
             level[i] = level[before]
     return level
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import kvpolicy
 from kvpolicy import ComponentRef, ImportanceScorer, PolicySpec, SpecError, loading
-from kvpolicy.policy import Budget
+from kvpolicy.budget import Budget
 from kvpolicy.spec import yaml_text
 
 # The file of the design document.

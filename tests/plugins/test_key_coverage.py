@@ -112,6 +112,20 @@ def test_the_same_scorer_with_memory_serves_importance_and_redundancy():
         kvpolicy.load("rkv", importance="decayed_attention", redundancy=other, mixer="rank").build()
 
 
+def test_importance_that_serves_twice_is_computed_once(make_view, monkeypatch):
+    window = kvpolicy.catalog().get("importance", "window_attention")
+    asked, score = [], window.score
+    monkeypatch.setattr(window, "score", lambda self, view: asked.append(self) or score(self, view))
+    view = make_view(shape=(1, 2, 40, 8), queries=torch.randn(1, 2, 3, 16, 8))
+    policy = kvpolicy.load("rkv-density", budget=20).build()
+    together = policy.scores(view)
+    assert len(asked) == 1
+    assert torch.equal(together.importance, policy.importance.score(view))
+    assert torch.equal(together.redundancy, policy.redundancy.score(view))
+    policy.scores(view)
+    assert len(asked) == 4, "nothing is kept from one scoring to the next"
+
+
 @pytest.mark.parametrize("what", ["keys", "values"])
 def test_a_number_that_is_none_is_not_hidden_by_its_rank(make_view, what):
     view = make_view(shape=(1, 2, 40, 8), queries=torch.randn(1, 2, 3, 16, 8))

@@ -44,9 +44,8 @@ class Critical(ImportanceScorer):
             what = "the output projection" if projection is None else "the budget of a compaction"
             raise UnsupportedError(f"importance: critical needs {what} and the view holds none.")
         base = self.base.score(view)
-        lowest, _ = ops.extremes(base, view.valid)
         norm = ops.projected_value_norm(view.values, projection, view.valid)
-        refined = (base - lowest.clamp(max=0) + self.epsilon) * norm
+        refined = (ops.from_lowest(base, view.valid) + self.epsilon) * norm
         held = view.valid.sum(-1)
         share = (view.budget.to(view.device) * self.first_share).floor().to(torch.int64)
         counts = torch.minimum(share[:, None], held)

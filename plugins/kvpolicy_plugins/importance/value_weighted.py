@@ -9,11 +9,10 @@ from pydantic import Field
 
 from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer
+from kvpolicy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.window_attention import WindowAttention
-
-_ROUNDING = 4e-6  # a repeated token's value differs by less from one place of a batch to another
 
 
 class ValueWeighted(ImportanceScorer):
@@ -36,7 +35,5 @@ class ValueWeighted(ImportanceScorer):
         return self.base.laws_excused()
 
     def score(self, view: CacheView) -> Scores:
-        base = self.base.score(view)
-        lowest, _ = ops.extremes(base, view.valid)
-        length = ops.lengths(view.values, self.norm)
-        return ops.levelled((base - lowest.clamp(max=0)) * length, view.valid, _ROUNDING)
+        weighted = ops.from_lowest(once(self.base, view), view.valid) * ops.lengths(view.values, self.norm)
+        return ops.levelled(weighted, view.valid)

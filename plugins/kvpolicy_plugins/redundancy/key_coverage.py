@@ -9,11 +9,12 @@ from pydantic import Field
 
 from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer
+from kvpolicy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins._rope import compared_keys
 from kvpolicy_plugins.importance.window_attention import WindowAttention
-from kvpolicy_plugins.redundancy.key_density import ROUNDING, KeyDensity
+from kvpolicy_plugins.redundancy.key_density import KeyDensity
 
 
 class KeyCoverage(KeyDensity):
@@ -35,10 +36,9 @@ class KeyCoverage(KeyDensity):
 
     def score(self, view: CacheView) -> Scores:
         keys = compared_keys(view, self.rope, "redundancy: key_coverage")
-        matters = self.by.score(view)
-        lowest, _ = ops.extremes(matters, view.valid)
-        priority = ops.levelled(matters - lowest.clamp(max=0), view.valid, ROUNDING)
+        matters = once(self.by, view)
+        priority = ops.levelled(matters, view.valid)
         density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth, priority=priority, lower=self.lower)
         # An order hides that there is no number.
         density = density.masked_fill(view.valid & ~matters.isfinite(), float("nan"))
-        return ops.levelled(density, view.valid, ROUNDING)
+        return ops.levelled(density, view.valid)

@@ -87,6 +87,7 @@ def test_second_call_needs_no_package(conversions, monkeypatch):
     demo_model.ensure_demo_model()
     monkeypatch.setattr(demo_model, "_gguf_file", lambda: pytest.fail("looked for the package"))
     demo_model.ensure_demo_model()
+    assert len(conversions) == 1
 
 
 def test_folder_without_manifest_is_not_taken(conversions):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -117,8 +118,10 @@ def test_a_deleted_model_takes_nothing_down(compose):
     cache = PolicyCache(compose(), model)
     cache.close()
     cache.close()
+    left = [weakref.ref(model), weakref.ref(cache)]
     del model, cache
     gc.collect()
+    assert [each() for each in left] == [None, None]
 
 
 def test_the_last_of_several_caches_restores_the_model(model, ids, compose):
