@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer, SlotState
+from kvpolicy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.window_attention import WindowAttention
@@ -64,7 +65,7 @@ class AttentionMemory(ImportanceScorer):
         return view.valid & ~view.newest(self.window)
 
     def _combined(self, view: CacheView) -> Scores:
-        now = ops.by_maximum(self.base.score(view), view.valid)
+        now = ops.by_maximum(once(self.base, view), view.valid)
         before = torch.where(view.valid, view.state[_STATE], _NEVER)
         if self.combine == "max":
             both = torch.maximum(self.decay * before, now)

@@ -11,6 +11,7 @@ from pydantic import Field
 from kvpolicy import ops
 from kvpolicy.components import ImportanceScorer
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.window_attention import WindowAttention
@@ -43,7 +44,7 @@ class Critical(ImportanceScorer):
         if projection is None or view.budget is None:
             what = "the output projection" if projection is None else "the budget of a compaction"
             raise UnsupportedError(f"importance: critical needs {what} and the view holds none.")
-        base = self.base.score(view)
+        base = once(self.base, view)
         norm = ops.projected_value_norm(view.values, projection, view.valid)
         refined = (ops.from_lowest(base, view.valid) + self.epsilon) * norm
         held = view.valid.sum(-1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from kvpolicy.components import ImportanceScorer, RedundancyScorer
+from kvpolicy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.leverage import Leverage
@@ -27,4 +28,4 @@ class Negative(RedundancyScorer):
     """The importance scorer; Compactor's leverage by default."""
 
     def score(self, view: CacheView) -> Scores:
-        return -self.base.score(view)
+        return -once(self.base, view)
