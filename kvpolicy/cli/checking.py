@@ -180,7 +180,8 @@ def _report(results: Sequence[Result]) -> bool:
     seconds = sum(r.seconds for r in results)
     console.print(
         f"{len(subjects)} checked against {len(laws)} laws: {counts['passed']} passed, {counts['failed']} failed, "
-        f"{counts['undecided']} undecided, {counts['not applicable']} not applicable; {seconds:.0f} s, summed over workers."
+        f"{counts['undecided']} undecided, {counts['not applicable']} not applicable; "
+        f"{seconds:.0f} s, summed over workers."
     )
     return bool(bad)
 
