@@ -27,7 +27,7 @@ sys.path[:] = [str(_HERE / "shared"), *(p for p in sys.path if Path(p or ".").re
 from kvbench import measuring, real
 from kvbench.measuring import Spread, timed
 from kvpolicy import ops
-from kvpolicy.view import CacheView
+from kvpolicy.contracts.view import CacheView
 
 OBSERVED, THRESHOLD, TILE = 8, 0.5, 64
 

@@ -33,8 +33,8 @@ from kvbench.elsewhere import kvpress_side
 from kvbench.lanes import PreallocatedLane
 from kvbench.measuring import MIB, Sample, Spread, interleaved, peak_extra
 from kvpolicy import ops
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.view import CacheView
 
 RELEASED, OURS = "released form", "kvpolicy"
 _ALIKE = {

@@ -9,18 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from kvpolicy._catalog import Catalog as Catalog
-    from kvpolicy.budget import Budget as Budget
-    from kvpolicy.components import BudgetAllocator as BudgetAllocator
-    from kvpolicy.components import Component as Component
-    from kvpolicy.components import ImportanceScorer as ImportanceScorer
-    from kvpolicy.components import Mixer as Mixer
-    from kvpolicy.components import PostOperation as PostOperation
-    from kvpolicy.components import Protection as Protection
-    from kvpolicy.components import RedundancyScorer as RedundancyScorer
-    from kvpolicy.components import Selector as Selector
-    from kvpolicy.components import SlotState as SlotState
-    from kvpolicy.components import Trigger as Trigger
+    from kvpolicy.contracts.budget import Budget as Budget
+    from kvpolicy.contracts.components import BudgetAllocator as BudgetAllocator
+    from kvpolicy.contracts.components import Component as Component
+    from kvpolicy.contracts.components import ImportanceScorer as ImportanceScorer
+    from kvpolicy.contracts.components import Mixer as Mixer
+    from kvpolicy.contracts.components import PostOperation as PostOperation
+    from kvpolicy.contracts.components import Protection as Protection
+    from kvpolicy.contracts.components import RedundancyScorer as RedundancyScorer
+    from kvpolicy.contracts.components import Selector as Selector
+    from kvpolicy.contracts.components import SlotState as SlotState
+    from kvpolicy.contracts.components import Trigger as Trigger
+    from kvpolicy.contracts.view import CacheView as CacheView
+    from kvpolicy.contracts.view import Rope as Rope
     from kvpolicy.errors import BudgetError as BudgetError
     from kvpolicy.errors import CacheStateError as CacheStateError
     from kvpolicy.errors import KVPolicyError as KVPolicyError
@@ -30,21 +31,20 @@ if TYPE_CHECKING:
     from kvpolicy.errors import TableError as TableError
     from kvpolicy.errors import UnknownComponentError as UnknownComponentError
     from kvpolicy.errors import UnsupportedError as UnsupportedError
-    from kvpolicy.hookspecs import hookimpl as hookimpl
-    from kvpolicy.loading import catalog as catalog
-    from kvpolicy.policy import Policy as Policy
+    from kvpolicy.loading.entries import Catalog as Catalog
+    from kvpolicy.loading.hookspecs import hookimpl as hookimpl
+    from kvpolicy.loading.installed import catalog as catalog
+    from kvpolicy.policy.policy import Policy as Policy
     from kvpolicy.spec import ComponentRef as ComponentRef
     from kvpolicy.spec import PolicySpec as PolicySpec
     from kvpolicy.spec import json_schema as json_schema
     from kvpolicy.spec import load as load
-    from kvpolicy.view import CacheView as CacheView
-    from kvpolicy.view import Rope as Rope
 
     __version__: str
 
 _MODULES: Final = {
-    "_catalog": ("Catalog",),
-    "components": (
+    "loading.entries": ("Catalog",),
+    "contracts.components": (
         *("BudgetAllocator", "Component", "ImportanceScorer", "Mixer", "PostOperation", "Protection"),
         *("RedundancyScorer", "Selector", "SlotState", "Trigger"),
     ),
@@ -52,11 +52,12 @@ _MODULES: Final = {
         *("BudgetError", "CacheStateError", "KVPolicyError", "PluginError", "ScoreError", "SpecError"),
         *("TableError", "UnknownComponentError", "UnsupportedError"),
     ),
-    "hookspecs": ("hookimpl",),
-    "loading": ("catalog",),
-    "policy": ("Budget", "Policy"),
+    "loading.hookspecs": ("hookimpl",),
+    "loading.installed": ("catalog",),
+    "contracts.budget": ("Budget",),
+    "policy.policy": ("Policy",),
     "spec": ("ComponentRef", "PolicySpec", "json_schema", "load"),
-    "view": ("CacheView", "Rope"),
+    "contracts.view": ("CacheView", "Rope"),
 }
 _HOME: Final = {name: module for module, names in _MODULES.items() for name in names}
 

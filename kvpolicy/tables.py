@@ -20,14 +20,14 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from torch import Tensor
 
-from kvpolicy import loading
 from kvpolicy.errors import TableError, UnknownComponentError
+from kvpolicy.loading import installed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvpolicy.components import Component
-    from kvpolicy.view import CacheView
+    from kvpolicy.contracts.components import Component
+    from kvpolicy.contracts.view import CacheView
 
 FORMAT_VERSION: Final = 1
 SUFFIX: Final = ".safetensors"
@@ -141,7 +141,7 @@ class TableOf:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
-        names = [name for name, table in installed() if isinstance(table, Table) and table.kind == self.kind]
+        names = [name for name, table in registered() if isinstance(table, Table) and table.kind == self.kind]
         return {**described, **({"examples": names} if names else {})}
 
     def _checked(self, name: str) -> str:
@@ -175,9 +175,9 @@ def load_table(name_or_path: str | os.PathLike[str], kind: str) -> Table:
     return table
 
 
-def installed() -> Iterator[tuple[str, Table | TableError]]:
+def registered() -> Iterator[tuple[str, Table | TableError]]:
     """Yield the registered tables by name, each read, or the error that says what is wrong with it."""
-    for entry in loading.catalog().tables():
+    for entry in installed.catalog().tables():
         try:
             yield entry.name, _read(entry.path)
         except TableError as error:
@@ -245,7 +245,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
     if not isinstance(name_or_path, str) or text.endswith(SUFFIX):
         return Path(text).expanduser()
-    catalog = loading.catalog()
+    catalog = installed.catalog()
     found = {entry.name: entry.path for entry in catalog.tables()}
     if text not in found:
         raise catalog.unknown("table", text, found)

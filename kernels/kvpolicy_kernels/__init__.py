@@ -6,7 +6,7 @@ the first launch does.
 
 from __future__ import annotations
 
-from kvpolicy.hookspecs import RegisterBackend, hookimpl
+from kvpolicy.loading.hookspecs import RegisterBackend, hookimpl
 
 
 @hookimpl

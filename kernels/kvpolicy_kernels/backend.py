@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvpolicy.ops.dispatch import Backend
+from kvpolicy.contracts.backend import Backend
 from kvpolicy_kernels import served
 from kvpolicy_kernels._launch import interpreting
 from kvpolicy_kernels.served import INSTEAD

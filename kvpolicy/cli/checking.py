@@ -66,7 +66,7 @@ def _profile(name: str) -> ProfileName:
 def _subjects(target: str) -> list[Subject]:
     """Find what a name means: all policies, components and packages that are called so, a file, or a class."""
     import kvpolicy
-    from kvpolicy.components import KINDS
+    from kvpolicy.contracts.components import KINDS
     from kvpolicy.errors import KVPolicyError, did_you_mean
     from kvpolicy.testing.checking import subject_of, subjects_of_package
 

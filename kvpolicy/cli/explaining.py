@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvpolicy.cli.memory import ModelShape
-    from kvpolicy.policy import Policy
+    from kvpolicy.policy.policy import Policy
     from kvpolicy.spec import ComponentRef, PolicySpec
 
 LONGEST: Final = 1 << 22
@@ -96,7 +96,7 @@ def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
     yield "split", _said(spec.allocator)
     for ref in spec.post:
         yield "then", _said(ref)
-    from kvpolicy.components import NEEDS
+    from kvpolicy.contracts.components import NEEDS
 
     for need in sorted(policy.needs):
         yield "needs", f"{need}: {NEEDS[need]}."

@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table as Rows
 
 import kvpolicy
-from kvpolicy._catalog import Catalog, Origin
 from kvpolicy.cli.terminal import output
-from kvpolicy.components import KINDS, Component
+from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
+from kvpolicy.loading.entries import Catalog, Origin
 from kvpolicy.spec import files
-from kvpolicy.tables import Table, installed
+from kvpolicy.tables import Table, registered
 
 
 def print_list(kind: str | None, *, as_json: bool) -> None:
@@ -62,7 +62,7 @@ def _rows(catalog: Catalog) -> list[dict[str, Any]]:
     rows = [_row("policy", name, _described(name), origin) for name, origin in found.items()]
     rows += [_row(e.kind, e.name, summary(e.component), e.origin) for e in catalog.entries()]
     rows += [_row("study", entry.name, _asked(entry.name), entry.origin) for entry in catalog.studies()]
-    tables = dict(installed())
+    tables = dict(registered())
     rows += [_row("table", entry.name, _measured(tables[entry.name]), entry.origin) for entry in catalog.tables()]
     return rows
 

@@ -9,9 +9,9 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.components import Counters
+from kvpolicy.contracts.components import Counters
 from kvpolicy.errors import BudgetError, KVPolicyError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 
 DTYPES: Final = {
     **dict.fromkeys(("float32", "fp32"), ("float32", 4)),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import kvpolicy
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.spec import ComponentRef, PolicySpec
 
 _HEAD: Final = ("policy", "paper", "parts", "runs", "needs", "memory freed")

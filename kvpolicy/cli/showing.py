@@ -13,7 +13,7 @@ from rich.table import Table
 import kvpolicy
 from kvpolicy.cli.listing import summary
 from kvpolicy.cli.terminal import output
-from kvpolicy.components import kind_of
+from kvpolicy.contracts.components import kind_of
 from kvpolicy.spec import ComponentRef, PolicySpec
 
 

@@ -68,7 +68,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvpolicy import hookimpl
-from kvpolicy.hookspecs import RegisterComponent, RegisterPolicy
+from kvpolicy.loading.hookspecs import RegisterComponent, RegisterPolicy
 
 kvpolicy_api = 1  # the plugin API that this is written for
 
@@ -125,7 +125,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from kvpolicy.components import AllocationRequest, BudgetAllocator
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator
 from kvpolicy.types import Counts
 
 

@@ -4,11 +4,12 @@ Scores are fp32 whatever the dtype of the cache, a slot outside its mask may hol
 without reaching a result, and nothing of size slots x slots is ever built. Axes are those of `kvpolicy.types`.
 """
 
+from kvpolicy.contracts.backend import Backend
 from kvpolicy.ops.apportion import apportion, pooled_counts
 from kvpolicy.ops.attention import attention_weights, masked_softmax
 from kvpolicy.ops.compaction import compact
 from kvpolicy.ops.density import key_density
-from kvpolicy.ops.dispatch import Backend, choose_backend, using_backend
+from kvpolicy.ops.dispatch import choose_backend, using_backend
 from kvpolicy.ops.leverage import gaussian_sketch, leverage
 from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
 from kvpolicy.ops.merging import merged_values

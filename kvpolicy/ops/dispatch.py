@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from kvpolicy.contracts.backend import Backend
 from kvpolicy.errors import UnsupportedError, did_you_mean
 from kvpolicy.ops import arguments
 
@@ -31,22 +31,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger("kvpolicy")
-
-
-class Backend(ABC):
-    """Implementations of some operations; a plugin registers one in the hook `kvpolicy_register_backends`."""
-
-    @abstractmethod
-    def load(self, op: str) -> Callable[..., Any] | None:
-        """Return the function with the signature of `kvpolicy.ops.<op>`, or None to leave that operation to torch."""
-
-    @abstractmethod
-    def refuses_cache(self, keys: Tensor) -> str | None:
-        """Say why caches like `keys` `[..., D]` cannot be served (a clause without a full stop), or return None."""
-
-    @abstractmethod
-    def refuses(self, op: str, /, *args: Any, **kwargs: Any) -> str | None:
-        """Say why this call of an operation cannot be served (a clause without a full stop), or return None."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +147,9 @@ def _implementation(name: str, op: str, args: Any, kwargs: Any) -> Callable[...,
 
 
 def _all() -> dict[str, Backend]:
-    from kvpolicy import loading
+    from kvpolicy.loading import installed
 
-    return loading.catalog().backends()
+    return installed.catalog().backends()
 
 
 def _registered(name: str) -> Backend:

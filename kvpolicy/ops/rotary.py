@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpolicy.view import Rope
+from kvpolicy.contracts.view import Rope
 
 
 def rotate(x: Float[Tensor, "*dims N D"], rope: Rope, delta: Int[Tensor, "*dims N"]) -> Float[Tensor, "*dims N D"]:

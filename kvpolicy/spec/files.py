@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy._catalog import Catalog, PolicyEntry
 from kvpolicy.errors import SpecError
+from kvpolicy.loading.entries import Catalog, PolicyEntry
 from kvpolicy.spec import forms, yaml_text
 from kvpolicy.spec.problems import FieldError, shown
 from kvpolicy.spec.yaml_text import Document

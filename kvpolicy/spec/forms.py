@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from kvpolicy._catalog import Catalog, held_kinds
-from kvpolicy.budget import Budget
-from kvpolicy.components import Component, kind_of
+from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.components import Component, kind_of
 from kvpolicy.errors import UnknownComponentError, did_you_mean
+from kvpolicy.loading.entries import Catalog, held_kinds
 from kvpolicy.spec.problems import FieldError, shown
 from kvpolicy.spec.reference import ComponentRef, plain, unfolded
 from kvpolicy.spec.yaml_text import KeyPath, Mark

@@ -19,11 +19,11 @@ from pydantic import (
     model_serializer,
 )
 
-from kvpolicy import loading
-from kvpolicy._catalog import POLICY_NAME, Catalog
-from kvpolicy.budget import Budget
+from kvpolicy.contracts.budget import Budget
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
-from kvpolicy.policy import Backend, Phase, Policy
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import POLICY_NAME, Catalog
+from kvpolicy.policy.policy import Backend, Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
 from kvpolicy.spec.problems import FieldError, from_pydantic
 from kvpolicy.spec.reference import ComponentRef, resolve
@@ -87,13 +87,13 @@ class PolicySpec(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         try:
-            self._fill(forms.Canonical(fields, loading.catalog()).data)
+            self._fill(forms.Canonical(fields, installed.catalog()).data)
         except FieldError as problem:
             raise problem.located() from None
 
     def _fill(self, data: dict[str, Any]) -> None:
         """Validate canonical data into this object; raises FieldError."""
-        fields = _resolved(data, loading.catalog())
+        fields = _resolved(data, installed.catalog())
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -136,7 +136,7 @@ class PolicySpec(BaseModel):
     @classmethod
     def from_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
         """Read a policy that has been parsed; ``found`` is the file that it stands in. Raises as `from_yaml`."""
-        data, marks = files.resolved_document(document, found, loading.catalog(), search)
+        data, marks = files.resolved_document(document, found, installed.catalog(), search)
         try:
             return cls._from_canonical(data)
         except FieldError as problem:
@@ -239,7 +239,7 @@ def load(
         UnknownComponentError: nothing has that name.
         SpecError: the file or an override is not valid.
     """
-    found = files.find(name_or_path, loading.catalog(), search)
+    found = files.find(name_or_path, installed.catalog(), search)
     spec = PolicySpec.read_found(found, search)
     changes = {path.replace("__", "."): value for path, value in overrides.items()}
     if budget is not None:
@@ -288,7 +288,7 @@ def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     parts, overlay = forms.nested(where, value)
     if parts[0] not in forms.FIELDS:
         raise FieldError(tuple(parts), f"there is no field {parts[0]!r}.{did_you_mean(parts[0], forms.FIELDS)}")
-    catalog = loading.catalog()
+    catalog = installed.catalog()
     canonical = forms.Canonical(overlay, catalog, beneath=data).data
     merged, _ = forms.merge(_without(data, parts), canonical, {}, {})
     return forms.unfold(merged, catalog)

@@ -11,10 +11,10 @@ from typing import Annotated, Any, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kvpolicy import loading
-from kvpolicy._catalog import Catalog, held_kinds
-from kvpolicy.components import Component
+from kvpolicy.contracts.components import Component
 from kvpolicy.errors import UnknownComponentError, did_you_mean
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import Catalog, held_kinds
 from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 
@@ -45,7 +45,7 @@ class ComponentRef:
     def held(self) -> dict[str, ComponentRef]:
         """The components that parameters hold; raises UnknownComponentError when one is not registered."""
         held = {name: getattr(self.component, name) for name in held_kinds(type(self.component))}
-        catalog = loading.catalog()
+        catalog = installed.catalog()
         return {name: ComponentRef(catalog.name_of(type(c)), c) for name, c in held.items() if c is not None}
 
     @property

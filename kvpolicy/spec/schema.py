@@ -10,10 +10,10 @@ from typing import Any, Final, get_args
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
-from kvpolicy import loading
-from kvpolicy._catalog import POLICY_NAME, Catalog, ComponentEntry, held_kinds
-from kvpolicy.budget import Budget
-from kvpolicy.components import KINDS, Component
+from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.components import KINDS, Component
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import POLICY_NAME, Catalog, ComponentEntry, held_kinds
 from kvpolicy.spec import forms
 from kvpolicy.spec.model import PolicySpec
 from kvpolicy.spec.reference import ComponentRef
@@ -25,7 +25,7 @@ _Schema = dict[str, Any]
 
 def json_schema() -> _Schema:
     """Return the JSON schema of a policy file, for editors and other tools."""
-    catalog = loading.catalog()
+    catalog = installed.catalog()
     definitions: _Schema = {}
     # A file with `extends` may say only what differs, so component fields exist in a complete and a partial form.
     kinds = dict.fromkeys(
@@ -190,7 +190,7 @@ def _held(kind: str, field: FieldInfo) -> _Schema:
     if field.description:
         schema["description"] = field.description
     if isinstance(field.default, Component):
-        schema["default"] = ComponentRef(loading.catalog().name_of(type(field.default)), field.default).data
+        schema["default"] = ComponentRef(installed.catalog().name_of(type(field.default)), field.default).data
     elif not field.is_required():
         schema["default"] = field.default
     return schema

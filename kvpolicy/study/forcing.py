@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.budget import Budget
-from kvpolicy.components import Counters, ImportanceScorer
+from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.components import Counters, ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 BLOCK = 64
 """Most tokens that are read at once."""

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kvpolicy import loading
 from kvpolicy.errors import SpecError
+from kvpolicy.loading import installed
 from kvpolicy.spec import PolicySpec, files
 from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import Document, KeyPath, Mark
@@ -47,7 +47,7 @@ class Reader:
         folder = None if self.found is None else self.found.folder
         if isinstance(value, str):
             try:
-                return PolicySpec.read_found(files.find(value, loading.catalog(), (), folder))
+                return PolicySpec.read_found(files.find(value, installed.catalog(), (), folder))
             except SpecError as error:
                 raise FieldError(path, str(error), type(error)) from None
         if not isinstance(value, Mapping):

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_serializer
 
-from kvpolicy import loading
-from kvpolicy._catalog import POLICY_NAME
 from kvpolicy.errors import did_you_mean
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.spec.problems import FieldError, dotted, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
@@ -261,13 +261,13 @@ class StudySpec(BaseModel):
 def find_study(name: str | os.PathLike[str]) -> StudySpec:
     """Return a study by its registered name or the path of its file; raises SpecError."""
     text = os.fspath(name)
-    registered = {entry.name: entry for entry in loading.catalog().studies()}
+    registered = {entry.name: entry for entry in installed.catalog().studies()}
     if isinstance(name, str) and text in registered:
         found = files.Found.of_entry(registered[text])
         return StudySpec._read(found)  # noqa: SLF001
     if not isinstance(name, str) or "/" in text or text.endswith(files.SUFFIXES) or Path(text).is_file():
         return StudySpec.from_file(Path(text).expanduser())
-    raise loading.catalog().unknown("study", text, registered)
+    raise installed.catalog().unknown("study", text, registered)
 
 
 def _check_head(data: Mapping[str, Any]) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.loading import catalog
-from kvpolicy.policy import Policy
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.loading.installed import catalog
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
 from kvpolicy.testing.oracle_rows import TOLERANCE
 from kvpolicy.types import KeepIndices, Scores
-from kvpolicy.view import CacheView
 
 
 @dataclass

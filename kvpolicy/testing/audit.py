@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.events import Pass, Trace
 from kvpolicy.testing.oracle import Oracle
 from kvpolicy.testing.oracle_rows import Report, Row, Sets

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing import poison
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView
 
 _BY_SLOT = ("keys", "values", "positions", "valid", "rope_positions")
 _BY_ROW = ("prompt_length", "seen", "compaction", "budget", "query_positions", "query_valid")

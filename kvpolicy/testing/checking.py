@@ -21,9 +21,9 @@ from hypothesis.errors import Unsatisfiable  # noqa: E402
 from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 
 import kvpolicy  # noqa: E402
-from kvpolicy.components import Component, kind_of  # noqa: E402
+from kvpolicy.contracts.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean  # noqa: E402
-from kvpolicy.policy import Policy  # noqa: E402
+from kvpolicy.policy.policy import Policy  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.testing.laws import LAWS, Law, LawBrokenError, UndecidedError, exceptions_of  # noqa: E402
 from kvpolicy.testing.laws.machine import latest_steps  # noqa: E402

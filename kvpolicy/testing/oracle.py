@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.components import ImportanceScorer
-from kvpolicy.loading import catalog
-from kvpolicy.policy import Policy
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.loading.installed import catalog
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing import oracle_memory as memory
 from kvpolicy.testing import oracle_scores as scores
 from kvpolicy.testing import oracle_statistics as statistics

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.loading import catalog
+from kvpolicy.loading.installed import catalog
 from kvpolicy.testing import oracle_scores as scores
 from kvpolicy.testing import oracle_statistics as statistics
 from kvpolicy.testing.oracle_scores import HeadView, Scorer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.loading import catalog
+from kvpolicy.loading.installed import catalog
 from kvpolicy.testing.events import LayerInfo
 
 

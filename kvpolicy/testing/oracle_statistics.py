@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops, tables
-from kvpolicy.loading import catalog
-from kvpolicy.query_statistics import SKIPPED
+from kvpolicy.cache.queries.statistics import SKIPPED
+from kvpolicy.loading.installed import catalog
 from kvpolicy.testing.oracle_scores import HeadView, Scorer, turn
 
 

@@ -14,9 +14,9 @@ from hypothesis.strategies import SearchStrategy  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
-from kvpolicy.components import Component, kind_of  # noqa: E402
+from kvpolicy.contracts.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import UnsupportedError  # noqa: E402
-from kvpolicy.loading import catalog  # noqa: E402
+from kvpolicy.loading.installed import catalog  # noqa: E402
 from kvpolicy.tables import TableOf  # noqa: E402
 from kvpolicy.testing.tables import NAMES, stand_in_tables  # noqa: E402
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvpolicy.budget import Budget
-from kvpolicy.policy import Policy
+from kvpolicy.contracts.budget import Budget
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.parameters import small
 
 _MORE = 3  # entries beyond what is protected

@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kvpolicy.budget import Budget
-from kvpolicy.components import Component, kind_of
+from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.components import Component, kind_of
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.loading import catalog
-from kvpolicy.policy import Policy
+from kvpolicy.loading.installed import catalog
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.tables import reads_tables
 
 

@@ -21,16 +21,16 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import DrawFn, SearchStrategy  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from kvpolicy.components import NEEDS, Component, SlotState  # noqa: E402
+from kvpolicy.contracts.components import NEEDS, Component, SlotState  # noqa: E402
+from kvpolicy.contracts.view import CacheView, Rope  # noqa: E402
 from kvpolicy.errors import SpecError, UnsupportedError  # noqa: E402
-from kvpolicy.loading import catalog  # noqa: E402
+from kvpolicy.loading.installed import catalog  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.spec.reference import ComponentRef, resolve  # noqa: E402
 from kvpolicy.testing import poison  # noqa: E402
 from kvpolicy.testing.drawing import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 from kvpolicy.testing.parameters import components  # noqa: E402
 from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
-from kvpolicy.view import CacheView, Rope  # noqa: E402
 
 __all__ = ["MAX_SLOTS", "budgets", "cache_views", "components", "policy_specs", "scores"]
 

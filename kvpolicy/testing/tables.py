@@ -11,10 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvpolicy.components import Component
-from kvpolicy.policy import Policy
+from kvpolicy.contracts.components import Component
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.policy import Policy
 from kvpolicy.tables import Table, TableOf, supplying
-from kvpolicy.view import CacheView
 
 NAMES: Final = ("stand-in/one", "stand-in/two")
 """Names to draw from; inside `stand_in_tables` any name will do."""

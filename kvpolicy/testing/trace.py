@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.attention import AttentionFunction
 from kvpolicy.runtimes.hf.layer import EvictingLayer

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.policy import Policy, Scored
+from kvpolicy.policy.policy import Policy, Scored
 from kvpolicy.trace.recording import Recording, Snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvpolicy.contracts.view import CacheView
     from kvpolicy.runtimes.hf import PolicyCache
     from kvpolicy.types import KeepIndices, Mask, Scores
-    from kvpolicy.view import CacheView
 
 _MOST = 64  # snapshots of scores
 

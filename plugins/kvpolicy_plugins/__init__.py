@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from kvpolicy.hookspecs import RegisterComponent, hookimpl
+from kvpolicy.loading.hookspecs import RegisterComponent, hookimpl
 
 
 @hookimpl

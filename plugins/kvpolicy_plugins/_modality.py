@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Mask
-from kvpolicy.view import CacheView
 
 
 class _HasOption(Protocol):

@@ -9,9 +9,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from kvpolicy import ops
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Keys
-from kvpolicy.view import CacheView, Rope
 
 
 class NeedsRope:

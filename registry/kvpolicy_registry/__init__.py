@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvpolicy.hookspecs import RegisterPolicy, RegisterTable, hookimpl
+from kvpolicy.loading.hookspecs import RegisterPolicy, RegisterTable, hookimpl
 
 _HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ kvpress = pytest.importorskip(
 
 import kvpolicy  # noqa: E402
 from kvpolicy import PolicySpec, SpecError, UnsupportedError  # noqa: E402
+from kvpolicy.contracts.view import CacheView  # noqa: E402
 from kvpolicy.testing import check_component  # noqa: E402
-from kvpolicy.view import CacheView  # noqa: E402
 
 
 def view(valid, dim=16, seed=0, budget=None):

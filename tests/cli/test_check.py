@@ -56,7 +56,7 @@ def test_a_package(capsys):
         (("rkv", "--profile", "slow"), "'slow' is not a profile; write quick or thorough"),
         (("rkv", "--law", "row_allone"), "there is no law 'row_allone'. Did you mean 'row_alone'?"),
         (("no_such_module:Thing",), "'no_such_module:Thing' cannot be checked: No module named"),
-        (("kvpolicy.components:Trigger",), "Trigger is abstract"),
+        (("kvpolicy.contracts.components:Trigger",), "Trigger is abstract"),
     ],
 )
 def test_wrong_usage_ends_with_2(capsys, arguments, told):

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 import kvpolicy
-from kvpolicy import PluginError, SpecError, loading
-from kvpolicy._catalog import Origin, PluginFailure
+from kvpolicy import PluginError, SpecError
 from kvpolicy.cli import main
 from kvpolicy.cli.showing import allowed
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import Origin, PluginFailure
 
 GOOD = """\
 schema_version: 1
@@ -48,12 +49,12 @@ def file(tmp_path):
 
 @pytest.fixture
 def broken_catalog():
-    catalog = loading.load_catalog()
+    catalog = installed.load_catalog()
     catalog.failures.append(
         PluginFailure(Origin("bad", "1", "p"), PluginError("plugin 'p' of bad 1 failed to load: boom."))
     )
     catalog.disabled.append(Origin("sleepy", "2", "q"))
-    with loading.using(catalog):
+    with installed.using(catalog):
         yield catalog
 
 
@@ -146,8 +147,8 @@ def test_a_plugin_that_fails_is_one_warning_line(run, monkeypatch):
         catalog.failures.append(PluginFailure(Origin("bad"), PluginError("plugin 'p' failed to load: boom.")))
         return catalog
 
-    monkeypatch.setattr(loading, "_process_catalogs", [])
-    monkeypatch.setattr(loading, "load_catalog", fail)
+    monkeypatch.setattr(installed, "_process_catalogs", [])
+    monkeypatch.setattr(installed, "load_catalog", fail)
     with pytest.warns(RuntimeWarning, match="boom"):
         code, out, _ = run("list")
     assert code == 0

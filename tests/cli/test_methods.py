@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 import kvpolicy
-from kvpolicy import Catalog, loading
-from kvpolicy._catalog import Origin
+from kvpolicy import Catalog
 from kvpolicy.cli import main
 from kvpolicy.cli.app import app
 from kvpolicy.cli.methods import methods_markdown
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import Origin
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +85,6 @@ def test_tables_are_listed_and_a_damaged_one_is_named(tmp_path, capsys):
     damaged.write_bytes(b"nothing")
     catalog = Catalog()
     catalog.register_table("a/b", damaged, Origin("somebody"))
-    with loading.using(catalog):
+    with installed.using(catalog):
         assert main(["list"]) == 0
     assert "not valid: table" in " ".join(capsys.readouterr().out.split())

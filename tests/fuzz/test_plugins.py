@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvpolicy
-from kvpolicy import KVPolicyError, PluginError, loading
+from kvpolicy import KVPolicyError, PluginError
+from kvpolicy.loading import installed
 
 HEAD = """
 from kvpolicy import ImportanceScorer, hookimpl
@@ -161,7 +162,7 @@ def test_a_bad_plugin_is_named_and_the_rest_works(what, install):
     source, reason, attribute = BAD[what]
     install(source, attribute)
     install(COMPONENTS + body("register('a_good_one', Mine)"), plugin="good-plugin", dist="good-dist")
-    catalog = loading.load_catalog()
+    catalog = installed.load_catalog()
     assert "a_good_one" in catalog.names("importance")
     assert "key_norm" in catalog.names("importance")
     assert "mine" not in catalog.names("importance")
@@ -174,7 +175,7 @@ def test_a_bad_plugin_is_named_and_the_rest_works(what, install):
     assert reason in message
     assert len(message.splitlines()) == 1
     assert len(message) < 600
-    with loading.using(catalog):
+    with installed.using(catalog):
         assert kvpolicy.load("rkv").policy == "rkv"
         with pytest.raises(KVPolicyError, match=r"'bad-plugin' of bad-dist 1\.0 failed to load"):
             kvpolicy.load("rkv").replace("importance", "mine")
@@ -183,31 +184,31 @@ def test_a_bad_plugin_is_named_and_the_rest_works(what, install):
 def test_a_collision_names_both_sides_and_the_way_out(install, monkeypatch):
     install(COMPONENTS + body("register('key_norm', Mine)"))
     with pytest.raises(PluginError) as caught:
-        loading.load_catalog()
+        installed.load_catalog()
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for words in ("kvpolicy", "bad-dist 1.0 (bad-plugin)", "KVPOLICY_DISABLED_PLUGINS=bad-plugin"):
         assert words in message
     monkeypatch.setenv("KVPOLICY_DISABLED_PLUGINS", "bad-plugin")
-    assert loading.load_catalog().entry("importance", "key_norm").origin.distribution == "kvpolicy"
+    assert installed.load_catalog().entry("importance", "key_norm").origin.distribution == "kvpolicy"
 
 
 def test_a_bad_policy_file_is_named_when_it_is_used(install):
     install(POLICIES + body("register('mine', 'schema_version: 1\\npolicy: other\\n')"))
-    catalog = loading.load_catalog()
+    catalog = installed.load_catalog()
     assert not bad(catalog)
-    with loading.using(catalog), pytest.raises(KVPolicyError, match=r"<mine of bad-dist.*registered as 'mine'"):
+    with installed.using(catalog), pytest.raises(KVPolicyError, match=r"<mine of bad-dist.*registered as 'mine'"):
         kvpolicy.load("mine")
 
 
 def test_keyboard_interrupt_is_not_swallowed(install):
     install("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
-        loading.load_catalog()
+        installed.load_catalog()
 
 
 def test_threads_share_one_catalog(install, monkeypatch):
-    monkeypatch.setattr(loading, "_process_catalogs", [])
+    monkeypatch.setattr(installed, "_process_catalogs", [])
     install("raise RuntimeError('boom')")
     found = []
     with warnings.catch_warnings():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.engine import Engine
+from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.store import dense
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
-from kvpolicy.stores import dense
-from kvpolicy.view import CacheView
 from kvpolicy_kernels import _launch, compaction, selection, similarity, window
 
 
@@ -75,7 +75,7 @@ def test_an_engine_compacts_with_the_kernels(device, caplog):
             for layer in (0, 1):
                 new = tokens[:, :, start : start + count] * (layer + 1)
                 engine.append(layer, new, new)
-                facts = kvpolicy.engine.LayerFacts(groups=2, scale=dim**-0.5)
+                facts = kvpolicy.cache.engine.LayerFacts(groups=2, scale=dim**-0.5)
                 engine.record(layer, asked[:, :, start : start + count], facts)
         engine.settle()
         results[backend] = [engine.view(layer, slice(0, 2)) for layer in (0, 1)]
@@ -104,7 +104,7 @@ def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
         for layer in range(3):
             new = torch.randn(1, 2, count, 16, dtype=torch.float16, device=device)
             engine.append(layer, new, new)
-            engine.record(layer, new.repeat(1, 2, 1, 1), kvpolicy.engine.LayerFacts(groups=2, scale=0.25))
+            engine.record(layer, new.repeat(1, 2, 1, 1), kvpolicy.cache.engine.LayerFacts(groups=2, scale=0.25))
     engine.settle()
     assert engine.rows[0].resident == 24
     assert launches.pop("compaction.move_kept") == 3, "keys, values, positions"

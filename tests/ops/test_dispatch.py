@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy import loading, ops
-from kvpolicy._catalog import Catalog
+from kvpolicy import ops
 from kvpolicy.errors import PluginError, UnsupportedError
+from kvpolicy.loading import installed
+from kvpolicy.loading.entries import Catalog
 from kvpolicy.ops import dispatch
 from kvpolicy_kernels import backend as kernels
 
@@ -48,7 +49,7 @@ def mine(monkeypatch):
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     catalog = Catalog()
     catalog.register_backend("mine", Mine())
-    with loading.using(catalog):
+    with installed.using(catalog):
         yield catalog.backends()["mine"]
 
 
@@ -111,7 +112,7 @@ def test_auto_takes_what_serves_on_an_accelerator_and_says_so_once(mine, caplog)
 
 
 def test_names_and_objects_are_checked(mine):
-    catalog = loading.catalog()
+    catalog = installed.catalog()
     for name in ("auto", "torch", "Mine", "", 3):
         with pytest.raises(PluginError, match=r"is not a backend's name"):
             catalog.register_backend(name, Mine())
@@ -124,7 +125,7 @@ def test_names_and_objects_are_checked(mine):
 
 
 def test_the_kernels_enter_through_the_hook():
-    assert isinstance(loading.load_catalog().backends()["triton"], kernels.TritonBackend)
+    assert isinstance(installed.load_catalog().backends()["triton"], kernels.TritonBackend)
 
 
 def test_scratch_lasts_for_one_shared_block():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import ops
-from kvpolicy.view import Rope
+from kvpolicy.contracts.view import Rope
 
 INV_FREQ = 1.0 / 10000 ** (torch.arange(0, 16, 2).float() / 16)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy.view import CacheView, Rope
+from kvpolicy.contracts.view import CacheView, Rope
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.components import AllocationRequest
+from kvpolicy.contracts.components import AllocationRequest
 from kvpolicy.errors import KVPolicyError, SpecError, TableError
 from kvpolicy.tables import Table, save_table
 

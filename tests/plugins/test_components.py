@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import kvpolicy
 from kvpolicy import ops
-from kvpolicy.components import KINDS, NEEDS, AllocationRequest, Counters, Slots
+from kvpolicy.contracts.components import KINDS, NEEDS, AllocationRequest, Counters, Slots
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.testing.tables import stand_in_tables, table_fields
 from kvpolicy.types import KeepIndices

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.contracts.view import Rope
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.view import Rope
 
 
 def make(**params):

@@ -10,9 +10,9 @@ import torch
 
 import kvpolicy
 from kvpolicy import ops, tables
+from kvpolicy.contracts.view import Rope
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.tables import Table
-from kvpolicy.view import Rope
 
 ROPES = {
     "halves": Rope(torch.tensor([1.0, 0.3, 0.05])),  # of 8 dimensions 2 are not rotated

@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 import kvpolicy
 from kvpolicy import ops, tables
-from kvpolicy.components import AllocationRequest
-from kvpolicy.query_statistics import QueryStatistics
+from kvpolicy.cache.queries.statistics import QueryStatistics
+from kvpolicy.contracts.components import AllocationRequest
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.tables import Table
-from kvpolicy.view import CacheView, Rope
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).parent / "data" / "kvpress_smollm2.safetensors"

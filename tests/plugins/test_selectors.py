@@ -13,7 +13,7 @@ import torch
 
 import kvpolicy
 from kvpolicy import ops
-from kvpolicy.components import Slots
+from kvpolicy.contracts.components import Slots
 
 
 def make(name, **params):

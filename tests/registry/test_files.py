@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.testing.tables import stand_in_tables
-from kvpolicy.view import CacheView, Rope
 
 NAMES = [
     "adakv-snapkv", "cam", "chunkkv", "compactor", "criticalkv", "cur", "duo-attention", "expected-attention",

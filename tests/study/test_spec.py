@@ -196,9 +196,9 @@ def test_paths_are_relative_to_the_file(folder):
 
 
 def test_a_study_is_found_by_its_registered_name(folder):
-    catalog = kvpolicy.loading.load_catalog()
-    catalog.add(kvpolicy._catalog.study_entry("demo", GOOD, kvpolicy._catalog.THIS_PROCESS))
-    with kvpolicy.loading.using(catalog):
+    catalog = installed.load_catalog()
+    catalog.add(kvpolicy.loading.entries.study_entry("demo", GOOD, kvpolicy.loading.entries.THIS_PROCESS))
+    with installed.using(catalog):
         assert find_study("demo") == StudySpec.from_yaml(GOOD)
         with pytest.raises(SpecError, match=r"^unknown study 'demmo'\. Did you mean 'demo'\?"):
             find_study("demmo")

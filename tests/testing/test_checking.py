@@ -12,7 +12,7 @@ import torch
 
 import kvpolicy
 from kvpolicy.cli.checking import _report
-from kvpolicy.components import ImportanceScorer, Trigger
+from kvpolicy.contracts.components import ImportanceScorer, Trigger
 from kvpolicy.errors import KVPolicyError, SpecError, UnsupportedError
 from kvpolicy.testing import LAWS, check_component, check_package, check_policy
 from kvpolicy.testing.checking import check, subject_of, subjects_of_package
@@ -76,7 +76,7 @@ def test_a_failure_can_be_pasted(subject, law):
 
 
 def test_a_failing_policy_can_be_pasted_with_its_steps(monkeypatch):
-    from kvpolicy.query_log import QueryLog
+    from kvpolicy.cache.queries.log import QueryLog
 
     monkeypatch.setattr(QueryLog, "crop", lambda self, columns: None)
     [result] = check(subject_of("rkv"), laws=[LAWS["state_moves_with_slots"]])

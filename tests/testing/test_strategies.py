@@ -8,7 +8,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
-from kvpolicy.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.components import ImportanceScorer, SlotState
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.testing import budgets, cache_views, components, policy_specs, scores
 from kvpolicy.testing.cases import Case, Layer

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import kvpolicy
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
-from kvpolicy.view import CacheView
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvpolicy import hookimpl
-from kvpolicy.hookspecs import RegisterComponent, RegisterPolicy
+from kvpolicy.loading.hookspecs import RegisterComponent, RegisterPolicy
 
 kvpolicy_api = 1  # the plugin API that this is written for
 

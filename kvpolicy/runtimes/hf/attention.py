@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,32 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from kvpolicy.runtimes.hf.cache import PolicyCache
-    from kvpolicy.runtimes.hf.layer import EvictingLayer
-
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class MaskReader(Protocol):
+    """A cache, to the mask function that works for it."""
+
+    def take_mask(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
+        """Read the padding off the mask arguments; return None if layers can make their own masks."""
+
+
+class Attending(Protocol):
+    """A layer of a cache, to the attention function that works for it."""
+
+    def attend(
+        self,
+        function: AttentionFunction,
+        base: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run `function` over what the layer holds."""
+
 
 PREFIX = "kvpolicy_"
 SUPPORTED = ("sdpa", "eager")
@@ -37,12 +58,12 @@ _attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakK
 _announced = threading.local()
 
 
-def announce(cache: PolicyCache | None) -> None:
+def announce(cache: MaskReader | None) -> None:
     """Say which cache the next mask of this thread is for; None for layers that are not ours."""
     _announced.cache = None if cache is None else weakref.ref(cache)
 
 
-def mark(keys: Tensor, layer: EvictingLayer) -> None:
+def mark(keys: Tensor, layer: Attending) -> None:
     """Let keys remember their layer. The reference is weak: a strong one would be a cycle through the cache."""
     setattr(keys, _MARK, weakref.ref(layer))
 
@@ -101,14 +122,14 @@ def _register(base: str) -> str:
         if function is None:
             function = functions[type(module)] = _base_attention(module, base)
         reference = getattr(key, _MARK, None)
-        layer: EvictingLayer | None = None if reference is None else reference()
+        layer: Attending | None = None if reference is None else reference()
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         return layer.attend(function, base, module, query, key, value, attention_mask, kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         reference = getattr(_announced, "cache", None)
-        cache: PolicyCache | None = None if reference is None else reference()
+        cache: MaskReader | None = None if reference is None else reference()
         _announced.cache = None
         build: Callable[..., Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[base]
         if cache is None:

@@ -15,10 +15,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
-from kvpolicy.components import NEEDS
-from kvpolicy.engine import Engine
+from kvpolicy.cache.engine import Engine
+from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attention import announce, attach, attention_modules
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shape, image_tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.cache import PolicyCache, refuse_implementation
 from kvpolicy.runtimes.hf.model_facts import image_tokens
 

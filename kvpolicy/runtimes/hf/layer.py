@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import ops
+from kvpolicy.cache.picture import LayerFacts
+from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.attention import (
     AttentionFunction,
@@ -18,8 +20,6 @@ from kvpolicy.runtimes.hf.attention import (
     packed_attention,
     packs,
 )
-from kvpolicy.stores import Base
-from kvpolicy.viewing import LayerFacts
 
 if TYPE_CHECKING:
     from kvpolicy.runtimes.hf.session import Session

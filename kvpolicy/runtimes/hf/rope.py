@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpolicy import ops
+from kvpolicy.contracts.view import Rope
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.view import Rope
 
 _CHANGING = ("dynamic", "longrope")
 _PLACES = (3, 11)

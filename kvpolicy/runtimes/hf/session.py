@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpolicy.engine import Engine
+from kvpolicy.cache.engine import Engine
 from kvpolicy.errors import CacheStateError, UnsupportedError
 
 

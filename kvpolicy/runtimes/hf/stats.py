@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpolicy.engine import Engine
+from kvpolicy.cache.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ require_hypothesis()
 
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
-from kvpolicy.components import KINDS, Component  # noqa: E402
+from kvpolicy.contracts.components import KINDS, Component  # noqa: E402
 
 LAW_KINDS = (*KINDS, "policy")
 """What a law can be about: a kind of component, or a whole policy."""

@@ -11,14 +11,14 @@ import torch
 from pydantic import InstanceOf
 from torch import Tensor
 
-from kvpolicy.components import Counters, SlotState, Trigger
-from kvpolicy.engine import Engine
+from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.picture import LayerFacts
+from kvpolicy.contracts.components import Counters, SlotState, Trigger
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import CacheStateError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.laws._base import broken
 from kvpolicy.types import Weights
-from kvpolicy.view import CacheView, Rope
-from kvpolicy.viewing import LayerFacts
 
 _LAYERS, _HEADS, _GROUP = 2, 2, 2
 _PROJECTION = torch.randn(_HEADS, _GROUP, 4, 6, generator=torch.Generator().manual_seed(7))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from kvpolicy.components import Component, SlotState, kind_of
-from kvpolicy.policy import Policy
+from kvpolicy.contracts.components import Component, SlotState, kind_of
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.drawing import codes, scores, valid_slots
 from kvpolicy.testing.strategies import MAX_SLOTS, cache_views

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpolicy.engine import Engine
-from kvpolicy.policy import Policy
-from kvpolicy.view import Rope
-from kvpolicy.viewing import LayerFacts
+from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.picture import LayerFacts
+from kvpolicy.contracts.view import Rope
+from kvpolicy.policy.policy import Policy
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 4
 _PROJECTION = torch.randn(HEADS, GROUP, DIM, 6, generator=torch.Generator().manual_seed(7))

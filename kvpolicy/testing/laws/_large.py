@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.laws._draws import kind_of_subject, needs_of, observed_by, states_of
-from kvpolicy.view import CacheView, Rope
 
 _HEADS, _GROUP, _DIM = 2, 2, 16
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.components import AllocationRequest, Slots
+from kvpolicy.contracts.components import AllocationRequest, Slots
 from kvpolicy.testing.cases import Case, keep_indices
 from kvpolicy.testing.laws._base import LawBrokenError, broken, decided
 from kvpolicy.testing.laws._draws import kind_of_subject

@@ -8,13 +8,13 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from kvpolicy.engine import Engine
-from kvpolicy.policy import Policy
+from kvpolicy.cache.engine import Engine
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.laws._base import UndecidedError, broken, decided, law
 from kvpolicy.testing.laws._drive import Drive, Held, Text, difference
 from kvpolicy.testing.laws._outcome import rounding_decides
-from kvpolicy.view import CacheView
 
 _EFFORT = 0.4  # an engine run is some twenty forward passes
 _TOO_FEW = "too few compactions"

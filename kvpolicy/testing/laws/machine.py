@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.laws._base import law
 from kvpolicy.testing.laws._book import Book, Step, longest_prompt
 from kvpolicy.testing.laws.engine import evicts

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import Case
 from kvpolicy.testing.laws._base import SEES_VIEW, decided, law
 from kvpolicy.testing.laws._draws import case_and, kind_of_subject, observed_by, one_case, order
 from kvpolicy.testing.laws._outcome import expect_equivariant, expect_same, outcome
-from kvpolicy.view import CacheView
 
 _UNMOVED = "the order stayed what it was"
 

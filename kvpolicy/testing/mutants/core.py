@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 import kvpolicy
-from kvpolicy import engine
-from kvpolicy.components import Slots
-from kvpolicy.engine import Engine
-from kvpolicy.loading import catalog
-from kvpolicy.policy import Policy
-from kvpolicy.query_log import QueryLog, Window
-from kvpolicy.stores import DenseStore
+from kvpolicy.cache import engine
+from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.queries.log import QueryLog, Window
+from kvpolicy.cache.store import DenseStore
+from kvpolicy.contracts.components import Slots
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.loading.installed import catalog
+from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.mutants import parts
 from kvpolicy.testing.mutants._base import Mutant, patched
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView
 
 _engine_module: Any = engine
 _compact, _reset, _view, _clone = DenseStore.compact, Engine.reset, Engine.view, DenseStore.clone

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import (
+from kvpolicy.contracts.components import (
     AllocationRequest,
     BudgetAllocator,
     Counters,
@@ -20,10 +20,10 @@ from kvpolicy.components import (
     Slots,
     Trigger,
 )
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import keep_indices
 from kvpolicy.testing.mutants._base import Mutant
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView
 
 
 def _marked(kept: KeepIndices, valid: Tensor) -> Tensor:

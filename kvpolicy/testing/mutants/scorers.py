@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpolicy.components import ImportanceScorer, Mixer, RedundancyScorer
+from kvpolicy.contracts.components import ImportanceScorer, Mixer, RedundancyScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.mutants._base import Mutant
-from kvpolicy.view import CacheView
 
 
 def _norms(view: CacheView) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import AllocationRequest
+from kvpolicy.contracts.components import AllocationRequest
 from kvpolicy.tables import Table
 from kvpolicy.types import Counts
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kvpolicy.components import AllocationRequest, BudgetAllocator
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator
 from kvpolicy.types import Counts
 from kvpolicy_plugins.allocators._cells import Cells
 from kvpolicy_plugins.allocators._pools import Normalise, pooled_shares

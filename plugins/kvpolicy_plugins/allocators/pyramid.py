@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import AllocationRequest, BudgetAllocator
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator
 from kvpolicy.types import Counts
 from kvpolicy_plugins.allocators._cells import Cells
 

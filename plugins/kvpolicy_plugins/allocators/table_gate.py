@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from kvpolicy.components import AllocationRequest, BudgetAllocator
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator
 from kvpolicy.tables import TableOf, load_table
 from kvpolicy.types import Counts
 from kvpolicy_plugins.allocators._cells import Cells

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvpolicy.components import AllocationRequest, BudgetAllocator
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator
 from kvpolicy.types import Counts
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvpolicy.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores, Weights
-from kvpolicy.view import CacheView
 
 _STATE = "accumulated_attention"
 

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer, SlotState
-from kvpolicy.scoring import once
+from kvpolicy.contracts.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.window_attention import WindowAttention
 
 _STATE = "attention_memory"

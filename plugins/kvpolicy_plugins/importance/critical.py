@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.scoring import once
+from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.window_attention import WindowAttention
 
 

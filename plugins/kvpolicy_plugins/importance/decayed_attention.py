@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Scores, Weights
-from kvpolicy.view import CacheView
 
 _STATE = "decayed_attention"
 

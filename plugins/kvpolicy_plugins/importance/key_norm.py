@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class KeyNorm(ImportanceScorer):

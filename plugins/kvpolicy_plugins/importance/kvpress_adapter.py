@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._kvpress import make_press, press_scores
 
 _KEYS, _VALUES = torch.randn(2, 1, 2, 96, 8, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Mask, Scores
-from kvpolicy.view import CacheView
 
 _STILL = 1e-4  # a channel that varies by less of its magnitude says nothing; bfloat16 cannot express less than 4e-3
 

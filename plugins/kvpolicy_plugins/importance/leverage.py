@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._rope import unrotated_keys
 
 

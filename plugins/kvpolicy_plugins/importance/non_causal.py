@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.components import ImportanceScorer, SlotState
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Mask, Queries, Scores
-from kvpolicy.view import CacheView
 
 _STATE = "non_causal"
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class NoImportance(ImportanceScorer):

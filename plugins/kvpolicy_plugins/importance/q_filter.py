@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.tables import TableOf, load_table
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class QFilter(ImportanceScorer):

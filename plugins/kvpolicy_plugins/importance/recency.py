@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class Recency(ImportanceScorer):

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.tables import TableOf, load_table
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._rope import next_position, rope_of
 
 

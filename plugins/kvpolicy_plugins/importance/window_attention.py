@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class WindowAttention(ImportanceScorer):

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer, Mixer
+from kvpolicy.contracts.components import ImportanceScorer, Mixer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._modality import NeedsModality, modalities
 from kvpolicy_plugins.importance.value_norm import ValueNorm
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kvpolicy.components import Mixer
+from kvpolicy.contracts.components import Mixer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class ImportanceOnly(Mixer):

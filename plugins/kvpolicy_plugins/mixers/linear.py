@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from kvpolicy.components import Mixer
+from kvpolicy.contracts.components import Mixer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 
 
 class Linear(Mixer):

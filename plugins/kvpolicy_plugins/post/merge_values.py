@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.components import PostOperation
+from kvpolicy.contracts.components import PostOperation
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView
 
 
 class MergeValues(PostOperation):

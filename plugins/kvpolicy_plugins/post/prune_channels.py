@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.components import PostOperation
+from kvpolicy.contracts.components import PostOperation
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
-from kvpolicy.view import CacheView
 
 
 class PruneChannels(PostOperation):

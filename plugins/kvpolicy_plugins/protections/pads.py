@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from kvpolicy.components import Protection
+from kvpolicy.contracts.components import Protection
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Mask
-from kvpolicy.view import CacheView
 
 
 class Pads(Protection):

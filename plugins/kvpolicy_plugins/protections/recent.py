@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from kvpolicy.components import Protection
+from kvpolicy.contracts.components import Protection
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Mask
-from kvpolicy.view import CacheView
 
 
 class Recent(Protection):

@@ -8,10 +8,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import ImportanceScorer
-from kvpolicy.scoring import once
+from kvpolicy.contracts.components import ImportanceScorer
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._rope import compared_keys
 from kvpolicy_plugins.importance.window_attention import WindowAttention
 from kvpolicy_plugins.redundancy.key_density import KeyDensity

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import RedundancyScorer
+from kvpolicy.contracts.components import RedundancyScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._rope import NeedsRope, compared_keys
 
 

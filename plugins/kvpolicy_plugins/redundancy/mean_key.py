@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from kvpolicy import ops
-from kvpolicy.components import RedundancyScorer
+from kvpolicy.contracts.components import RedundancyScorer
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins._modality import NeedsModality, modalities
 
 

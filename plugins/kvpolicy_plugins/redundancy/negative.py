@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from kvpolicy.components import ImportanceScorer, RedundancyScorer
-from kvpolicy.scoring import once
+from kvpolicy.contracts.components import ImportanceScorer, RedundancyScorer
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
-from kvpolicy.view import CacheView
 from kvpolicy_plugins.importance.leverage import Leverage
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from kvpolicy import ops
-from kvpolicy.components import Selector, Slots
+from kvpolicy.contracts.components import Selector, Slots
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 

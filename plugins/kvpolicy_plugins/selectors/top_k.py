@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from kvpolicy import ops
-from kvpolicy.components import Selector, Slots
+from kvpolicy.contracts.components import Selector, Slots
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 

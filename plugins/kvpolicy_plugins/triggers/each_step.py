@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpolicy.components import Counters, Trigger
+from kvpolicy.contracts.components import Counters, Trigger
 
 
 class EachStep(Trigger):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpolicy.cache.store import BLOCK
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.stores import BLOCK
 from kvpolicy.testing.alone import as_if_alone
 from kvpolicy.testing.audit import audit
 from kvpolicy.testing.trace import TracedCache

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.policy import Policy
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tables import stand_in_tables
 from kvpolicy.testing.trace import TracedCache

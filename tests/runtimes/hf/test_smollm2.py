@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import kvpolicy
+from kvpolicy.cache.store import BLOCK
 from kvpolicy.runtimes.hf import PolicyCache, generate
-from kvpolicy.stores import BLOCK
 from kvpolicy.testing.alone import as_if_alone
 from kvpolicy.testing.audit import audit
 from kvpolicy.testing.oracle import compare

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy import ops
-from kvpolicy.query_statistics import SKIPPED
+from kvpolicy.cache.queries.statistics import SKIPPED
 from kvpolicy.runtimes.hf.calibration.watching import Attended, check, watch
 from kvpolicy.runtimes.hf.rope import layer_ropes
 

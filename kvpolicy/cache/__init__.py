@@ -1,0 +1,1 @@
+"""What happens to a cache under a policy, for any runtime."""

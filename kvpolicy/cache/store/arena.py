@@ -1,0 +1,266 @@
+"""Dense store: every head of a row holds the same number of entries, at the front of a preallocated arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvpolicy import ops
+from kvpolicy.contracts.components import SlotState
+from kvpolicy.types import KeepIndices
+
+_TOGETHER = {"cpu": 0}  # kept slots that are moved together; plain torch copies them, and a CPU gains nothing by it
+_TOGETHER_ELSEWHERE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all layers of one store have in common.
+
+    Attributes:
+        batch, heads, key_dim, value_dim: sizes of `[B, H, N, D]` and `[B, H, N, Dv]`.
+        dtype, device: of the cached keys and values.
+    """
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(keys: Tensor, values: Tensor) -> Shape:
+        """Read the shape off the first keys and values of a layer."""
+        batch, heads, _, dim = keys.shape
+        return Shape(batch, heads, dim, values.shape[-1], keys.dtype, keys.device)
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """All slots of one layer, for some rows.
+
+    Attributes:
+        keys, values: `[B, H, N, D]` and `[B, H, N, Dv]`.
+        positions, rope_positions: int32 `[B, H, N]`; the same tensor unless kept keys are re-rotated.
+        state: slot state by name, `[B, H, N]`.
+        valid: bool `[B, H, N]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    rope_positions: Tensor
+    state: Mapping[str, Tensor]
+    valid: Tensor
+
+    def arenas(self) -> dict[str, Tensor]:
+        """Return everything that moves with a slot, by name; slot state as ``state.NAME``."""
+        arenas = {"keys": self.keys, "values": self.values, "positions": self.positions}
+        if self.rope_positions is not self.positions:
+            arenas["rope_positions"] = self.rope_positions
+        return arenas | {f"state.{name}": tensor for name, tensor in self.state.items()}
+
+    @staticmethod
+    def of(arenas: Mapping[str, Tensor], valid: Tensor) -> SlotTensors:
+        """Put together again what `arenas` took apart."""
+        state = {name.removeprefix("state."): t for name, t in arenas.items() if name.startswith("state.")}
+        positions = arenas["positions"]
+        turned = arenas.get("rope_positions", positions)
+        return SlotTensors(arenas["keys"], arenas["values"], positions, turned, state, valid)
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Where the tokens of one forward pass go; the same for all layers.
+
+    Attributes:
+        start: first slot when every row writes the same slots, else None.
+        width: columns of the forward pass.
+        end: slots in use after the write, the longest row's.
+        row, column, slot: int64 `[M]`, one entry per valid token, when rows differ.
+        positions: int32 `[width]` (equal rows) or `[M]`: original positions of the tokens.
+        rope_positions: likewise, the positions the new keys are rotated to.
+    """
+
+    start: int | None
+    width: int
+    end: int
+    positions: Tensor
+    rope_positions: Tensor
+    row: Tensor | None = None
+    column: Tensor | None = None
+    slot: Tensor | None = None
+
+
+class DenseStore:
+    """Keys, values, positions and slot state of some layers, `[L, B, H, capacity, ...]` each, compacted in place.
+
+    Tails behind a row's length hold finite leftovers, never uninitialised memory: attention multiplies them by 0.
+    """
+
+    def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:
+        self.layers = tuple(layers)
+        self.index = {layer: i for i, layer in enumerate(self.layers)}
+        self.shape = shape
+        self.states = tuple(states)
+        self.capacity = 0
+        lead = (len(self.layers), shape.batch, shape.heads, 0)
+        self.keys = torch.zeros(*lead, shape.key_dim, dtype=shape.dtype, device=shape.device)
+        self.values = torch.zeros(*lead, shape.value_dim, dtype=shape.dtype, device=shape.device)
+        self.positions = torch.zeros(lead, dtype=torch.int32, device=shape.device)
+        self.rope_positions = torch.zeros_like(self.positions) if re_rotates else self.positions
+        self.state = {s.name: torch.zeros(lead, dtype=s.dtype, device=shape.device) for s in self.states}
+        self._open: list[tuple[Tensor, ...]] = []
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every arena by `change` of it."""
+        shared = self.rope_positions is self.positions
+        self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
+        self.rope_positions = self.positions if shared else change(self.rope_positions)
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+        self._open = []  # views would keep the old arenas
+
+    def resize(self, capacity: int, used: int) -> None:
+        """Give every arena `capacity` slots, keeping the first `used`."""
+
+        def change(old: Tensor) -> Tensor:
+            new = old.new_zeros(*old.shape[:3], capacity, *old.shape[4:])
+            new[:, :, :, :used].copy_(old[:, :, :, :used])
+            return new
+
+        self._each(change)
+        self.capacity = capacity
+
+    def rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
+        index = index.to(self.shape.device)
+        self._each(lambda old: old.index_select(1, index))
+        self.shape = Shape(**{**self.shape.__dict__, "batch": index.numel()})
+
+    def clone(self) -> Self:
+        """Return an independent copy."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._each(torch.clone)
+        return twin
+
+    def append_slots(self, plan: WritePlan) -> None:
+        """Write positions and fresh slot state of the new tokens, for all layers at once; `append` follows."""
+        fills = [(self.state[s.name], s.fill) for s in self.states]
+        start, end = plan.start, plan.end
+        arenas = [self.keys, self.values]
+        used = [arena.narrow(3, 0, end).unbind(0) for arena in arenas]
+        if start is not None:
+            # All layers' views at once: making them for one layer of one token at a time is measurable.
+            new = [arena.narrow(3, start, plan.width).unbind(0) for arena in arenas]
+            self._open = list(zip(*used, *new, strict=True))
+            span = slice(start, start + plan.width)
+            self.positions[:, :, :, span] = plan.positions
+            if self.rope_positions is not self.positions:
+                self.rope_positions[:, :, :, span] = plan.rope_positions
+            for tensor, fill in fills:
+                tensor[:, :, :, span] = fill
+            return
+        self._open = list(zip(*used, strict=True))
+        row, slot = plan.row, plan.slot
+        # Advanced indices that are kept apart by a slice come first in the result: [M, L, H].
+        self.positions[:, row, :, slot] = plan.positions[:, None, None]
+        if self.rope_positions is not self.positions:
+            self.rope_positions[:, row, :, slot] = plan.rope_positions[:, None, None]
+        for tensor, fill in fills:
+            tensor[:, row, :, slot] = fill
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
+        """Copy one layer's new keys `[B, H, q, D]` and values into place; return views over all slots in use.
+
+        Args:
+            layer: index of the layer as transformers counts.
+            keys, values: what is new.
+            plan: the one that `append_slots` was given last.
+        """
+        all_keys, all_values, *new = self._open[self.index[layer]]
+        if new:
+            torch._foreach_copy_(new, (keys, values))
+        else:
+            row, column, slot = plan.row, plan.column, plan.slot
+            all_keys[row, :, slot] = keys[row, :, column]
+            all_values[row, :, slot] = values[row, :, column]
+        return all_keys, all_values
+
+    def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
+        """Return all slots in use of a layer, without copying.
+
+        Args:
+            layer: index of the layer as transformers counts.
+            rows: which rows of the batch.
+            lengths: slots in use of each of these rows.
+        """
+        i, end, device = self.index[layer], max(lengths), self.shape.device
+        used = torch.arange(end, device=device) < torch.tensor(list(lengths), device=device)[:, None]
+        positions = self.positions[i, rows, :, :end]
+        turned = positions if self.rope_positions is self.positions else self.rope_positions[i, rows, :, :end]
+        return SlotTensors(
+            self.keys[i, rows, :, :end],
+            self.values[i, rows, :, :end],
+            positions,
+            turned,
+            {name: tensor[i, rows, :, :end] for name, tensor in self.state.items()},
+            used[:, None].expand(-1, self.shape.heads, -1),
+        )
+
+    def write(self, layer: int, rows: slice, changes: Mapping[str, Tensor]) -> None:
+        """Replace arenas of a layer's first slots by name (see `SlotTensors.arenas`), `[B, H, N, ...]` each."""
+        arenas = {"keys": self.keys, "values": self.values, "rope_positions": self.rope_positions}
+        arenas |= {f"state.{name}": tensor for name, tensor in self.state.items()}
+        for name, tensor in changes.items():
+            arenas[name][self.index[layer], rows, :, : tensor.shape[2]].copy_(tensor)
+
+    def compact(self, layer: int, rows: slice, kept: KeepIndices) -> None:
+        """Move the kept slots of these rows to the front, keys, values, positions and slot state alike."""
+        for arena in self._arenas():
+            ops.compact(arena[self.index[layer], rows], kept)
+
+    def compact_layers(self, rows: slice, keeps: Mapping[int, KeepIndices]) -> None:
+        """As `compact` for all layers, on an accelerator many at once: one launch for each arena, not for each layer.
+
+        Args:
+            rows: all rows, or one.
+            keeps: what each layer keeps.
+        """
+        shape, slots = self.shape, max(kept.indices.numel() for kept in keeps.values())
+        step = max(1, _TOGETHER.get(shape.device.type, _TOGETHER_ELSEWHERE) // max(slots, 1))
+        if len({kept.indices.shape for kept in keeps.values()}) > 1:
+            step = 1
+        for first in range(0, len(self.layers), step):
+            some = self.layers[first : first + step]
+            if len(some) == 1:
+                self.compact(some[0], rows, keeps[some[0]])
+                continue
+            indices, lengths = (torch.cat(parts) for parts in zip(*(keeps[layer] for layer in some), strict=True))
+            for arena in self._arenas():
+                part = arena[first : first + step, rows]
+                ops.compact(part.view(-1, *part.shape[2:]), KeepIndices(indices, lengths))
+
+    def _arenas(self) -> list[Tensor]:
+        turned = [] if self.rope_positions is self.positions else [self.rope_positions]
+        return [self.keys, self.values, self.positions, *self.state.values(), *turned]
+
+    def entries(self, layer: int, lengths: Sequence[int]) -> list[int]:
+        """Return the entries that each row of a layer holds, over all heads; `lengths` are its slots in use."""
+        return [n * self.shape.heads for n in lengths]
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of one key and one value of one KV head."""
+        return (self.shape.key_dim + self.shape.value_dim) * self.shape.dtype.itemsize
+
+    def bytes_allocated(self, layer: int) -> tuple[int, int]:
+        """Return the bytes of the tensors that hold a layer: keys and values, and metadata (positions, slot state)."""
+        i = self.index[layer]
+        sizes = [arena[i].numel() * arena.element_size() for arena in self._arenas()]
+        return sum(sizes[:2]), sum(sizes[2:])

@@ -1,0 +1,180 @@
+"""Ragged store: heads and layers hold different numbers of entries, and the memory of the others is really freed.
+
+What a compaction kept lies in flat blocks, head after head (the *base*). Tokens that came since lie in a dense arena
+(the *tail*), the same number for every head, until the next compaction moves what it keeps into a new base. Before the
+first one there is only the tail, and the store is a dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.store.arena import DenseStore, Shape, SlotTensors
+from kvpolicy.contracts.components import SlotState
+from kvpolicy.ops.ragged import Blocks
+from kvpolicy.types import Counts, KeepIndices, Mask
+
+BLOCK = 16  # slots per block: what a head may hold more than its entries
+
+
+@dataclass(frozen=True)
+class Base:
+    """What one layer kept at the last compaction.
+
+    Attributes:
+        counts: int64 `[B, H]`, entries per head.
+        arenas: flat `[M, BLOCK, ...]` by name: keys, values, positions, perhaps rope_positions, and slot state.
+        owner: int64 `[M]`, `row * H + head` of each block, ascending.
+        filled: int64 `[M]`, entries in each block.
+        most: the largest count.
+    """
+
+    counts: Counts
+    arenas: dict[str, Tensor]
+    owner: Tensor
+    filled: Tensor
+    most: int
+
+    @staticmethod
+    def of(slots: SlotTensors, kept: Mask) -> Base:
+        """Pack the kept slots of a layer."""
+        batch, heads, _ = kept.shape
+        counts = kept.sum(-1)
+        blocks = (counts.flatten() + BLOCK - 1) // BLOCK
+        first = blocks.cumsum(0) - blocks
+        owner = torch.repeat_interleave(torch.arange(batch * heads, device=kept.device), blocks)
+        number = torch.arange(owner.numel(), device=kept.device) - first[owner]
+        filled = (counts.flatten()[owner] - number * BLOCK).clamp(max=BLOCK)
+        at = (first.view(batch, heads, 1) * BLOCK + kept.cumsum(-1) - 1)[kept]
+
+        def pack(tensor: Tensor) -> Tensor:
+            flat = tensor.new_zeros(owner.numel() * BLOCK, *tensor.shape[3:])
+            flat[at] = tensor[kept]
+            return flat.view(-1, BLOCK, *tensor.shape[3:])
+
+        arenas = {name: pack(tensor) for name, tensor in slots.arenas().items()}
+        return Base(counts, arenas, owner, filled, int(counts.max()) if counts.numel() else 0)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Return for each of `[B, H, most]` slots its place in the flat arenas, and whether it holds an entry."""
+        batch, heads = self.counts.shape
+        blocks = (self.counts.flatten() + BLOCK - 1) // BLOCK
+        first = ((blocks.cumsum(0) - blocks) * BLOCK).view(batch, heads, 1)
+        slot = torch.arange(self.most, device=self.counts.device)
+        held = slot < self.counts.unsqueeze(-1)
+        return torch.where(held, first + slot, 0), held
+
+    def take(self, index: Tensor) -> Base:
+        """Return the base of the rows `index`, int64 `[B']`."""
+        batch, heads = self.counts.shape
+        of_row = [(self.owner // heads == b).nonzero()[:, 0] for b in range(batch)]
+        order = torch.cat([of_row[b] for b in index.tolist()])
+        rows = torch.cat([torch.full_like(of_row[b], i) for i, b in enumerate(index.tolist())])
+        return Base(
+            self.counts.index_select(0, index),
+            {name: arena.index_select(0, order) for name, arena in self.arenas.items()},
+            rows * heads + self.owner[order] % heads,
+            self.filled[order],
+            self.most,
+        )
+
+    @property
+    def blocks(self) -> Blocks:
+        """Return what attention reads."""
+        return Blocks(self.arenas["keys"], self.arenas["values"], self.owner, self.filled)
+
+
+class RaggedStore(DenseStore):
+    """A dense store whose compactions go into a ragged base per layer."""
+
+    def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:
+        super().__init__(layers, shape, states, re_rotates=re_rotates)
+        self.bases: dict[int, Base] = {}
+
+    def base(self, layer: int) -> Base | None:
+        """Return what the layer kept at its last compaction."""
+        return self.bases.get(layer)
+
+    def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
+        """Return all slots of a layer, the base's padded to its longest head; copies, once there is a base."""
+        recent = super().read(layer, rows, lengths)
+        base = self.bases.get(layer)
+        if base is None:
+            return recent
+        places, held = base.places()
+        places, held = places[rows], held[rows]
+
+        def joined(name: str, tensor: Tensor) -> Tensor:
+            return torch.cat([base.arenas[name].flatten(0, 1)[places], tensor], 2)
+
+        arenas = {name: joined(name, tensor) for name, tensor in recent.arenas().items()}
+        return SlotTensors.of(arenas, torch.cat([held, recent.valid], 2))
+
+    def write(self, layer: int, rows: slice, changes: Mapping[str, Tensor]) -> None:
+        """Replace arenas by name, slots as `read` gives them, `[B, H, N, ...]` each."""
+        base = self.bases.get(layer)
+        if base is None:
+            super().write(layer, rows, changes)
+            return
+        places, held = base.places()
+        places, held = places[rows], held[rows]
+        for name, tensor in changes.items():
+            base.arenas[name].flatten(0, 1)[places[held]] = tensor[:, :, : base.most][held]
+        super().write(layer, rows, {name: tensor[:, :, base.most :] for name, tensor in changes.items()})
+
+    def repack(
+        self, layer: int, lengths: Sequence[int], decided: Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]
+    ) -> None:
+        """Make what is kept of a layer its base; the tail is the caller's to empty.
+
+        Args:
+            layer: index of the layer.
+            lengths: slots in use of each row's tail.
+            decided: rows, what they keep, and replacements of arenas for them; other rows keep everything.
+        """
+        slots = self.read(layer, slice(None), lengths)
+        kept, arenas = slots.valid.clone(), slots.arenas()
+        for rows, indices, changes in decided:
+            kept[rows] = indices.mask(kept.shape[2])
+            for name, tensor in changes.items():
+                arenas[name] = arenas[name].clone()
+                arenas[name][rows, :, : tensor.shape[2]] = tensor  # shorter where longer rows are not among them
+        self.bases[layer] = Base.of(SlotTensors.of(arenas, slots.valid), kept)
+
+    def rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
+        super().rows(index)
+        here = index.to(self.shape.device)
+        self.bases = {layer: base.take(here) for layer, base in self.bases.items()}
+
+    def clone(self) -> Self:
+        """Return an independent copy."""
+        twin = super().clone()
+        twin.bases = {
+            layer: replace(base, arenas={name: arena.clone() for name, arena in base.arenas.items()})
+            for layer, base in self.bases.items()
+        }
+        return twin
+
+    def entries(self, layer: int, lengths: Sequence[int]) -> list[int]:
+        """Return the entries that each row of a layer holds, over all heads; `lengths` are those of its tail."""
+        recent = super().entries(layer, lengths)
+        base = self.bases.get(layer)
+        older = [0] * len(recent) if base is None else [int(n) for n in base.counts.sum(1).tolist()]
+        return [a + b for a, b in zip(recent, older, strict=True)]
+
+    def bytes_allocated(self, layer: int) -> tuple[int, int]:
+        """Return the bytes of the layer's keys and values, and those of its metadata."""
+        data, metadata = super().bytes_allocated(layer)
+        base = self.bases.get(layer)
+        if base is None:
+            return data, metadata
+        sizes = {name: arena.numel() * arena.element_size() for name, arena in base.arenas.items()}
+        index = (base.owner.numel() + base.filled.numel() + base.counts.numel()) * 8
+        pairs = sizes.pop("keys") + sizes.pop("values")
+        return data + pairs, metadata + sum(sizes.values()) + index

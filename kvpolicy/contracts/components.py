@@ -1,0 +1,383 @@
+"""The contracts: eight kinds of components, each a frozen, strict pydantic model with one abstract method.
+
+A component is its validated parameters and one pure function. It never changes what it is given, never counts steps and
+holds no tensors; what it must remember lives in *slot state* that the engine moves together with the cache's slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Bool, Int32
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.types import Counts, KeepIndices, Lengths, Mask, Positions, Queries, Scores, Weights
+
+NEEDS: Mapping[str, str] = {
+    "queries": "the queries of the last steps (the field `observe` says how many)",
+    "attention": "the attention weights of every query, fed to `observe_attention`",
+    "query_stream": "every query, fed to `observe_queries`",
+    "rope": "the rotary embedding, to un-rotate or re-rotate keys",
+    "weights": "the output projection of the attention, `extras['output_projection']`",
+    "query_statistics": "mean and covariance of the un-rotated queries so far, `extras['query_mean']` and its siblings",
+    "modality": "a mask of image tokens, `extras['modality']`",
+}
+"""Everything a component can ask a runtime for, beyond keys, values, positions and validity."""
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """Memory that is aligned with the cache's slots; the engine extends, gathers, reorders and resets it.
+
+    Attributes:
+        name: unique within a policy.
+        dtype: torch dtype of the `[B, H, N]` tensor.
+        fill: value of a slot that has just been appended.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+
+
+class Component(BaseModel, ABC):
+    """Base of every component: frozen, hashable, printable, and strict about its parameters.
+
+    Class attributes:
+        needs: names out of `NEEDS` without which the component cannot work.
+        shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
+        paper: where the method comes from.
+        laws_not_applicable: law name -> reason, for `kvpolicy.testing`; `laws_excused` where it hangs on parameters.
+        whole_prompt: the prompt must come in one forward pass, because its tokens look ahead; no `prefill_chunk`.
+        same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view
+            with more rows. A promise that a law checks; False is always right.
+        phases: the phases in which the component makes sense; a policy with another phase is refused.
+
+    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    shorthand: ClassVar[str | None] = None
+    paper: ClassVar[str] = ""
+    laws_not_applicable: ClassVar[Mapping[str, str]] = {}
+    whole_prompt: ClassVar[bool] = False
+    same_for_layers: ClassVar[bool] = False
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
+
+    def laws_excused(self) -> Mapping[str, str]:
+        """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
+        return self.laws_not_applicable
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Return instances for `kvpolicy.testing` where parameters cannot be drawn, such as a file; none by default."""
+        return ()
+
+    def members(self) -> Iterator[Component]:
+        """Yield this component and then those that its fields hold."""
+        yield self
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Component):
+                yield from value.members()
+
+    def slot_state(self) -> tuple[SlotState, ...]:
+        """Declare the slot-aligned memory that this component keeps; none by default."""
+        return ()
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Return new slot state by name, `[B, H, N]`, to be kept with the entries that a compaction leaves.
+
+        Called once per layer and compaction, after the selection and before anything is moved, with the view that was
+        scored. Nothing by default.
+        """
+        return {}
+
+    def observed_queries(self) -> int:
+        """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
+        return 0
+
+
+class ImportanceScorer(Component):
+    """Says how much each entry matters. Higher = keep.
+
+    Class attributes:
+        comparable_across_heads: numbers of different KV heads of one layer may be ranked together.
+        comparable_across_layers: likewise for layers.
+    """
+
+    comparable_across_heads: ClassVar[bool] = False
+    comparable_across_layers: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, view: CacheView) -> Scores:
+        """Return fp32 `[B, H, N]` over all slots, finite where `view.valid`; higher = keep."""
+
+    def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
+        """Fold the attention of some queries into the slot state; called for every query exactly once.
+
+        Only for components that declare the need ``attention``. The engine feeds queries in order, in blocks, so that
+        nothing of size tokens x tokens ever exists.
+
+        Args:
+            view: the cache as those queries saw it, with the present slot state in `view.state`; `query_positions` and
+                `query_valid` `[B, Q]` are those of the block, and there are no `queries`.
+            weights: fp32 `[B, H, G, Q, N]`, softmax weights of `Q` consecutive queries; 0 for slots a query cannot see.
+
+        Returns:
+            The new slot state by name, `[B, H, N]` each.
+        """
+        raise TypeError(f"{type(self).__name__} needs no attention and must not be asked to observe it.")
+
+    def observe_queries(
+        self, view: CacheView, queries: Queries, positions: Int32[Tensor, "B Q"], valid: Bool[Tensor, "B Q"]
+    ) -> Mapping[str, Tensor]:
+        """Fold some queries into the slot state; called for every query exactly once, in order, in blocks.
+
+        Only for components that declare the need ``query_stream``. All keys of the queries' forward pass are in the
+        view already, those of later tokens too.
+
+        Args:
+            view: the cache, with the present slot state in `view.state`.
+            queries: `[B, H, G, Q, D]`, rotated as the keys are.
+            positions: int32 `[B, Q]`, original positions.
+            valid: bool `[B, Q]`, False for padding.
+
+        Returns:
+            The new slot state by name, `[B, H, N]` each.
+        """
+        raise TypeError(f"{type(self).__name__} needs no queries and must not be asked to observe them.")
+
+
+class RedundancyScorer(Component):
+    """Says how replaceable each entry is by another one. Higher = more replaceable."""
+
+    comparable_across_heads: ClassVar[bool] = False
+    comparable_across_layers: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, view: CacheView) -> Scores:
+        """Return fp32 `[B, H, N]` over all slots, finite where `view.valid`; higher = more replaceable."""
+
+
+class Mixer(Component):
+    """Combines importance and redundancy into one retention score.
+
+    Class attributes:
+        uses_importance: False when the result does not depend on the importance.
+        uses_redundancy: False when the result does not depend on the redundancy.
+        normalisation: how the two are made commensurable: none, max, min-max, mean-matching, z-score or rank.
+        keeps_comparability: the result is comparable across heads or layers whenever its inputs are.
+    """
+
+    uses_importance: ClassVar[bool] = True
+    uses_redundancy: ClassVar[bool] = True
+    normalisation: ClassVar[Literal["none", "max", "min-max", "mean-matching", "z-score", "rank"]] = "none"
+    keeps_comparability: ClassVar[bool] = True
+
+    @abstractmethod
+    def mix(self, importance: Scores, redundancy: Scores, view: CacheView) -> Scores:
+        """Return the retention score, fp32 `[B, H, N]`; higher = keep."""
+
+
+@dataclass(frozen=True)
+class AllocationRequest:
+    """What an allocator decides on.
+
+    Attributes:
+        budget: int64 `[B]`, entries per KV head and layer on average, protected ones included.
+        valid: int64 `[L][B, H]`, how many valid entries each layer's heads hold.
+        protected: int64 `[L][B, H]`, how many of them are protected.
+        scores: retention scores `[L][B, H, N]`, protected slots included.
+        masks: validity `[L][B, H, N]` of the scores.
+        layers: transformers' layer index of each of the `L` entries.
+        num_layers: layers of the whole model.
+        protected_masks: the protected slots `[L][B, H, N]`, valid ones only.
+    """
+
+    budget: Tensor
+    valid: list[Tensor]
+    protected: list[Tensor]
+    scores: list[Scores]
+    masks: list[Mask]
+    layers: list[int]
+    num_layers: int
+    protected_masks: list[Mask]
+
+
+class BudgetAllocator(Component):
+    """Splits the budget over layers and KV heads; integers that sum exactly to it.
+
+    Class attributes:
+        scores_needed: ``none``, ``layer`` (one layer's scores, heads pooled) or ``model`` (all layers' scores, pooled).
+        counts: ``equal`` (every head and layer the same), ``per_layer`` or ``per_head``.
+
+    An allocator that makes pooled scores comparable itself says so in `normalises`.
+    """
+
+    scores_needed: ClassVar[Literal["none", "layer", "model"]] = "none"
+    counts: ClassVar[Literal["equal", "per_layer", "per_head"]] = "per_head"
+
+    @property
+    def normalises(self) -> bool:
+        """Whether scores that are not comparable across heads (or layers) may be pooled all the same."""
+        return False
+
+    @abstractmethod
+    def allocate(self, request: AllocationRequest) -> list[Counts]:
+        """Return int64 `[B, H]` per layer with `protected <= count <= valid` and an exact total.
+
+        The total of a row is `min(budget * L * H, all valid entries of the row)`.
+        """
+
+
+class Protection(Component):
+    """Names slots that must stay, or must go, whatever their score.
+
+    Class attributes:
+        effect: ``keep`` or ``drop``.
+    """
+
+    effect: ClassVar[Literal["keep", "drop"]] = "keep"
+
+    @abstractmethod
+    def mask(self, view: CacheView) -> Mask:
+        """Return bool `[B, H, N]`, True for the slots that must stay (or go)."""
+
+    def reserved(self, prompt_length: int = 0) -> int:
+        """How many entries per head this keeps in a long row with that prompt; 0 for ``drop``.
+
+        With `prompt_length` 0 it is what every row keeps; a budget below the sum is refused when a policy is made.
+        """
+        return 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a selector may know about the slots beside their scores.
+
+    Attributes:
+        positions: int32 `[B, H, N]`, original positions, increasing over the valid slots.
+        prompt_length: int `[B]`, tokens of the prompt.
+        seen: int `[B]`, tokens seen so far.
+        compaction: int `[B]`, how many compactions the row has had (the counter for random numbers).
+        layer_idx: index of the layer; of the first one when all layers share a set.
+    """
+
+    positions: Positions
+    prompt_length: Lengths
+    seen: Lengths
+    compaction: Lengths
+    layer_idx: int
+
+    @staticmethod
+    def of(view: CacheView) -> Slots:
+        """Read them off a view."""
+        return Slots(view.positions, view.prompt_length, view.seen, view.compaction, view.layer_idx)
+
+
+class Selector(Component):
+    """Turns scores and counts into slots.
+
+    Class attributes:
+        exact: the selector keeps exactly `counts`; False when these are upper limits (thresholds).
+    """
+
+    exact: ClassVar[bool] = True
+
+    scope: Literal["head", "layer", "model"] = "head"
+    """`head`: each KV head keeps its own set; `layer`: all heads of a layer share one; `model`: all layers do."""
+    reduce: Literal["mean", "sum", "max"] = "mean"
+    """How scores are reduced over the heads (and layers) that share one set."""
+
+    @abstractmethod
+    def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
+        """Return strictly increasing slot indices, exactly `counts[b, h]` of them, for each head.
+
+        A selector that is not `exact` may return fewer, but never fewer than are protected.
+
+        Args:
+            scores: retention, fp32 `[B, H, N]`; higher = keep.
+            counts: int64 `[B, H]`, `protected.sum(-1) <= counts <= valid.sum(-1)`.
+            protected: bool `[B, H, N]`, slots that must be among the kept ones.
+            valid: bool `[B, H, N]`, slots that may be kept. Ties go to the lowest slot.
+            slots: positions and counters. What heads (or layers) share is the same for all of them, scores too.
+        """
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One row's counters, plain integers.
+
+    Attributes:
+        resident: entries held per KV head now.
+        budget: entries to hold after a compaction.
+        incoming: tokens about to be appended (1 in decoding).
+        seen: tokens seen so far.
+        prompt: tokens of the prompt.
+    """
+
+    resident: int
+    budget: int
+    incoming: int
+    seen: int
+    prompt: int
+
+
+class Trigger(Component):
+    """Says when a row is compacted; a pure function of the row's counters."""
+
+    @abstractmethod
+    def fires(self, counters: Counters) -> bool:
+        """Return True when the row must be compacted before `counters.incoming` more entries are appended."""
+
+    @abstractmethod
+    def buffer(self) -> int:
+        """Entries per head that may stand above the budget between two compactions, at least 1."""
+
+
+class PostOperation(Component):
+    """Changes what is kept after the selection.
+
+    Class attributes:
+        changes: what it changes: ``positions``, ``values`` or ``keys``.
+    """
+
+    changes: ClassVar[Literal["positions", "values", "keys"]] = "values"
+
+    @abstractmethod
+    def apply(self, view: CacheView, kept: KeepIndices) -> Mapping[str, Tensor]:
+        """Return replacements for the whole layer, over all `N` slots, before they are gathered.
+
+        Keys of the mapping: ``keys`` `[B, H, N, D]`, ``values`` `[B, H, N, Dv]`, ``rope_positions`` int32 `[B, H, N]`.
+        """
+
+
+KINDS: Mapping[str, type[Component]] = {
+    "importance": ImportanceScorer,
+    "redundancy": RedundancyScorer,
+    "mixer": Mixer,
+    "allocator": BudgetAllocator,
+    "protection": Protection,
+    "selector": Selector,
+    "trigger": Trigger,
+    "post": PostOperation,
+}
+"""Kind name -> base class, in the order of the pipeline."""
+
+
+def kind_of(component: type[Any]) -> str:
+    """Return the kind name of a component class; raises TypeError if it is not one."""
+    for name, base in KINDS.items():
+        if isinstance(component, type) and issubclass(component, base):
+            return name
+    bases = ", ".join(base.__name__ for base in KINDS.values())
+    raise TypeError(f"{component!r} is not a component: derive it from one of {bases}.")

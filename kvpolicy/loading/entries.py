@@ -1,0 +1,343 @@
+"""The catalog: names of components, policies, tables, studies and backends, and the package that each comes from."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Final, Union, get_args, get_origin
+
+from kvpolicy.contracts.backend import Backend
+from kvpolicy.contracts.components import KINDS, Component, kind_of
+from kvpolicy.errors import PluginError, UnknownComponentError, did_you_mean
+
+COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
+POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TABLE_NAME: Final = re.compile(rf"{POLICY_NAME.pattern}/{POLICY_NAME.pattern}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where something was registered.
+
+    Attributes:
+        distribution: name of the installed package.
+        version: its version.
+        plugin: name of the entry point.
+    """
+
+    distribution: str
+    version: str = ""
+    plugin: str = ""
+
+    def __str__(self) -> str:
+        package = f"{self.distribution} {self.version}".strip()
+        return f"{package} ({self.plugin})" if self.plugin else package
+
+
+THIS_PROCESS: Final = Origin("this process")
+
+
+@dataclass(frozen=True)
+class ComponentEntry:
+    """A registered component class."""
+
+    kind: str
+    name: str
+    component: type[Component]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class PolicyEntry:
+    """A registered policy: a file, or the text itself (then `path` is None)."""
+
+    name: str
+    origin: Origin
+    path: Path | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A registered calibration table."""
+
+    name: str
+    origin: Origin
+    path: Path
+
+
+@dataclass(frozen=True)
+class StudyEntry(PolicyEntry):
+    """A registered study: a file, or the text itself (then `path` is None)."""
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A registered backend of `kvpolicy.ops`."""
+
+    name: str
+    backend: Backend
+    origin: Origin
+
+
+Entry = ComponentEntry | PolicyEntry | TableEntry | StudyEntry | BackendEntry
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """A plugin that was left out, and why; `error.__cause__` is what the plugin raised."""
+
+    origin: Origin
+    error: PluginError
+
+
+@dataclass
+class Catalog:
+    """Maps (kind, name) to component classes, and names to policies, tables, studies and backends.
+
+    Attributes:
+        failures: plugins that were left out.
+        disabled: plugins that `KVPOLICY_DISABLED_PLUGINS` turned off.
+    """
+
+    failures: list[PluginFailure] = field(default_factory=list)
+    disabled: list[Origin] = field(default_factory=list)
+    _components: dict[tuple[str, str], ComponentEntry] = field(default_factory=dict, repr=False)
+    _policies: dict[str, PolicyEntry] = field(default_factory=dict, repr=False)
+    _backends: dict[str, BackendEntry] = field(default_factory=dict, repr=False)
+    _tables: dict[str, TableEntry] = field(default_factory=dict, repr=False)
+    _studies: dict[str, StudyEntry] = field(default_factory=dict, repr=False)
+
+    def register(self, name: str, component: type[Any], origin: Origin = THIS_PROCESS) -> None:
+        """Add a component class under a name; raises PluginError when either is not allowed or the name is taken."""
+        self.add(component_entry(name, component, origin))
+
+    def register_policy(self, name: str, path_or_text: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
+        """Add a policy file, or YAML text with a line break; raises PluginError as `register`."""
+        self.add(policy_entry(name, path_or_text, origin))
+
+    def register_table(self, name: str, path: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
+        """Add the file of a calibration table; raises PluginError as `register`."""
+        self.add(table_entry(name, path, origin))
+
+    def register_backend(self, name: str, backend: Backend, origin: Origin = THIS_PROCESS) -> None:
+        """Add a backend of `kvpolicy.ops`; raises PluginError as `register`."""
+        self.add(backend_entry(name, backend, origin))
+
+    def add(self, entry: Entry) -> None:
+        """Add a checked entry; raises PluginError that names both sides when the name is taken."""
+        kind, shelf, key = self._place(entry)
+        taken = shelf.get(key)
+        if taken is not None and taken.origin == entry.origin:
+            raise PluginError(f"{kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")
+        if taken is not None:
+            # Nobody wants to turn the bundled ones off.
+            off = taken.origin.plugin if entry.origin.plugin.startswith("builtin-") else entry.origin.plugin
+            mend = f", or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={off}" if off else ""
+            raise PluginError(
+                f"{kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; rename one{mend}."
+            )
+        shelf[key] = entry
+
+    def _place(self, entry: Entry) -> tuple[str, dict[Any, Any], Any]:
+        """Return what an entry is called in messages, the dictionary that it belongs into, and its key there."""
+        if isinstance(entry, ComponentEntry):
+            return entry.kind, self._components, (entry.kind, entry.name)
+        if isinstance(entry, StudyEntry):
+            return "study", self._studies, entry.name
+        if isinstance(entry, PolicyEntry):
+            return "policy", self._policies, entry.name
+        if isinstance(entry, BackendEntry):
+            return "backend", self._backends, entry.name
+        return "table", self._tables, entry.name
+
+    def unregister(self, kind: str, name: str) -> None:
+        """Remove a component, or what another kind (``policy``, ``table``, ``study``, ``backend``) names; for tests."""
+        if kind == "policy":
+            del self._policies[name]
+        elif kind == "table":
+            del self._tables[name]
+        elif kind == "study":
+            del self._studies[name]
+        elif kind == "backend":
+            del self._backends[name]
+        else:
+            del self._components[kind, name]
+
+    def get(self, kind: str, name: str) -> type[Component]:
+        """Return the class; raises UnknownComponentError with the nearest name, all names and the broken plugins."""
+        return self.entry(kind, name).component
+
+    def entry(self, kind: str, name: str) -> ComponentEntry:
+        """Return the entry of a component; raises as `get`."""
+        if kind not in KINDS:
+            raise KeyError(f"{kind!r} is not a kind of component; the kinds are {', '.join(KINDS)}.")
+        try:
+            return self._components[kind, name]
+        except KeyError:
+            raise self.unknown(kind, name, self.names(kind)) from None
+
+    def policy(self, name: str) -> PolicyEntry:
+        """Return a registered policy; raises UnknownComponentError with the nearest name and all names."""
+        try:
+            return self._policies[name]
+        except KeyError:
+            raise self.unknown("policy", name, self._policies) from None
+
+    def names(self, kind: str) -> list[str]:
+        """Return the registered names of a kind in alphabetical order."""
+        return sorted(name for k, name in self._components if k == kind)
+
+    def entries(self, kind: str | None = None) -> list[ComponentEntry]:
+        """Return the components of one kind or of all, in the order of the pipeline, then by name."""
+        order = list(KINDS)
+        found = [e for e in self._components.values() if kind in (None, e.kind)]
+        return sorted(found, key=lambda e: (order.index(e.kind), e.name))
+
+    def policies(self) -> list[PolicyEntry]:
+        """Return the registered policies by name."""
+        return [self._policies[name] for name in sorted(self._policies)]
+
+    def studies(self) -> list[StudyEntry]:
+        """Return the registered studies by name."""
+        return [self._studies[name] for name in sorted(self._studies)]
+
+    def backends(self) -> dict[str, Backend]:
+        """Return the registered backends by name, in the order in which `auto` asks them."""
+        return {name: entry.backend for name, entry in self._backends.items()}
+
+    def tables(self) -> list[TableEntry]:
+        """Return the registered calibration tables by name."""
+        return [self._tables[name] for name in sorted(self._tables)]
+
+    def name_of(self, component: type[Component]) -> str:
+        """Return the name under which a class is registered; raises UnknownComponentError if it is not."""
+        for entry in self._components.values():
+            if entry.component is component:
+                return entry.name
+        raise UnknownComponentError(
+            f"{kind_of(component)}: the class {component.__name__} is not registered; "
+            "call kvpolicy.catalog().register(name, cls) first."
+        )
+
+    def unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownComponentError:
+        """Return the error for a name that is not among the known ones, with the plugins that could have brought it."""
+        known = sorted(known)
+        there = f" Known: {', '.join(known)}." if known else f" No {kind} is registered."
+        broken = "".join(f" Note: {failure.error}" for failure in self.failures)
+        off = "".join(f" Note: plugin {origin.plugin!r} is turned off." for origin in self.disabled)
+        return UnknownComponentError(f"unknown {kind} {shown(name)}.{did_you_mean(name, known)}{there}{broken}{off}")
+
+
+def shown(value: Any) -> str:
+    """Return a short text for a value in a message, also when it cannot be printed."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a plugin's own __repr__
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def component_entry(name: str, component: type[Any], origin: Origin) -> ComponentEntry:
+    """Check a name and a class and return the entry; raises PluginError."""
+    if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name):
+        raise PluginError(
+            f"{shown(name)} is not a component name; use at most 64 small letters, digits and underscores."
+        )
+    try:
+        kind = kind_of(component)
+    except TypeError as error:
+        raise PluginError(f"{name!r}: {error}") from None
+    if inspect.isabstract(component):
+        missing = ", ".join(sorted(component.__abstractmethods__))
+        raise PluginError(f"{kind} {name!r}: class {component.__name__} is abstract; implement {missing}.")
+    if "use" in component.model_fields:
+        raise PluginError(f"{kind} {name!r}: a parameter cannot be called 'use', which names the component; rename it.")
+    shorthand = component.shorthand
+    if shorthand is not None and shorthand not in component.model_fields:
+        raise PluginError(f"{kind} {name!r}: its shorthand {shorthand!r} is not one of its parameters.")
+    held = held_kinds(component)
+    for parameter, info in component.model_fields.items():
+        if parameter not in held and _mentions_component(info.annotation):
+            raise PluginError(
+                f"{kind} {name!r}: a policy file cannot write the parameter {parameter!r} ({shown(info.annotation)}); "
+                "give it the base class of one kind of component, or that or None."
+            )
+    return ComponentEntry(kind, name, component, origin)
+
+
+def held_kinds(component: type[Component]) -> dict[str, str]:
+    """Return the parameters of a class that are a component (or None), with the kind of each."""
+    kinds = {}
+    for name, info in component.model_fields.items():
+        options: list[Any] = [info.annotation]
+        if get_origin(info.annotation) in (Union, UnionType):
+            options = [option for option in get_args(info.annotation) if option is not NoneType]
+        if len(options) == 1 and options[0] in KINDS.values():
+            kinds[name] = kind_of(options[0])
+    return kinds
+
+
+def _mentions_component(annotation: Any) -> bool:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return issubclass(annotation, Component)
+    return any(_mentions_component(part) for part in get_args(annotation))
+
+
+def policy_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin, what: str = "policy") -> PolicyEntry:
+    """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
+    if not isinstance(name, str) or not POLICY_NAME.fullmatch(name):
+        raise PluginError(
+            f"{shown(name)} is not a {what} name; use at most 64 small letters, digits, dots, dashes and underscores."
+        )
+    if isinstance(path_or_text, str) and "\n" in path_or_text:
+        return PolicyEntry(name, origin, text=path_or_text)
+    return PolicyEntry(name, origin, path=_file(f"{what} {name!r}", path_or_text, "neither a path nor YAML text"))
+
+
+def study_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin) -> StudyEntry:
+    """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
+    return StudyEntry(**vars(policy_entry(name, path_or_text, origin, "study")))
+
+
+def table_entry(name: str, path: str | os.PathLike[str], origin: Origin) -> TableEntry:
+    """Check a name and a file and return the entry; raises PluginError. The file is read when it is used."""
+    if not isinstance(name, str) or not TABLE_NAME.fullmatch(name):
+        raise PluginError(
+            f"{shown(name)} is not the name of a table; write model/method in small letters, digits, dots, dashes and "
+            "underscores."
+        )
+    return TableEntry(name, origin, _file(f"table {name!r}", path, "not a path"))
+
+
+def _file(owner: str, given: Any, otherwise: str) -> Path:
+    try:
+        path = Path(given)
+    except TypeError:
+        raise PluginError(f"{owner}: {shown(given)} is {otherwise}.") from None
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
+        text = str(path)
+        both_ends = text if len(text) <= 200 else f"{text[:60]}...{text[-137:]}"
+        raise PluginError(f"{owner}: there is no file {both_ends!r}.")
+    return path
+
+
+def backend_entry(name: str, backend: Backend, origin: Origin) -> BackendEntry:
+    """Check a name and a backend and return the entry; raises PluginError."""
+    if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name) or name in ("auto", "torch"):
+        raise PluginError(
+            f"{shown(name)} is not a backend's name; use at most 64 small letters, digits and underscores, "
+            "and neither 'auto' nor 'torch'."
+        )
+    if not isinstance(backend, Backend):
+        raise PluginError(f"backend {name!r}: {shown(backend)} is not an instance of kvpolicy.ops.Backend.")
+    return BackendEntry(name, backend, origin)

@@ -1,6 +1,0 @@
-"""Where the KV entries live. A store holds tensors and moves them; it decides nothing."""
-
-from kvpolicy.stores.dense import DenseStore, Shape, SlotTensors
-from kvpolicy.stores.ragged import BLOCK, Base, RaggedStore
-
-__all__ = ["BLOCK", "Base", "DenseStore", "RaggedStore", "Shape", "SlotTensors"]

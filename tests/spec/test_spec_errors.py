@@ -1,0 +1,681 @@
+"""Whatever is wrong with a policy, the user reads one sentence with the place and the mend."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvpolicy
+from kvpolicy import BudgetError, ImportanceScorer, KVPolicyError, PolicySpec, SpecError, UnknownComponentError
+from kvpolicy.loading import installed
+
+GOOD = """\
+schema_version: 1
+policy: p
+budget: {tokens: 64}
+trigger: {every: 16}
+protect: {sinks: 4, recent: 8}
+importance:
+  use: window_attention
+  observe: 8
+redundancy: key_cosine
+mixer: {use: linear, weight: 0.1}
+"""
+
+
+def error_of(text, source="p.yaml", **fields):
+    with pytest.raises(SpecError) as caught:
+        PolicySpec.from_yaml(text, source, **fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith((".", "?", ")"))
+    return message
+
+
+def test_the_good_file_is_good():
+    assert PolicySpec.from_yaml(GOOD).policy == "p"
+
+
+# What is replaced in GOOD, by what, and the whole message; <kind> stands for all registered names of a kind.
+FIELDS = {
+    "unknown component": (
+        "use: window_attention",
+        "use: window_atention",
+        (
+            "p.yaml:6:1: importance: unknown importance 'window_atention'. Did you mean 'window_attention'? Known: "
+            "<importance>."
+        ),
+    ),
+    "unknown component in short": (
+        "redundancy: key_cosine",
+        "redundancy: key_cosinus",
+        "p.yaml:9:1: redundancy: unknown redundancy 'key_cosinus'. Did you mean 'key_cosine'? Known: <redundancy>.",
+    ),
+    "component of another kind": (
+        "redundancy: key_cosine",
+        "redundancy: key_norm",
+        "p.yaml:9:1: redundancy: unknown redundancy 'key_norm'. Did you mean 'key_coverage'? Known: <redundancy>.",
+    ),
+    "unknown protection": (
+        "sinks: 4",
+        "sink: 4",
+        ("p.yaml:5:11: protect.sink: unknown protection 'sink'. Did you mean 'sinks'? Known: <protection>."),
+    ),
+    "unknown trigger": (
+        "{every: 16}",
+        "{evry: 16}",
+        (
+            "p.yaml:4:1: trigger: does not say which component. Did you mean 'every'? "
+            "Write {use: name, ...} with one of <trigger>."
+        ),
+    ),
+    "component without use": (
+        "{use: linear, weight: 0.1}",
+        "{weight: 0.1}",
+        "p.yaml:10:1: mixer: does not say which component. Write {use: name, ...} with one of <mixer>.",
+    ),
+    "unknown parameter": (
+        "observe: 8",
+        "observed: 8",
+        (
+            "p.yaml:8:3: importance.observed: 'window_attention' has no such parameter. Did you mean 'observe'? "
+            "Parameters: observe, group, group_stage, softmax_over, smooth, smooth_kind, smooth_stage."
+        ),
+    ),
+    "parameter where there is none": (
+        "redundancy: key_cosine",
+        "redundancy: {use: none, beta: 1}",
+        "p.yaml:9:25: redundancy.beta: 'none' has no such parameter. It has no parameters.",
+    ),
+    "text for a number": (
+        "observe: 8",
+        "observe: eight",
+        "p.yaml:8:3: importance.observe: should be a valid integer, got 'eight'.",
+    ),
+    "quoted number": (
+        "observe: 8",
+        "observe: '8'",
+        "p.yaml:8:3: importance.observe: should be a valid integer, got '8'.",
+    ),
+    "fraction for an integer": (
+        "observe: 8",
+        "observe: 8.5",
+        "p.yaml:8:3: importance.observe: should be a valid integer, got 8.5.",
+    ),
+    "boolean for an integer": (
+        "observe: 8",
+        "observe: true",
+        "p.yaml:8:3: importance.observe: should be a valid integer, got True.",
+    ),
+    "out of range": (
+        "observe: 8",
+        "observe: 0",
+        "p.yaml:8:3: importance.observe: should be greater than or equal to 1, got 0.",
+    ),
+    "not one of": (
+        "observe: 8",
+        "group: maxx",
+        "p.yaml:8:3: importance.group: should be 'max' or 'mean', got 'maxx'. Did you mean 'max'?",
+    ),
+    "shorthand value": (
+        "every: 16",
+        "every: 0",
+        "p.yaml:4:11: trigger.interval: should be greater than or equal to 1, got 0.",
+    ),
+    "shorthand text": (
+        "every: 16",
+        "every: often",
+        "p.yaml:4:11: trigger.interval: should be a valid integer, got 'often'.",
+    ),
+    "trigger off": (
+        "every: 16",
+        "every: false",
+        "p.yaml:4:11: trigger.interval: should be a valid integer, got False.",
+    ),
+    "bare value without shorthand": (
+        "{every: 16}",
+        "{each_step: 3}",
+        "p.yaml:4:11: trigger.each_step: should be true or its parameters, got 3.",
+    ),
+    "protection parameter": (
+        "sinks: 4",
+        "sinks: {number: 4}",
+        "p.yaml:5:19: protect.sinks.number: 'sinks' has no such parameter. Parameters: count.",
+    ),
+    "protection value": (
+        "sinks: 4",
+        "sinks: -1",
+        "p.yaml:5:11: protect.sinks.count: should be greater than or equal to 0, got -1.",
+    ),
+    "empty protection": (
+        "sinks: 4",
+        "sinks:",
+        "p.yaml:5:11: protect.sinks: should be a value for `count`, true or its parameters, got None.",
+    ),
+    "protect is a list": (
+        "{sinks: 4, recent: 8}",
+        "[sinks]",
+        "p.yaml:5:1: protect: should be a mapping such as {sinks: 4, recent: 8}, got ['sinks'].",
+    ),
+    "post is no list": (
+        "redundancy:",
+        "post: rerotate\nredundancy:",
+        "p.yaml:9:1: post: is a list such as [rerotate], got 'rerotate'.",
+    ),
+    "unknown post operation": (
+        "redundancy:",
+        "post: [rerotat]\nredundancy:",
+        "p.yaml:9:8: post.0: unknown post 'rerotat'. Did you mean 'rerotate'? Known: <post>.",
+    ),
+    "component is a number": (
+        "redundancy: key_cosine",
+        "redundancy: 3",
+        "p.yaml:9:1: redundancy: should be the name of a component or {use: name, ...}, got 3.",
+    ),
+    "use is a number": (
+        "use: window_attention",
+        "use: 3",
+        "p.yaml:7:3: importance.use: should be the name of a component, got 3.",
+    ),
+    "empty field": (
+        "redundancy: key_cosine",
+        "redundancy:",
+        "p.yaml:9:1: redundancy: is empty; write a value or remove the line.",
+    ),
+    "unknown field": (
+        "protect:",
+        "protects:",
+        (
+            "p.yaml:5:1: protects: there is no such field. Did you mean 'protect'? "
+            "Fields: schema_version, policy, description, paper, departures, budget, phase, prefill_chunk, trigger, "
+            "protect, importance, redundancy, mixer, allocator, selector, post, backend."
+        ),
+    ),
+    "phase": (
+        "redundancy:",
+        "phase: decoding\nredundancy:",
+        "p.yaml:9:1: phase: should be 'prefill', 'decode' or 'both', got 'decoding'. Did you mean 'decode'?",
+    ),
+    "chunk": (
+        "redundancy:",
+        "prefill_chunk: 0\nredundancy:",
+        "p.yaml:9:1: prefill_chunk: should be greater than or equal to 1, got 0.",
+    ),
+    "departures as text": (
+        "redundancy:",
+        "departures: none\nredundancy:",
+        "p.yaml:9:1: departures: should be a valid tuple, got 'none'.",
+    ),
+    "a departure as number": (
+        "redundancy:",
+        "departures:\n- ok\n- 3\nredundancy:",
+        "p.yaml:11:3: departures.1: should be a valid string, got 3.",
+    ),
+    "name": (
+        "policy: p",
+        "policy: My Policy",
+        (
+            "p.yaml:2:1: policy: should be a name of at most 64 small letters, digits, dots, dashes and underscores, "
+            "got 'My Policy'."
+        ),
+    ),
+    "mixer missing": (
+        "mixer: {use: linear, weight: 0.1}\n",
+        "",
+        (
+            "p.yaml:1:1: mixer: is missing, and there is no default with redundancy 'key_cosine'; "
+            "write for example {use: linear, weight: 0.1}."
+        ),
+    ),
+    "budget missing": ("budget: {tokens: 64}\n", "", "p.yaml:1:1: budget: is missing; every policy says its budget."),
+    "NaN": (
+        "weight: 0.1",
+        "weight: .nan",
+        "p.yaml:10:22: mixer.weight: NaN is not a number that a policy can use; write a number.",
+    ),
+    "infinite": (
+        "weight: 0.1",
+        "weight: .inf",
+        "p.yaml:10:22: mixer.weight: should be less than or equal to 1, got inf.",
+    ),
+    "budget below protection": (
+        "tokens: 64",
+        "tokens: 11",
+        (
+            "p.yaml:3:1: budget: 11 entries are fewer than the 12 that are protected (sinks 4, recent 8); "
+            "raise the budget or protect less."
+        ),
+    ),
+    "budget zero": (
+        "tokens: 64",
+        "tokens: 0",
+        "p.yaml:3:10: budget.tokens: 0 is no budget; write at least 1 KV entry per head.",
+    ),
+    "budget negative": (
+        "tokens: 64",
+        "tokens: -3",
+        "p.yaml:3:10: budget.tokens: -3 is no budget; write at least 1 KV entry per head.",
+    ),
+    "budget zero in short": (
+        "{tokens: 64}",
+        "0",
+        "p.yaml:3:1: budget.tokens: 0 is no budget; write at least 1 KV entry per head.",
+    ),
+    "budget not whole": (
+        "tokens: 64",
+        "tokens: 64.5",
+        "p.yaml:3:10: budget.tokens: should be a whole number of KV entries per head, got 64.5.",
+    ),
+    "budget true": (
+        "tokens: 64",
+        "tokens: true",
+        "p.yaml:3:10: budget.tokens: should be a whole number of KV entries per head, got True.",
+    ),
+    "fraction zero": (
+        "tokens: 64",
+        "fraction: 0.0",
+        "p.yaml:3:10: budget.fraction: should be above 0 and at most 1, got 0.",
+    ),
+    "fraction above one": (
+        "tokens: 64",
+        "fraction: 1.5",
+        "p.yaml:3:10: budget.fraction: should be above 0 and at most 1, got 1.5; for 1.5 entries write {tokens: 1}.",
+    ),
+    "fraction infinite": (
+        "tokens: 64",
+        "fraction: .inf",
+        "p.yaml:3:10: budget.fraction: should be above 0 and at most 1, got inf.",
+    ),
+    "fraction NaN": (
+        "tokens: 64",
+        "fraction: .NaN",
+        "p.yaml:3:10: budget.fraction: NaN is not a number that a policy can use; write a number.",
+    ),
+    "tokens and fraction": (
+        "tokens: 64",
+        "tokens: 64, fraction: 0.5",
+        "p.yaml:3:1: budget: both tokens and fraction are given; write one of them.",
+    ),
+    "neither": ("{tokens: 64}", "{}", "p.yaml:3:1: budget: neither tokens nor fraction is given; write one of them."),
+    "budget key": (
+        "tokens: 64",
+        "token: 64",
+        (
+            "p.yaml:3:10: budget.token: there is no such key. Did you mean 'tokens'? "
+            "Write {tokens: 512} or {fraction: 0.1}."
+        ),
+    ),
+    "budget text": (
+        "{tokens: 64}",
+        "plenty",
+        "p.yaml:3:1: budget: should be {tokens: 512} or {fraction: 0.1}, got 'plenty'.",
+    ),
+    "version missing": (
+        "schema_version: 1\n",
+        "",
+        "p.yaml:1:1: schema_version: is missing; write `schema_version: 1` in the first line.",
+    ),
+    "version unknown": (
+        "schema_version: 1",
+        "schema_version: 2",
+        "p.yaml:1:1: schema_version: 2 is not known here; this kvpolicy reads `schema_version: 1`.",
+    ),
+    "version as text": (
+        "schema_version: 1",
+        "schema_version: '1'",
+        "p.yaml:1:1: schema_version: '1' is not known here; this kvpolicy reads `schema_version: 1`.",
+    ),
+    "version true": (
+        "schema_version: 1",
+        "schema_version: true",
+        "p.yaml:1:1: schema_version: True is not known here; this kvpolicy reads `schema_version: 1`.",
+    ),
+    "name missing": (
+        "policy: p\n",
+        "",
+        "p.yaml:1:1: policy: is missing; give the policy a name of its own, such as `policy: my-variant`.",
+    ),
+    "extends a number": (
+        "redundancy:",
+        "extends: 3\nredundancy:",
+        "p.yaml:9:1: extends: should be the name or the path of one policy, got 3.",
+    ),
+    "extends nothing there": (
+        "redundancy:",
+        "extends: rvk\nredundancy:",
+        "p.yaml:9:1: extends: unknown policy 'rvk'. Did you mean 'rkv'?",
+    ),
+    "extends a missing file": (
+        "redundancy:",
+        "extends: ./gone.yaml\nredundancy:",
+        "p.yaml:9:1: extends: gone.yaml: there is no such file.",
+    ),
+    "duplicate field": (
+        "redundancy:",
+        "policy: q\nredundancy:",
+        "p.yaml:9:1: 'policy' is given twice, first in line 2; remove one.",
+    ),
+    "duplicate parameter": (
+        "weight: 0.1",
+        "weight: 0.1, weight: 0.2",
+        "p.yaml:10:35: 'weight' is given twice, first in line 10; remove one.",
+    ),
+    "key is a number": ("weight: 0.1", "1: 0.1", "p.yaml:10:22: the key 1 is not text; put it in quotes."),
+    "alias": (
+        "redundancy:",
+        "description: *x\nredundancy:",
+        "p.yaml:9:14: aliases such as `*x` are not allowed; write the value out, or use `extends`.",
+    ),
+    "anchor": (
+        "redundancy:",
+        "description: &x text\nredundancy:",
+        "p.yaml:9:14: anchors such as `&x` are not allowed; write the value out where it is needed.",
+    ),
+    "tag": (
+        "redundancy:",
+        "description: !!python/object/apply:os.system [ls]\nredundancy:",
+        "p.yaml:9:14: the tag !!python/object/apply:os.system is not allowed; write a plain value.",
+    ),
+    "binary tag": (
+        "redundancy:",
+        "description: !!binary aGk=\nredundancy:",
+        "p.yaml:9:14: the tag !!binary is not allowed; write a plain value.",
+    ),
+    "wrong tag": ("observe: 8", "observe: !!int eight", "p.yaml:8:12: 'eight' cannot be read as int."),
+    "tab": (
+        "  observe: 8",
+        "\tobserve: 8",
+        "p.yaml:8:1: not valid YAML, because a tab stands where spaces belong; indent with spaces.",
+    ),
+    "unclosed": (
+        "{tokens: 64}",
+        "{tokens: 64",
+        "p.yaml:4:8: not valid YAML: expected ',' or '}', but got ':' (while parsing a flow mapping).",
+    ),
+    "two documents": (
+        "redundancy:",
+        "---\nredundancy:",
+        "p.yaml:9:1: a policy file holds one document; remove the second `---`.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), FIELDS.values(), ids=FIELDS)
+def test_one_sentence_with_place_and_mend(old, new, message):
+    assert GOOD.count(old) == 1, old
+    found = error_of(GOOD.replace(old, new))
+    message = re.sub(r"<(\w+)>", lambda kind: ", ".join(kvpolicy.catalog().names(kind[1])), message)
+    if message.endswith("'rkv'?"):
+        assert found.startswith(message)
+    else:
+        assert found == message
+
+
+def test_the_first_of_several_problems_is_shown_and_the_others_counted():
+    text = GOOD.replace("  observe: 8\n", "  observe: 0\n  group: 3\n  smooth: x\n")
+    assert error_of(text) == (
+        "p.yaml:8:3: importance.observe: should be greater than or equal to 1, got 0. (2 more problems after this one.)"
+    )
+
+
+def test_unknown_names_have_their_own_class():
+    with pytest.raises(UnknownComponentError):
+        PolicySpec.from_yaml(GOOD.replace("key_cosine", "nothing"))
+    with pytest.raises(UnknownComponentError):
+        PolicySpec.from_yaml(GOOD + "extends: nothing\n")
+    with pytest.raises(UnknownComponentError):
+        kvpolicy.load("nothing")
+
+
+def test_an_error_in_the_base_names_the_base(tmp_path):
+    base = tmp_path / "base.yaml"
+    top = tmp_path / "top.yaml"
+    base.write_text(GOOD.replace("weight: 0.1", "weight: 2"))
+    top.write_text("schema_version: 1\npolicy: top\nextends: base.yaml\nbudget: 100\n")
+    with pytest.raises(SpecError, match=re.escape(f"{base}:10:22: mixer.weight: ")):
+        PolicySpec.from_file(top)
+    top.write_text("schema_version: 1\npolicy: top\nextends: base.yaml\nmixer:\n  weight: 3\n")
+    with pytest.raises(SpecError, match=re.escape(f"{top}:5:3: mixer.weight: ")):
+        PolicySpec.from_file(top)
+    # The base's parameter is gone with its component, so its line must not be blamed.
+    base.write_text(GOOD.replace("observe: 8", "observe: 8\n  smooth: 7"))
+    top.write_text("schema_version: 1\npolicy: top\nextends: base.yaml\nimportance: {use: random, smooth: 7}\n")
+    with pytest.raises(SpecError, match=re.escape(f"{top}:4:27: importance.smooth: ")):
+        PolicySpec.from_file(top)
+
+
+def test_a_misfit_between_files_names_the_budget_line(tmp_path):
+    top = tmp_path / "top.yaml"
+    top.write_text("schema_version: 1\npolicy: top\nextends: rkv\nbudget: 10\n")
+    with pytest.raises(SpecError, match=re.escape(f"{top}:4:1: budget: 10 entries are fewer than the 12")):
+        PolicySpec.from_file(top)
+
+
+def test_circles_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("a", "b"), ("b", "sub/../a"), ("own", "own")):
+        (tmp_path / f"{name}.yaml").write_text(f"schema_version: 1\npolicy: {name}\nextends: {base}.yaml\n")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(SpecError, match=r"^b\.yaml:3:1: extends: makes a circle \(a\.yaml -> b\.yaml -> .*a\.yaml\)"):
+        kvpolicy.load("a.yaml")
+    with pytest.raises(SpecError, match="makes a circle"):
+        kvpolicy.load("own.yaml")
+
+
+def test_long_chains_are_fine(tmp_path):
+    (tmp_path / "0.yaml").write_text(GOOD)
+    for i in range(1, 30):
+        (tmp_path / f"{i}.yaml").write_text(
+            f"schema_version: 1\npolicy: p{i}\nextends: {i - 1}.yaml\nbudget: {100 + i}\n"
+        )
+    assert PolicySpec.from_file(tmp_path / "29.yaml").budget.tokens == 129
+
+
+# -- files that are no policy ---------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+CONTENTS = {
+    "empty": (b"", "{path}: is empty; write at least schema_version, policy, budget, trigger and importance."),
+    "comments only": (b"# nothing\n\n", "{path}: is empty; "),
+    "null": (b"~\n", "{path}: is empty; "),
+    "list": (b"- a\n- b\n", "{path}:1:1: is a list; a policy file is a mapping of `field: value` lines."),
+    "text": (b"hello\n", "{path}:1:1: is a single value; a policy file is a mapping"),
+    "latin-1": ("description: é".encode("latin-1"), "{path}: is not UTF-8 text (byte 13); give a YAML text file."),
+    "binary": (bytes(range(256)), "{path}: is not UTF-8 text (byte 128)"),
+    "zeros": (b"\x00" * 64, "{path}: is not text (character 0 is U+0000); give a YAML file."),
+    "UTF-16": ("policy: x".encode("utf-16"), "{path}: is not UTF-8 text (byte 0)"),
+    "gguf": (b"GGUF\x03\x00\x00\x00", "{path}: is not text (character 4 is U+0003)"),
+    "alias bomb": (BOMB.encode(), "{path}:1:4: anchors such as `&a` are not allowed"),
+    "deep": (b"a: " + b"[" * 500 + b"]" * 500, "{path}:1:35: nested more than 32 levels deep; that is not a policy."),
+    "very deep": (b"a: " + b"[" * 200_000, "{path}:1:35: nested more than 32 levels deep"),
+    "many values": (b"a: [" + b"1," * 100_000 + b"]", "has more than 5000 values; that is not a policy."),
+    "large": (b"#" * (1 << 20) + b"\n", "{path}: is larger than 1024 KiB; that is not a policy file."),
+    "long number": (b"a: " + b"9" * 6000, "cannot be read as int."),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("content", "message"), CONTENTS.values(), ids=CONTENTS)
+def test_files_that_are_no_policy(tmp_path, content, message):
+    file = tmp_path / "p.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SpecError) as caught:
+        PolicySpec.from_file(file)
+    assert message.format(path=file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_paths_that_are_no_file(tmp_path):
+    with pytest.raises(SpecError, match="is a directory; give one policy file"):
+        kvpolicy.load(tmp_path)
+    with pytest.raises(SpecError, match=r"gone\.yaml: there is no such file"):
+        kvpolicy.load(tmp_path / "gone.yaml")
+    with pytest.raises(SpecError, match="is not an ordinary file"):
+        kvpolicy.load("/dev/null")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SpecError, match="is not an ordinary file"):
+        kvpolicy.load(tmp_path / "pipe.yaml")
+    for nonsense in ("", "a\0b"):
+        with pytest.raises(SpecError, match="is not the name or path of a policy"):
+            kvpolicy.load(nonsense)
+    with pytest.raises(SpecError, match="no-such-folder: there is no such folder"):
+        kvpolicy.load("mine", search=tmp_path / "no-such-folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text(GOOD)
+    file.chmod(0)
+    with pytest.raises(SpecError, match=r"cannot be read \(Permission denied\)"):
+        kvpolicy.load(file)
+
+
+# -- Python ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "mixer.wieght",
+            0.3,
+            "mixer.wieght: 'linear' has no such parameter. Did you mean 'weight'? Parameters: weight.",
+        ),
+        ("mixr.weight", 0.3, "mixr.weight: there is no field 'mixr'. Did you mean 'mixer'?"),
+        ("weight", 0.3, "weight: there is no field 'weight'."),
+        ("mixer.weight", "much", "mixer.weight: should be a valid number, got 'much'."),
+        ("mixer.weight", float("nan"), "mixer.weight: NaN is not a number that a policy can use; write a number."),
+        (
+            "mixer.weight",
+            object,
+            "mixer.weight: a type cannot be written in a policy file; give a number, text, list or mapping.",
+        ),
+        ("mixer.weight.x", 1, "mixer.weight: should be a valid number, got {'x': 1}."),
+        ("budget", None, "budget: is empty; write a value or remove the line."),
+        ("budget.entries", 3, "budget.entries: there is no such key. Write {tokens: 512} or {fraction: 0.1}."),
+        ("phase.x", 1, "phase.x: `phase` has no named parts; replace 'phase' as a whole."),
+        ("post.0", "rerotate", "post.0: `post` has no named parts; replace 'post' as a whole."),
+        ("", 1, "'' is not a path; write field.parameter, such as 'mixer.weight'."),
+        ("mixer..weight", 1, "'mixer..weight' is not a path; write field.parameter, such as 'mixer.weight'."),
+        (3, 1, "3 is not a path; write field.parameter, such as 'mixer.weight'."),
+        ("extends", "h2o", "extends: there is no field 'extends'."),
+    ],
+)
+def test_replace_says_what_is_wrong(path, value, message):
+    with pytest.raises(SpecError) as caught:
+        PolicySpec.from_yaml(GOOD).replace(path, value)
+    assert str(caught.value) == message
+
+
+def test_python_construction_raises_the_same_errors():
+    good = PolicySpec.from_yaml(GOOD).to_data()
+    with pytest.raises(SpecError, match=r"^budgt: there is no such field\. Did you mean 'budget'"):
+        PolicySpec(**good, budgt=3)
+    with pytest.raises(SpecError, match=r"^importance: should be a component of kind importance, got Linear"):
+        PolicySpec(**{**good, "importance": kvpolicy.catalog().get("mixer", "linear")()})
+    with pytest.raises(SpecError, match=r"^budget: 3 entries are fewer than the 12"):
+        PolicySpec(**{**good, "budget": 3})
+    with pytest.raises(SpecError, match=r"^policy: is missing"):
+        PolicySpec(budget=3)
+    with pytest.raises(SpecError, match=r"^mixer\.weight: should be less than or equal to 1"):
+        kvpolicy.load("rkv", mixer__weight=3)
+
+
+class Fussy(ImportanceScorer):
+    size: int | None = None
+
+    def model_post_init(self, context):
+        if self.size == 13:
+            raise ValueError("13 is unlucky.")
+
+    def observed_queries(self):
+        if self.size == 14:
+            raise BudgetError("budget: 14 is too much for Fussy.")
+        return 0
+
+    def score(self, view):
+        raise NotImplementedError
+
+
+def test_components_may_refuse_in_their_own_words():
+    catalog = installed.load_catalog()
+    catalog.register("fussy", Fussy)
+    text = GOOD.replace("window_attention\n  observe: 8", "fussy\n  size: 12")
+    with installed.using(catalog):
+        PolicySpec.from_yaml(text)
+        assert error_of(text.replace("12", "13")) == "p.yaml:6:1: importance: 13 is unlucky."
+        assert error_of(text.replace("12", "x")) == "p.yaml:8:3: importance.size: should be a valid integer, got 'x'."
+
+
+# -- anything at all ------------------------------------------------------------------------------------------------
+
+
+def outcome(call):
+    """Return (None, result), or the one line of a KVPolicyError and None; any other exception is a failure."""
+    try:
+        return None, call()
+    except KVPolicyError as error:
+        (line,) = str(error).splitlines() or [""]
+        return line, None
+
+
+@given(st.data())
+def test_a_damaged_file_never_ends_in_a_traceback(data):
+    start = data.draw(st.integers(0, len(GOOD)))
+    end = data.draw(st.integers(start, min(start + 12, len(GOOD))))
+    insert = data.draw(st.text("{}[]:,-!&*#?|>'\"%@`~ \n\taeu01.\x00\x85\ufeff", max_size=6) | st.text(max_size=6))
+    message, _ = outcome(lambda: PolicySpec.from_yaml(GOOD[:start] + insert + GOOD[end:], "p.yaml"))
+    assert message is None or message.startswith("p.yaml:")
+
+
+_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.floats()
+    | st.sampled_from(["none", "linear", "x", "", "every"])
+)
+_TREES = st.recursive(
+    _LEAVES,
+    lambda t: (
+        st.lists(t, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["use", "tokens", "fraction", "every", "count", "sinks", "weight", "x"]), t, max_size=2
+        )
+    ),
+    max_leaves=5,
+)
+
+
+@given(field=st.sampled_from(sorted(PolicySpec.model_fields)), value=_TREES)
+def test_any_value_in_any_field_is_taken_or_refused_in_a_sentence(field, value):
+    good = kvpolicy.load("rkv")
+    message, changed = outcome(lambda: good.replace(field, value))
+    if message is None:
+        assert PolicySpec.from_yaml(changed.to_yaml()) == changed
+    else:
+        assert message.startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("sinks: 4", "sinks: {use: recent}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
+        ("sinks: 4", "sinks: {use: 3}", "p.yaml:5:19: protect.sinks.use: the component is 'sinks' already"),
+        (
+            "{every: 16}",
+            "{every: {use: each_step}}",
+            "p.yaml:4:19: trigger.every.use: the component is 'every' already",
+        ),
+    ],
+)
+def test_a_component_is_named_once(old, new, where):
+    assert error_of(GOOD.replace(old, new)) == f"{where}; remove `use`."
