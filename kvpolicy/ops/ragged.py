@@ -55,40 +55,41 @@ def ragged_attention(
         attention_sinks: `[H, G]` logits that take part in each softmax.
 
     Returns:
-        `[B, Hq, q, Dv]` in the dtype of the queries; logits, softmax and sums are fp32.
+        `[B, Hq, q, Dv]` in the dtype of the queries; logits, softmax and sums are fp32 (fp64 for fp64 queries).
     """
     batch, query_heads, count, dim = queries.shape
     heads = tail_keys.shape[1]
     group = query_heads // heads
-    flat = queries.reshape(batch * heads, group * count, dim)
-    tail = tail_keys.reshape(batch * heads, *tail_keys.shape[2:])
-    recent = _capped(torch.bmm(flat, tail.transpose(1, 2)).float() * scale, softcap)
+    # Before the products, not after them: those of fp16 overflow, and bf16 would round each logit to 3 digits.
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    flat = queries.to(wide).reshape(batch * heads, group * count, dim)
+    tail = tail_keys.to(wide).reshape(batch * heads, *tail_keys.shape[2:])
+    recent = _capped(torch.bmm(flat, tail.transpose(1, 2)) * scale, softcap)
     if visible is not None:
         seen = visible.expand(batch, heads, count, -1).reshape(batch * heads, 1, count, -1)
         recent = recent.unflatten(1, (group, count)).masked_fill(~seen, float("-inf")).flatten(1, 2)
-    older = _capped(torch.bmm(flat[base.owner], base.keys.transpose(1, 2)).float() * scale, softcap)
+    older = _capped(torch.bmm(flat[base.owner], base.keys.to(wide).transpose(1, 2)) * scale, softcap)
     slot = torch.arange(older.shape[-1], device=older.device)
     older = older.masked_fill((slot >= base.filled[:, None])[:, None], float("-inf"))
 
     most = recent.amax(-1)
     sinks = None
     if attention_sinks is not None:
-        sinks = attention_sinks.float()[None, :, :, None].expand(batch, -1, -1, count).reshape(most.shape)
+        sinks = attention_sinks.to(wide)[None, :, :, None].expand(batch, -1, -1, count).reshape(most.shape)
         most = torch.maximum(most, sinks)
     most = most.scatter_reduce(0, base.owner[:, None].expand(-1, most.shape[1]), older.amax(-1), "amax")
     # A query that sees nothing (padding in a row without a base) has no maximum; its result is never used.
-    most = most.clamp(min=torch.finfo(torch.float32).min)
+    most = most.clamp(min=torch.finfo(wide).min)
 
     near = torch.exp(recent - most.unsqueeze(-1))
     far = torch.exp(older - most[base.owner].unsqueeze(-1))
     total = near.sum(-1).index_add_(0, base.owner, far.sum(-1))
     if sinks is not None:
         total = total + torch.exp(sinks - most)
-    values = tail_values.reshape(batch * heads, *tail_values.shape[2:])
-    dtype = values.dtype
-    result = torch.bmm(near.to(dtype), values).float()
-    result.index_add_(0, base.owner, torch.bmm(far.to(dtype), base.values).float())
-    result = result / total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    values = tail_values.to(wide).reshape(batch * heads, *tail_values.shape[2:])
+    result = torch.bmm(near, values)
+    result.index_add_(0, base.owner, torch.bmm(far, base.values.to(wide)))
+    result = result / total.clamp(min=torch.finfo(wide).tiny).unsqueeze(-1)
     return result.to(queries.dtype).reshape(batch, query_heads, count, -1)
 
 

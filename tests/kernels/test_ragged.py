@@ -136,3 +136,16 @@ def test_refusals(device):
         ragged.ragged_attention(**{**inputs, "softcap": 20.0})
     with pytest.raises(ValueError, match="tail_values has shape"):
         ragged.ragged_attention(**{**inputs, "tail_values": inputs["tail_values"][:, :1]})
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_are_fp32_before_they_are_scaled(dtype, device):
+    """Products of 5e5 and more do not fit into fp16, and bf16 would round them to 3 digits."""
+    inputs = case(device, dtype, 128, 64, 2, 1, 9, [70, 20], sinks=True)
+    inputs["queries"] = inputs["queries"] * 25
+    inputs["base"].keys.mul_(100)
+    inputs["tail_keys"] = inputs["tail_keys"] * 100
+    inputs["tail_keys"][:, :, 3] = inputs["queries"][:, ::2, 0] * 8
+    assert (inputs["queries"][:, ::2, 0].double() * inputs["tail_keys"][:, :, 3].double()).sum(-1).max() > 5e5
+    check(inputs, ROUNDING[dtype])
