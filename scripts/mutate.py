@@ -9,10 +9,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvpolicy.testing import documents
-from kvpolicy.testing.mutants import Caught, table
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(_ROOT / "tests/support"))
 
-_DOCS = Path(__file__).resolve().parents[1] / "docs"
+from kvsupport import documents
+from kvsupport.mutants import Caught, table
+
+_DOCS = _ROOT / "docs"
 
 
 def main() -> int:

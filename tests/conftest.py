@@ -1,4 +1,4 @@
-"""Shared by all tests. Helpers live in `kvpolicy.testing`: in importlib mode tests cannot import from tests/."""
+"""For all tests. Helpers live in `kvsupport` (tests/support): in importlib mode tests cannot import each other."""
 
 from __future__ import annotations
 

@@ -37,8 +37,19 @@ def test_outer_folders_are_not_packages(folder):
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-def test_repository_root_is_not_importable():
-    assert str(ROOT) not in {str(Path(entry or ".").resolve()) for entry in sys.path}
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["the root", "tests"])
+def test_folders_with_a_folder_kernels_are_not_importable(folder):
+    assert (folder / "kernels").is_dir()
+    assert folder not in {Path(entry or ".").resolve() for entry in sys.path}
+
+
+def test_helpers_of_the_tests_are_not_installed(tmp_path):
+    assert find_spec("kvsupport") is not None
+    program = "from importlib.util import find_spec; print(find_spec('kvsupport'))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None"
 
 
 def test_bundles_enter_by_entry_points():

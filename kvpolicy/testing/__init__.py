@@ -5,9 +5,7 @@ results; `LAWS` are the laws; `cache_views`, `scores`, `budgets`, `components`, 
 hypothesis strategies: all these need hypothesis, of the extra `test`. `poisoned_memory` fills unwritten memory with
 NaN.
 
-`oracle` is a second, plain implementation of every bundled component and of the engine; `trace` records what a real
-model does under a `PolicyCache`; `alone` compares rows of a batch with the same rows alone; `tiny` makes small random
-models. Only `trace`, `alone` and `tiny` need transformers.
+`tiny` makes small random models; it alone needs transformers.
 """
 
 from __future__ import annotations

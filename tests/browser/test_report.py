@@ -10,7 +10,7 @@ from kvpolicy.study.report.content import Commands, build
 from kvpolicy.study.results import Results
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
-from kvpolicy.testing.scripted import scripted_study
+from kvsupport.scripted import scripted_study
 
 pytestmark = pytest.mark.browser
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.testing.recordings import random_recording
 from kvpolicy.testing.tiny import tiny_model
 from kvpolicy.trace.page import Shown, trace_page
 from kvpolicy.trace.running import record_generation
+from kvsupport.recordings import random_recording
 
 pytestmark = pytest.mark.browser
 

@@ -33,7 +33,7 @@ def test_a_name_stands_for_all_that_is_called_so(capsys):
 
 
 def test_a_failure_is_printed_with_its_test(capsys):
-    code, out, _ = run(capsys, "kvpolicy.testing.mutants.scorers:BySlot", "--law", "left_padding", "--law", "row_alone")
+    code, out, _ = run(capsys, "kvsupport.mutants.scorers:BySlot", "--law", "left_padding", "--law", "row_alone")
     assert code == 1
     assert "BySlot breaks the law left_padding" in out
     assert "layers[0].view.keys: float32" in out

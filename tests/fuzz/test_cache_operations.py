@@ -14,9 +14,9 @@ import kvpolicy
 from kvpolicy import PolicySpec
 from kvpolicy.errors import CacheStateError, KVPolicyError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.testing.oracle import compare
 from kvpolicy.testing.tiny import tiny_model
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.oracle import compare
+from kvsupport.trace import TracedCache
 
 BASE = {
     "policy": "fuzz", "budget": 14, "trigger": {"every": 5}, "protect": {"sinks": 2, "recent": 4},

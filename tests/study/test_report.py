@@ -15,7 +15,7 @@ from kvpolicy.study.report.phrases import numbers, probability
 from kvpolicy.study.results import CellRecord, Results
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
-from kvpolicy.testing.scripted import scripted_study
+from kvsupport.scripted import scripted_study
 
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")

@@ -5,7 +5,7 @@ import pytest
 from kvpolicy.cli import main
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
-from kvpolicy.testing.scripted import scripted_study
+from kvsupport.scripted import scripted_study
 
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")

@@ -18,7 +18,7 @@ from kvpolicy.testing import LAWS, check_component, check_package, check_policy
 from kvpolicy.testing.checking import check, subject_of, subjects_of_package
 from kvpolicy.testing.laws._base import Law, decided
 from kvpolicy.testing.laws._draws import one_case
-from kvpolicy.testing.mutants import parts, scorers
+from kvsupport.mutants import parts, scorers
 
 PLUGIN = ["-p", "no:cacheprovider"]
 
@@ -255,7 +255,7 @@ def run_pytest(folder, *arguments, text):
 
 def test_four_lines_are_a_test_for_each_law(tmp_path):
     text = """from kvpolicy.testing import laws_of
-from kvpolicy.testing.mutants.parts import OneStepLate
+from kvsupport.mutants.parts import OneStepLate
 
 test_laws = laws_of(OneStepLate)
 """

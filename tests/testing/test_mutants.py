@@ -9,8 +9,8 @@ import pytest
 
 from kvpolicy.testing import LAWS
 from kvpolicy.testing.checking import check, subject_of
-from kvpolicy.testing.documents import generated, laws_text, mutations_in, mutations_text
-from kvpolicy.testing.mutants import MUTANTS, Caught, run, table
+from kvsupport.documents import generated, laws_text, mutations_in, mutations_text
+from kvsupport.mutants import MUTANTS, Caught, run, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REWRITE = "the page is stale; run scripts/mutate.py"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.testing.recordings import random_recording
 from kvpolicy.trace.page import KINDS, Shown, trace_page
 from kvpolicy.trace.quantised import dequantise, quantise
+from kvsupport.recordings import random_recording
 
 
 def data_of(page):

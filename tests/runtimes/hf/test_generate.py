@@ -11,9 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache, generate
-from kvpolicy.testing.events import Crop, Rows
-from kvpolicy.testing.oracle import compare
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.events import Crop, Rows
+from kvsupport.oracle import compare
+from kvsupport.trace import TracedCache
 
 ROOMY = 200
 ACCUMULATED = {"importance": "accumulated_attention", "mixer": "importance_only"}

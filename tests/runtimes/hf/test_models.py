@@ -10,10 +10,10 @@ from transformers import DynamicCache, Qwen2VLForConditionalGeneration
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.testing.alone import as_if_alone
-from kvpolicy.testing.oracle import compare
 from kvpolicy.testing.tiny import FAMILIES, tiny_model
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.alone import as_if_alone
+from kvsupport.oracle import compare
+from kvsupport.trace import TracedCache
 
 EAGER_ONLY = {"gpt_oss", "gemma2"}  # sdpa knows neither sinks nor, in transformers 5.2, soft-caps
 

@@ -10,11 +10,11 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy.runtimes.hf import PolicyCache, generate
-from kvpolicy.testing.alone import as_if_alone
-from kvpolicy.testing.audit import audit
-from kvpolicy.testing.oracle import compare, knows
 from kvpolicy.testing.tables import stand_in_tables
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.alone import as_if_alone
+from kvsupport.audit import audit
+from kvsupport.oracle import compare, knows
+from kvsupport.trace import TracedCache
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import torch
 
 from kvpolicy.cache.store import BLOCK
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.testing.alone import as_if_alone
-from kvpolicy.testing.audit import audit
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.alone import as_if_alone
+from kvsupport.audit import audit
+from kvsupport.trace import TracedCache
 
 WINDOW = {"importance": {"use": "window_attention", "observe": 4, "group_stage": "weights"}, "mixer": "importance_only"}
 POLICIES = {

@@ -10,9 +10,9 @@ from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tables import stand_in_tables
-from kvpolicy.testing.trace import TracedCache
 from kvpolicy.trace.recorder import Recorder
 from kvpolicy.trace.running import record_generation, record_reading
+from kvsupport.trace import TracedCache
 
 NEW = 40
 

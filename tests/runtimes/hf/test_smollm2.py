@@ -9,10 +9,10 @@ from transformers import DynamicCache
 import kvpolicy
 from kvpolicy.cache.store import BLOCK
 from kvpolicy.runtimes.hf import PolicyCache, generate
-from kvpolicy.testing.alone import as_if_alone
-from kvpolicy.testing.audit import audit
-from kvpolicy.testing.oracle import compare
-from kvpolicy.testing.trace import TracedCache
+from kvsupport.alone import as_if_alone
+from kvsupport.audit import audit
+from kvsupport.oracle import compare
+from kvsupport.trace import TracedCache
 
 QUESTIONS = [
     "Hi.",

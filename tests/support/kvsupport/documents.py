@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvpolicy.testing.laws import LAW_KINDS, LAWS
-from kvpolicy.testing.mutants import MUTANTS, Caught
+from kvsupport.mutants import Caught
 
 _THEMES = {
     "inputs": "What is read and written",
@@ -69,6 +69,3 @@ def write(path: Path, text: str) -> bool:
     new = replaced(page, text)
     path.write_text(new, encoding="utf-8")
     return new != page
-
-
-__all__ = ["MUTANTS", "generated", "laws_text", "mutations_in", "mutations_text", "replaced", "write"]

@@ -11,10 +11,10 @@ from torch import Tensor
 from kvpolicy import ops, tables
 from kvpolicy.cache.queries.statistics import SKIPPED
 from kvpolicy.loading.installed import catalog
-from kvpolicy.testing.oracle_scores import HeadView, Scorer, turn
+from kvsupport.oracle_scores import HeadView, Scorer, turn
 
 
-def key_diff(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def key_diff(p: Any, head: HeadView) -> Tensor:
     """Minus the cosine to the mean direction."""
     directions = [k / k.norm() if k.norm() > 0 else k for k in head.keys]
     mean = torch.stack(directions).mean(0)

@@ -1,5 +1,4 @@
 """Broken importance and redundancy scorers and mixers."""
-# ruff: noqa: D101, D102
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.contracts.components import ImportanceScorer, Mixer, RedundancyScorer
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.testing.mutants._base import Mutant
+from kvsupport.mutants._base import Mutant
 
 
 def _norms(view: CacheView) -> Tensor:

@@ -21,8 +21,8 @@ from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
-from kvpolicy.testing.oracle_rows import TOLERANCE
 from kvpolicy.types import KeepIndices, Scores
+from kvsupport.oracle_rows import TOLERANCE
 
 
 @dataclass
@@ -155,13 +155,13 @@ def _watched(policy: Policy, report: AloneReport, reference: list[list[_Decision
 def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
-    decide: Callable[..., Any] = engine._decide  # noqa: SLF001
+    decide: Callable[..., Any] = engine._decide
 
     def decide_rows(part: slice, *rest: Any) -> Any:
         object.__setattr__(policy, "rows", range(len(engine.rows))[part])
         return decide(part, *rest)
 
-    engine._decide = decide_rows  # noqa: SLF001
+    engine._decide = decide_rows
 
 
 @torch.no_grad()

@@ -15,18 +15,18 @@ from torch import Tensor
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.policy import Policy
-from kvpolicy.testing import oracle_memory as memory
-from kvpolicy.testing import oracle_scores as scores
-from kvpolicy.testing import oracle_statistics as statistics
-from kvpolicy.testing.events import Crop, Pass, Rows, Settled, Trace
-from kvpolicy.testing.oracle_rows import TOLERANCE, Report, Row, Sets
+from kvsupport import oracle_memory as memory
+from kvsupport import oracle_scores as scores
+from kvsupport import oracle_statistics as statistics
+from kvsupport.events import Crop, Pass, Rows, Settled, Trace
+from kvsupport.oracle_rows import TOLERANCE, Report, Row, Sets
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
 
 
 def knows(policy: Policy) -> bool:
-    """Say whether the oracle can replay a policy; `kvpolicy.testing.audit` checks what holds under any."""
+    """Say whether the oracle can replay a policy; `kvsupport.audit` checks what holds under any."""
     named = [_name(c) in _IMPORTANCE for c in policy.components if isinstance(c, ImportanceScorer)]
     return (
         all(named)

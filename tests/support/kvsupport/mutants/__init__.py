@@ -12,8 +12,8 @@ from types import FunctionType
 
 from kvpolicy.testing.checking import check, subject_of
 from kvpolicy.testing.laws import LAWS, Law
-from kvpolicy.testing.mutants import core, parts, scorers
-from kvpolicy.testing.mutants._base import Mutant
+from kvsupport.mutants import core, parts, scorers
+from kvsupport.mutants._base import Mutant
 
 __all__ = ["MUTANTS", "Caught", "Mutant", "run", "table"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kvpolicy.policy.policy import Policy
-from kvpolicy.testing.events import Pass, Trace
-from kvpolicy.testing.oracle import Oracle
-from kvpolicy.testing.oracle_rows import Report, Row, Sets
+from kvsupport.events import Pass, Trace
+from kvsupport.oracle import Oracle
+from kvsupport.oracle_rows import Report, Row, Sets
 
 
 class _Auditor(Oracle):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.loading.installed import catalog
-from kvpolicy.testing import oracle_scores as scores
-from kvpolicy.testing import oracle_statistics as statistics
-from kvpolicy.testing.oracle_scores import HeadView, Scorer
+from kvsupport import oracle_scores as scores
+from kvsupport import oracle_statistics as statistics
+from kvsupport.oracle_scores import HeadView, Scorer
 
 Remember = Callable[[Any, HeadView], dict[str, Sequence[float | None]]]
 """(parameters, head) -> what is kept of each entry, by name; None for nothing."""
@@ -27,7 +27,7 @@ def _tensor(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([0.0 if value is None else value for value in values], dtype=torch.float64)
 
 
-def tova(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def tova(p: Any, head: HeadView) -> Tensor:
     """The weights of the newest query, mean over its group."""
     visible = [True] * len(head.positions)
     sinks = [None] * head.info.groups if head.sinks is None else head.sinks.tolist()

@@ -14,7 +14,7 @@ from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.attention import AttentionFunction
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.session import Session
-from kvpolicy.testing.events import Crop, LayerInfo, LayerPass, Pass, Rows, Settled, Trace
+from kvsupport.events import Crop, LayerInfo, LayerPass, Pass, Rows, Settled, Trace
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.loading.installed import catalog
-from kvpolicy.testing.events import LayerInfo
+from kvsupport.events import LayerInfo
 
 
 @dataclass
@@ -146,12 +146,12 @@ def smooth(row: Tensor, candidate: list[bool], size: int, kind: str) -> Tensor:
     return result
 
 
-def key_norm(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def key_norm(p: Any, head: HeadView) -> Tensor:
     """Minus the norm of the key."""
     return -head.keys.pow(2).sum(-1).sqrt()
 
 
-def value_norm(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def value_norm(p: Any, head: HeadView) -> Tensor:
     """The norm of the value."""
     return head.values.pow(2).sum(-1).sqrt()
 
@@ -164,12 +164,12 @@ def random(p: Any, head: HeadView) -> Tensor:
     return drawn.double()
 
 
-def recency(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def recency(p: Any, head: HeadView) -> Tensor:
     """The position."""
     return torch.tensor(head.positions, dtype=torch.float64)
 
 
-def nothing(p: Any, head: HeadView) -> Tensor:  # noqa: ARG001
+def nothing(p: Any, head: HeadView) -> Tensor:
     """Zero."""
     return torch.zeros(len(head.positions), dtype=torch.float64)
 
@@ -206,7 +206,7 @@ def key_cosine(p: Any, head: HeadView) -> Tensor:
 
 def key_density(p: Any, head: HeadView) -> Tensor:
     """Mean of a kernel over the distances to all other keys."""
-    return density(p, head, lambda i, j: 1.0)  # noqa: ARG005
+    return density(p, head, lambda i, j: 1.0)
 
 
 def density(p: Any, head: HeadView, weight: Callable[[int, int], float]) -> Tensor:
@@ -243,7 +243,7 @@ def _directions(head: HeadView) -> Tensor:
     return head.keys / head.keys.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=1e-15)
 
 
-def linear(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:  # noqa: ARG001
+def linear(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
     """Weighted difference."""
     share = float(p.weight)
     return share * importance - (1 - share) * redundancy
@@ -293,7 +293,7 @@ def head_adaptive(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView
     return (1 - r) * (importance + stretched(intrinsic)) + r * stretched(-redundancy)
 
 
-def importance_only(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:  # noqa: ARG001
+def importance_only(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView) -> Tensor:
     """The importance."""
     return importance
 

@@ -1,6 +1,6 @@
 """Breaks the engine, the store and the policy themselves, under a policy that shows it."""
 
-# ruff: noqa: ARG001, ARG005, SLF001, E501
+# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kvpolicy.contracts.components import Slots
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.policy import Policy
-from kvpolicy.testing.mutants import parts
-from kvpolicy.testing.mutants._base import Mutant, patched
 from kvpolicy.types import KeepIndices
+from kvsupport.mutants import parts
+from kvsupport.mutants._base import Mutant, patched
 
 _engine_module: Any = engine
 _compact, _reset, _view, _clone = DenseStore.compact, Engine.reset, Engine.view, DenseStore.clone

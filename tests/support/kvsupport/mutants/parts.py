@@ -1,5 +1,4 @@
 """Broken selectors, allocators, protections, triggers and post-operations."""
-# ruff: noqa: D101, D102
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from kvpolicy.contracts.components import (
 )
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import keep_indices
-from kvpolicy.testing.mutants._base import Mutant
 from kvpolicy.types import KeepIndices
+from kvsupport.mutants._base import Mutant
 
 
 def _marked(kept: KeepIndices, valid: Tensor) -> Tensor:
