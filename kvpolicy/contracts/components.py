@@ -6,18 +6,38 @@ holds no tensors; what it must remember lives in *slot state* that the engine mo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Bool, Int32
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvpolicy.contracts.component import Component
+from kvpolicy.contracts.slot_state import SlotState
+from kvpolicy.contracts.trigger import Counters, Trigger
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Counts, KeepIndices, Lengths, Mask, Positions, Queries, Scores, Weights
+
+__all__ = [
+    "KINDS",
+    "NEEDS",
+    "AllocationRequest",
+    "BudgetAllocator",
+    "Component",
+    "Counters",
+    "ImportanceScorer",
+    "Mixer",
+    "PostOperation",
+    "Protection",
+    "RedundancyScorer",
+    "Selector",
+    "SlotState",
+    "Slots",
+    "Trigger",
+    "kind_of",
+]
 
 NEEDS: Mapping[str, str] = {
     "queries": "the queries of the last steps (the field `observe` says how many)",
@@ -29,81 +49,6 @@ NEEDS: Mapping[str, str] = {
     "modality": "a mask of image tokens, `extras['modality']`",
 }
 """Everything a component can ask a runtime for, beyond keys, values, positions and validity."""
-
-
-@dataclass(frozen=True)
-class SlotState:
-    """Memory that is aligned with the cache's slots; the engine extends, gathers, reorders and resets it.
-
-    Attributes:
-        name: unique within a policy.
-        dtype: torch dtype of the `[B, H, N]` tensor.
-        fill: value of a slot that has just been appended.
-    """
-
-    name: str
-    dtype: torch.dtype = torch.float32
-    fill: float = 0.0
-
-
-class Component(BaseModel, ABC):
-    """Base of every component: frozen, hashable, printable, and strict about its parameters.
-
-    Class attributes:
-        needs: names out of `NEEDS` without which the component cannot work.
-        shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
-        paper: where the method comes from.
-        laws_not_applicable: law name -> reason, for `kvpolicy.testing`; `laws_excused` where it hangs on parameters.
-        whole_prompt: the prompt must come in one forward pass, because its tokens look ahead; no `prefill_chunk`.
-        same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view
-            with more rows. A promise that a law checks; False is always right.
-        phases: the phases in which the component makes sense; a policy with another phase is refused.
-
-    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    shorthand: ClassVar[str | None] = None
-    paper: ClassVar[str] = ""
-    laws_not_applicable: ClassVar[Mapping[str, str]] = {}
-    whole_prompt: ClassVar[bool] = False
-    same_for_layers: ClassVar[bool] = False
-    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
-
-    def laws_excused(self) -> Mapping[str, str]:
-        """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
-        return self.laws_not_applicable
-
-    @classmethod
-    def examples(cls) -> Sequence[Self]:
-        """Return instances for `kvpolicy.testing` where parameters cannot be drawn, such as a file; none by default."""
-        return ()
-
-    def members(self) -> Iterator[Component]:
-        """Yield this component and then those that its fields hold."""
-        yield self
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, Component):
-                yield from value.members()
-
-    def slot_state(self) -> tuple[SlotState, ...]:
-        """Declare the slot-aligned memory that this component keeps; none by default."""
-        return ()
-
-    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
-        """Return new slot state by name, `[B, H, N]`, to be kept with the entries that a compaction leaves.
-
-        Called once per layer and compaction, after the selection and before anything is moved, with the view that was
-        scored. Nothing by default.
-        """
-        return {}
-
-    def observed_queries(self) -> int:
-        """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
-        return 0
 
 
 class ImportanceScorer(Component):
@@ -311,37 +256,6 @@ class Selector(Component):
             valid: bool `[B, H, N]`, slots that may be kept. Ties go to the lowest slot.
             slots: positions and counters. What heads (or layers) share is the same for all of them, scores too.
         """
-
-
-@dataclass(frozen=True)
-class Counters:
-    """One row's counters, plain integers.
-
-    Attributes:
-        resident: entries held per KV head now.
-        budget: entries to hold after a compaction.
-        incoming: tokens about to be appended (1 in decoding).
-        seen: tokens seen so far.
-        prompt: tokens of the prompt.
-    """
-
-    resident: int
-    budget: int
-    incoming: int
-    seen: int
-    prompt: int
-
-
-class Trigger(Component):
-    """Says when a row is compacted; a pure function of the row's counters."""
-
-    @abstractmethod
-    def fires(self, counters: Counters) -> bool:
-        """Return True when the row must be compacted before `counters.incoming` more entries are appended."""
-
-    @abstractmethod
-    def buffer(self) -> int:
-        """Entries per head that may stand above the budget between two compactions, at least 1."""
 
 
 class PostOperation(Component):

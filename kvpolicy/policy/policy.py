@@ -95,10 +95,12 @@ class Policy:
             )
         self._check_phase()
         if self.counts != "equal" and any(p.changes == "positions" for p in self.post):
+            dropping: list[Component] = [p for p in self.protections if p.effect == "drop"]
+            uneven = self.allocator if self.selector.exact else self.selector
             raise SpecError(
                 "post: re-rotated keys need the same number of entries in every head, which "
-                f"{type(self.selector if not self.selector.exact else self.allocator).__name__} does not leave; remove "
-                "the operation or write `allocator: uniform` and `selector: top_k`."
+                f"{type([*dropping, uneven][0]).__name__} does not leave; remove the operation, or use "
+                "`allocator: uniform`, `selector: top_k` and no protection that drops slots."
             )
         self._check_comparable()
         names = [state.name for state in self.slot_states]
@@ -175,8 +177,13 @@ class Policy:
 
     @property
     def counts(self) -> Literal["equal", "per_layer", "per_head"]:
-        """Whether a compaction leaves every head of every layer with as many entries."""
-        return self.allocator.counts if self.selector.exact else "per_head"
+        """Whether a compaction leaves every head of every layer with as many entries.
+
+        A protection that drops slots can leave a head with fewer than its share of the budget, so that only what was
+        really kept says how many.
+        """
+        fewer = not self.selector.exact or any(p.effect == "drop" for p in self.protections)
+        return "per_head" if fewer else self.allocator.counts
 
     @property
     def _folds(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpolicy.contracts.components import Counters, Trigger
+from kvpolicy.contracts.trigger import Counters, Trigger
 
 
 class EachStep(Trigger):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from kvpolicy.contracts.components import Counters, Trigger
+from kvpolicy.contracts.trigger import Counters, Trigger
 
 
 class Every(Trigger):

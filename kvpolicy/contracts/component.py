@@ -1,0 +1,78 @@
+"""The base of every component.
+
+Apart from `components`, and without torch, like `trigger`: a scheduler that only counts entries needs no tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvpolicy.contracts.slot_state import SlotState
+    from kvpolicy.contracts.view import CacheView
+
+
+class Component(BaseModel, ABC):
+    """Base of every component: frozen, hashable, printable, and strict about its parameters.
+
+    Class attributes:
+        needs: names out of `NEEDS` without which the component cannot work.
+        shorthand: the parameter that a bare value in YAML stands for, as in ``trigger: {every: 128}``.
+        paper: where the method comes from.
+        laws_not_applicable: law name -> reason, for `kvpolicy.testing`; `laws_excused` where it hangs on parameters.
+        whole_prompt: the prompt must come in one forward pass, because its tokens look ahead; no `prefill_chunk`.
+        same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view
+            with more rows. A promise that a law checks; False is always right.
+        phases: the phases in which the component makes sense; a policy with another phase is refused.
+
+    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    shorthand: ClassVar[str | None] = None
+    paper: ClassVar[str] = ""
+    laws_not_applicable: ClassVar[Mapping[str, str]] = {}
+    whole_prompt: ClassVar[bool] = False
+    same_for_layers: ClassVar[bool] = False
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
+
+    def laws_excused(self) -> Mapping[str, str]:
+        """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
+        return self.laws_not_applicable
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Return instances for `kvpolicy.testing` where parameters cannot be drawn, such as a file; none by default."""
+        return ()
+
+    def members(self) -> Iterator[Component]:
+        """Yield this component and then those that its fields hold."""
+        yield self
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Component):
+                yield from value.members()
+
+    def slot_state(self) -> tuple[SlotState, ...]:
+        """Declare the slot-aligned memory that this component keeps; none by default."""
+        return ()
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Return new slot state by name, `[B, H, N]`, to be kept with the entries that a compaction leaves.
+
+        Called once per layer and compaction, after the selection and before anything is moved, with the view that was
+        scored. Nothing by default.
+        """
+        return {}
+
+    def observed_queries(self) -> int:
+        """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
+        return 0
