@@ -221,7 +221,7 @@ class Engine:
         budget = [self.policy.entries(row.seen, row.prompt) for row in self.rows[part]]
         make = partial(self.view, part=part, window=window, budget=budget)
         views = LazyViews(make, self.layers) if self.stores.ragged else [make(layer) for layer in self.layers]
-        return budget, views, self.policy.select(views, budget)
+        return budget, views, self.policy.decide(views, budget).kept
 
     def _compact(self, part: slice) -> None:
         window = self.log.window()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import Literal
 
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.components import (
-    AllocationRequest,
     BudgetAllocator,
     Component,
     ImportanceScorer,
@@ -20,27 +16,17 @@ from kvpolicy.contracts.components import (
     Protection,
     RedundancyScorer,
     Selector,
-    Slots,
     SlotState,
     Trigger,
 )
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import BudgetError, ScoreError, SpecError
-from kvpolicy.ops.dispatch import using_backend
-from kvpolicy.policy.fuse import folded
-from kvpolicy.policy.scoring import checked, once
+from kvpolicy.errors import SpecError
+from kvpolicy.policy import decide as stages
+from kvpolicy.policy.decide import Decision, Scored
 from kvpolicy.types import KeepIndices, Mask, Scores
 
 Phase = Literal["prefill", "decode", "both"]
 Backend = Literal["auto", "torch", "triton"]
-
-
-class Scored(NamedTuple):
-    """The scores of one layer, fp32 `[B, H, N]` each; zeros for the one that the mixer does not use."""
-
-    importance: Scores
-    redundancy: Scores
-    retention: Scores
 
 
 @dataclass(frozen=True)
@@ -186,14 +172,6 @@ class Policy:
         return "per_head" if fewer else self.allocator.counts
 
     @property
-    def _folds(self) -> bool:
-        """Whether several layers can be scored as one."""
-        scoring = [self.mixer, *self.protections]
-        scoring += [self.importance] if self.mixer.uses_importance else []
-        scoring += [self.redundancy] if self.mixer.uses_redundancy else []
-        return all(member.same_for_layers for part in scoring for member in part.members())
-
-    @property
     def needs(self) -> frozenset[str]:
         """Everything that the components need from a runtime."""
         return frozenset().union(*(c.needs for c in self.components))
@@ -230,144 +208,29 @@ class Policy:
 
     def scores(self, view: CacheView) -> Scored:
         """Return the retention score of one layer and what it is mixed from. Raises ScoreError on a wrong shape."""
-        zeros = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
-        both = self.mixer.uses_importance and self.mixer.uses_redundancy
-        with using_backend(self.backend, shared=both):
-            importance = once(self.importance, view) if self.mixer.uses_importance else zeros
-            redundancy = once(self.redundancy, view) if self.mixer.uses_redundancy else zeros
-        return Scored(importance, redundancy, checked(self.mixer.mix(importance, redundancy, view), view, self.mixer))
+        return stages.scores(self, view)
 
     def masks(self, view: CacheView) -> tuple[Mask, Mask]:
         """Return (protected, allowed) of one layer, bool `[B, H, N]`; what is not valid is never allowed."""
-        protected = torch.zeros(view.shape, dtype=torch.bool, device=view.device)
-        allowed = view.valid
-        for protection in self.protections:
-            mask = protection.mask(view)
-            if protection.effect == "keep":
-                protected = protected | mask
-            else:
-                allowed = allowed & ~mask
-        return protected & allowed, allowed
+        return stages.masks(self, view)
 
     def select(self, views: Sequence[CacheView], budget: Sequence[int]) -> list[KeepIndices]:
-        """Decide for all layers at once which slots stay.
+        """Return what `decide` keeps of each layer; arguments and exceptions are the same."""
+        return self.decide(views, budget).kept
+
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+        """Decide for all layers at once which slots stay, in the stages of `kvpolicy.policy.decide`.
 
         Args:
             views: one view per layer, all of the same rows.
             budget: entries per head and layer to keep, one integer per row.
 
         Returns:
-            One `KeepIndices` per view, strictly increasing, exactly as many as allocated.
+            For every layer what was scored, ranked and allocated, and one `KeepIndices`, strictly increasing, exactly
+            as many as allocated.
 
         Raises:
             BudgetError: more entries are protected than the budget holds.
             ScoreError: a component returned a wrong shape or dtype, or scores that are not finite.
         """
-        scores: list[Scores] = []
-        protected: list[Mask] = []
-        allowed: list[Mask] = []
-        slots: list[Slots] = []
-        # Views that a runtime makes on the way are taken one after the other, and never all at once.
-        runs = folded(views) if self._folds and isinstance(views, list) else ((view, 1) for view in views)
-        together: list[tuple[Slots, int]] = []
-        for view, layers_in_it in runs:
-            parts = (self.retention(view), *self.masks(view))
-            for mine, part in zip((scores, protected, allowed), parts, strict=True):
-                mine.extend(part.unflatten(0, (layers_in_it, -1)).unbind(0))
-            slots += [Slots.of(view)] if layers_in_it == 1 else map(Slots.of, views[len(slots) : len(scores)])
-            together.append((Slots.of(view), layers_in_it))
-            num_layers = view.num_layers
-        scores, protected, allowed = self._share(scores, protected, allowed)
-        valid_counts = [mask.sum(-1) for mask in allowed]
-        protected_counts = [mask.sum(-1) for mask in protected]
-        rows = torch.tensor(list(budget), dtype=torch.int64)
-        layers = [each.layer_idx for each in slots]
-        self._check(layers, scores, allowed, protected_counts, rows)
-        request = AllocationRequest(
-            budget=rows.to(scores[0].device),
-            valid=valid_counts,
-            protected=protected_counts,
-            scores=scores,
-            masks=allowed,
-            layers=layers,
-            num_layers=num_layers,
-            protected_masks=protected,
-        )
-        counts = self.allocator.allocate(request)
-        if self.selector.scope == "model":
-            slots = [replace(each, layer_idx=layers[0]) for each in slots]
-        alike = self.counts == "equal" and all(member.same_for_layers for member in self.selector.members())
-        asked = list(zip(scores, counts, protected, allowed, strict=True))
-        kept: list[KeepIndices] = []
-        with using_backend(self.backend):
-            for whole, number in together if alike else [(each, 1) for each in slots]:
-                some = asked[len(kept) : len(kept) + number]
-                if number == 1:
-                    kept.append(self.selector.select(*some[0], slots[len(kept)]))
-                    continue
-                score, count, keep, may = (torch.cat(parts) for parts in zip(*some, strict=True))
-                one = self.selector.select(score, count, keep, may, whole)
-                kept += map(KeepIndices, *(part.unflatten(0, (number, -1)).unbind(0) for part in one))
-        return kept
-
-    def _share(
-        self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]
-    ) -> tuple[list[Scores], list[Mask], list[Mask]]:
-        """Reduce what heads (scope `layer`) or heads and layers (scope `model`) decide together."""
-        scope, how = self.selector.scope, self.selector.reduce
-        if scope == "head":
-            return scores, protected, allowed
-        heads = [s.shape[1] for s in scores]
-        devices = [s.device for s in scores]
-        scores = [_reduce(s.masked_fill(~a, 0.0), 1, how) for s, a in zip(scores, allowed, strict=True)]
-        protected = [p.any(1) for p in protected]
-        allowed = [a.all(1) for a in allowed]
-        if scope == "model":
-            home = devices[0]
-            one = _reduce(torch.stack([s.to(home) for s in scores]), 0, how)
-            kept = torch.stack([p.to(home) for p in protected]).any(0)
-            may = torch.stack([a.to(home) for a in allowed]).all(0)
-            scores = [one.to(d) for d in devices]
-            protected, allowed = [kept.to(d) for d in devices], [may.to(d) for d in devices]
-        return (
-            [s.unsqueeze(1).expand(-1, h, -1) for s, h in zip(scores, heads, strict=True)],
-            [p.unsqueeze(1).expand(-1, h, -1) for p, h in zip(protected, heads, strict=True)],
-            [a.unsqueeze(1).expand(-1, h, -1) for a, h in zip(allowed, heads, strict=True)],
-        )
-
-    def _check(
-        self,
-        layers: list[int],
-        scores: list[Scores],
-        allowed: list[Mask],
-        protected: list[Tensor],
-        rows: Tensor,
-    ) -> None:
-        """Refuse NaN, infinities and too small budgets, with one read from the device per compaction."""
-        facts = [
-            torch.stack(
-                [
-                    (~torch.isfinite(s.masked_fill(~a, 0.0))).any().to(torch.int64),
-                    (p - rows.to(p.device)[:, None]).max(),
-                    p.max(),
-                ]
-            ).to("cpu", non_blocking=False)
-            for s, a, p in zip(scores, allowed, protected, strict=True)
-        ]
-        for layer, (bad, excess, most) in zip(layers, torch.stack(facts).tolist(), strict=True):
-            if bad:
-                raise ScoreError(
-                    f"policy {self.name!r}: the retention scores of layer {layer} are not finite; "
-                    "look for NaN or infinity in that layer's keys and values, or in the scorer."
-                )
-            if excess > 0:
-                raise BudgetError(
-                    f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {self.name!r} "
-                    "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
-                )
-
-
-def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:
-    if how == "mean":
-        return scores.mean(dim)
-    return scores.sum(dim) if how == "sum" else scores.amax(dim)
+        return stages.decide(self, views, budget)

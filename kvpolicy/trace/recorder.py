@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.policy.policy import Policy, Scored
+from kvpolicy.policy.decide import Decision
+from kvpolicy.policy.policy import Policy
 from kvpolicy.trace.recording import Recording, Snapshot
 
 if TYPE_CHECKING:
@@ -18,19 +19,8 @@ if TYPE_CHECKING:
 
     from kvpolicy.contracts.view import CacheView
     from kvpolicy.runtimes.hf import PolicyCache
-    from kvpolicy.types import KeepIndices, Mask, Scores
 
 _MOST = 64  # snapshots of scores
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer at a compaction: positions and validity `[H, N]`, importance and redundancy where they are noted."""
-
-    positions: Tensor
-    valid: Tensor
-    importance: Tensor | None
-    redundancy: Tensor | None
 
 
 class Recorder:
@@ -59,8 +49,6 @@ class Recorder:
         self._heads: list[int] = []
         self._evicted = torch.zeros(0, 0, dtype=torch.int32)
         self._snapshots: list[Snapshot] = []
-        self._layers: list[_Layer] = []
-        self._shared: tuple[list[Scores], list[Mask]] = ([], [])
 
     def watch(self, policy: Policy) -> Policy:
         """Return a policy that decides the same and reports every decision to this recorder."""
@@ -98,35 +86,20 @@ class Recorder:
 
     # -- what the watched policy calls --------------------------------------------------------------------------------
 
-    def begin(self, rows: int) -> None:
-        """Start the record of a compaction of so many rows."""
-        _one_row(rows)
-        self._layers = []
-        self._shared = ([], [])
-
-    def note_scores(self, view: CacheView, scored: Scored, policy: Policy) -> None:
-        """Take the scores of one layer, or of several that are folded into one view."""
-        if view.compaction[0] != len(self._seen):
-            raise CacheStateError(
-                f"recorder: a row with {int(view.compaction[0])} compactions comes where {len(self._seen)} were "
-                "recorded; use a new recorder for each text, and a cache of one row."
-            )
-        noted = self._snaps
-        importance = scored.importance if noted and policy.mixer.uses_importance else None
-        redundancy = scored.redundancy if noted and policy.mixer.uses_redundancy else None
-        for i, (positions, valid) in enumerate(zip(view.positions, view.valid, strict=True)):
-            one = [None if each is None else each[i] for each in (importance, redundancy)]
-            self._layers.append(_Layer(positions, valid, *one))
-
-    def note_shared(self, scores: list[Scores], protected: list[Mask]) -> None:
-        """Take what the selection ranks: of every layer `[1, H, N]`, the same for heads that share a set."""
-        self._shared = (scores, protected)
-
-    def finish(self, seen: int, keeps: Sequence[KeepIndices]) -> None:
-        """Take what stays of each layer after `seen` tokens."""
-        self._heads = [len(layer.valid) for layer in self._layers]
-        if self._snaps:
-            self._snapshots.append(self._snapshot())
+    def note(self, views: Sequence[CacheView], decision: Decision, policy: Policy) -> None:
+        """Take a decision of a policy that this recorder watches."""
+        layers: list[tuple[Tensor, Tensor]] = []  # positions and validity, `[H, N]`: views may be copies
+        for view in views:
+            if view.compaction[0] != len(self._seen):
+                raise CacheStateError(
+                    f"recorder: a row with {int(view.compaction[0])} compactions comes where {len(self._seen)} were "
+                    "recorded; use a new recorder for each text, and a cache of one row."
+                )
+            seen = int(view.seen[0])
+            layers.append((view.positions[0], view.valid[0]))
+        self._heads = [len(valid) for _, valid in layers]
+        if len(self._seen) % self._stride == 0:
+            self._snapshots.append(self._snapshot([valid for _, valid in layers], decision, policy))
         self._seen.append(seen)
         number = len(self._seen)
         if len(self._snapshots) > self._most:
@@ -134,34 +107,24 @@ class Recorder:
             self._snapshots = [each for each in self._snapshots if (each.compaction - 1) % self._stride == 0]
         self._grow(seen)
         first = 0
-        for layer, keep in zip(self._layers, keeps, strict=True):
-            gone = layer.valid & ~keep.mask(layer.valid.shape[1])[0]
+        for (positions, valid), keep in zip(layers, decision.kept, strict=True):
+            gone = valid & ~keep.mask(valid.shape[1])[0]
             head, slot = gone.cpu().nonzero(as_tuple=True)
-            self._evicted[first + head, layer.positions.cpu()[head, slot].long()] = number
-            first += len(layer.valid)
-        self._layers = []
-        self._shared = ([], [])
+            self._evicted[first + head, positions.cpu()[head, slot].long()] = number
+            first += len(valid)
 
-    @property
-    def _snaps(self) -> bool:
-        return len(self._seen) % self._stride == 0
+    def _snapshot(self, valid: list[Tensor], decision: Decision, policy: Policy) -> Snapshot:
+        def flat(tensors: Sequence[Tensor]) -> np.ndarray:
+            """Join what stands in the valid slots of `[1, H, N]` tensors, layer by layer and head by head."""
+            return torch.cat([t[0][v].cpu() for t, v in zip(tensors, valid, strict=True)]).numpy()
 
-    def _snapshot(self) -> Snapshot:
-        retention, protected = self._shared
-
-        def flat(tensors: Sequence[Tensor | None]) -> np.ndarray | None:
-            parts = [t[layer.valid].cpu() for t, layer in zip(tensors, self._layers, strict=True) if t is not None]
-            return torch.cat(parts).numpy() if parts else None
-
-        ranked, pinned = flat([each[0] for each in retention]), flat([each[0] for each in protected])
-        assert ranked is not None
-        assert pinned is not None
+        mixer, scored = policy.mixer, decision.scored
         return Snapshot(
             compaction=len(self._seen) + 1,
-            importance=flat([layer.importance for layer in self._layers]),
-            redundancy=flat([layer.redundancy for layer in self._layers]),
-            retention=ranked,
-            protected=pinned,
+            importance=flat([each.importance for each in scored]) if mixer.uses_importance else None,
+            redundancy=flat([each.redundancy for each in scored]) if mixer.uses_redundancy else None,
+            retention=flat(decision.shared.scores),
+            protected=flat(decision.shared.protected),
         )
 
     def _grow(self, seen: int) -> None:
@@ -178,23 +141,11 @@ class _Watched(Policy):
 
     recorder: Recorder = field(default_factory=Recorder, repr=False, compare=False)
 
-    def retention(self, view: CacheView) -> Scores:
-        scored = self.scores(view)
-        self.recorder.note_scores(view, scored, self)
-        return scored.retention
-
-    def _share(
-        self, scores: list[Scores], protected: list[Mask], allowed: list[Mask]
-    ) -> tuple[list[Scores], list[Mask], list[Mask]]:
-        shared = super()._share(scores, protected, allowed)
-        self.recorder.note_shared(shared[0], shared[1])
-        return shared
-
-    def select(self, views: Sequence[CacheView], budget: Sequence[int]) -> list[KeepIndices]:
-        self.recorder.begin(len(budget))
-        keeps = super().select(views, budget)
-        self.recorder.finish(int(views[0].seen[0]), keeps)
-        return keeps
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+        _one_row(len(budget))
+        decision = super().decide(views, budget)
+        self.recorder.note(views, decision, self)
+        return decision
 
 
 def _one_row(rows: int) -> None:

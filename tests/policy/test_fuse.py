@@ -64,7 +64,7 @@ def test_layers_that_differ_stay_apart():
 
 
 def test_a_policy_with_a_part_that_knows_its_layer_is_not_folded(monkeypatch):
-    monkeypatch.setattr("kvpolicy.policy.policy.folded", lambda _: pytest.fail("folded"))
+    monkeypatch.setattr("kvpolicy.policy.decide.folded", lambda _: pytest.fail("folded"))
     kvpolicy.load("random", budget=30).build().select(views(), [30, 20])
     with pytest.raises(pytest.fail.Exception):
         kvpolicy.load("rkv", budget=30).build().select(views(), [30, 20])

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
+from kvpolicy.policy.decide import Decision
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
-from kvpolicy.types import KeepIndices, Scores
 from kvsupport.oracle_rows import TOLERANCE
 
 
@@ -61,7 +61,7 @@ class AloneReport:
 
 
 @dataclass
-class _Decision:
+class _Noted:
     """One compaction of one row: how much it had seen, and the positions that each head of each layer kept."""
 
     seen: int
@@ -72,25 +72,26 @@ class _Watched(Policy):
     """A policy that notes its decisions by row, and follows those of an earlier run if it is given them."""
 
     rows: range
-    made: dict[int, list[_Decision]]
-    reference: list[list[_Decision]] | None
+    made: dict[int, list[_Noted]]
+    reference: list[list[_Noted]] | None
     report: AloneReport
 
-    def select(self, views: Sequence[CacheView], budget: Sequence[int]) -> list[KeepIndices]:
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
         """Decide, note, compare."""
-        keeps = super().select(views, budget)
+        decision = super().decide(views, budget)
+        keeps = decision.kept
         for b, row in enumerate(self.rows):
             seen = int(views[0].seen[b])
             if self.reference is not None:
-                self._compare(views, keeps, b, row, seen)
+                self._compare(views, decision, b, row, seen)
             kept = [
                 [p[i[:n]] for p, i, n in zip(view.positions[b], keep.indices[b], keep.lengths[b].tolist(), strict=True)]
                 for view, keep in zip(views, keeps, strict=True)
             ]
-            self.made.setdefault(row, []).append(_Decision(seen, kept))
-        return keeps
+            self.made.setdefault(row, []).append(_Noted(seen, kept))
+        return decision
 
-    def _compare(self, views: Sequence[CacheView], keeps: list[KeepIndices], b: int, row: int, seen: int) -> None:
+    def _compare(self, views: Sequence[CacheView], decision: Decision, b: int, row: int, seen: int) -> None:
         assert self.reference is not None
         number = len(self.made.get(row, []))
         expected = self.reference[row][number] if number < len(self.reference[row]) else None
@@ -99,8 +100,7 @@ class _Watched(Policy):
             at = "none" if expected is None else f"one at {expected.seen}"
             self.report.mismatches.append(f"{where}: alone there is {at}")
             return
-        scores: list[Scores] | None = None
-        for n, (view, keep) in enumerate(zip(views, keeps, strict=True)):
+        for n, (view, keep) in enumerate(zip(views, decision.kept, strict=True)):
             self.report.decisions += view.shape[1]
             theirs = expected.kept[n]
             ours = [
@@ -109,16 +109,12 @@ class _Watched(Policy):
             other = [h for h in range(len(ours)) if not torch.equal(ours[h], theirs[h])]
             if not other:
                 continue
-            if scores is None:
-                masks = [self.masks(v) for v in views]
-                scores = [self.retention(v) for v in views]
-                scores = self._share(scores, [m[0] for m in masks], [m[1] for m in masks])[0]
             kept = keep.mask(view.shape[2])
             for h in other:
                 place = f"{where}, layer {view.layer_idx}, head {h}"
-                self._judge(view, scores[n][b, h], b, h, ours[h], theirs[h], place)
+                self._judge(view, decision.shared.scores[n][b, h], b, h, ours[h], theirs[h], place)
                 kept[b, h] = torch.isin(view.positions[b, h], theirs[h]) & view.valid[b, h]
-            keeps[n] = keep_indices(kept)
+            decision.kept[n] = keep_indices(kept)
 
     def _judge(self, view: CacheView, score: Tensor, b: int, h: int, ours: Tensor, theirs: Tensor, where: str) -> None:
         extra, missing = ours[~torch.isin(ours, theirs)].tolist(), theirs[~torch.isin(theirs, ours)].tolist()
@@ -145,7 +141,7 @@ class _Watched(Policy):
         return float((unit @ unit.T - p.threshold).abs().min())
 
 
-def _watched(policy: Policy, report: AloneReport, reference: list[list[_Decision]] | None = None) -> _Watched:
+def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Watched:
     twin = _Watched(**{f.name: getattr(policy, f.name) for f in fields(policy)})
     for name, value in (("made", {}), ("report", report), ("reference", reference), ("rows", range(0))):
         object.__setattr__(twin, name, value)

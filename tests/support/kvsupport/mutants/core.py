@@ -18,6 +18,7 @@ from kvpolicy.cache.store import DenseStore
 from kvpolicy.contracts.components import Slots
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
+from kvpolicy.policy import decide
 from kvpolicy.policy.policy import Policy
 from kvpolicy.types import KeepIndices
 from kvsupport.mutants import parts
@@ -32,7 +33,7 @@ _append_slots, _take_rows, _crop, _compact_part = (
     Engine._compact,
 )
 _window, _log_rows, _log_crop, _plan = QueryLog.window, QueryLog.rows, QueryLog.crop, _engine_module.plan_forward
-_select, _masks, _store_rows, _fires = Policy.select, Policy.masks, DenseStore.rows, Engine._fires
+_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, DenseStore.rows, Engine._fires
 
 
 def _without(names: tuple[str, ...]) -> Any:
@@ -145,7 +146,7 @@ def _first_row_decides(self: Engine, row: Any, incoming: int) -> bool:
 
 
 def _one_more_than_budget(self: Policy, views: Any, budget: Any) -> Any:
-    return _select(self, views, [n + 1 for n in budget])
+    return _decide(self, views, [n + 1 for n in budget])
 
 
 def _counter_of_batch(self: Engine, layer: int, part: slice, window: Window | None = None) -> CacheView:
@@ -153,13 +154,13 @@ def _counter_of_batch(self: Engine, layer: int, part: slice, window: Window | No
     return replace(view, compaction=torch.full_like(view.compaction, sum(r.compactions for r in self.rows)))
 
 
-def _pads_allowed(self: Policy, view: CacheView) -> tuple[Tensor, Tensor]:
-    protected, allowed = _masks(self, view)
+def _pads_allowed(parts: Any, view: CacheView) -> tuple[Tensor, Tensor]:
+    protected, allowed = _masks(parts, view)
     return protected, torch.ones_like(allowed)
 
 
-def _drops_protection(self: Policy, view: CacheView) -> tuple[Tensor, Tensor]:
-    protected, allowed = _masks(self, view)
+def _drops_protection(parts: Any, view: CacheView) -> tuple[Tensor, Tensor]:
+    protected, allowed = _masks(parts, view)
     first = protected & (protected.cumsum(-1) == 1)
     return protected & ~first, allowed
 
@@ -192,8 +193,8 @@ def _selector(select: Any) -> Any:
     return lambda: patched((_top_k(), "select", select))()  # noqa: PLW0108  # the catalog is read when it is used
 
 
-def _unshared(self: Policy, scores: Any, protected: Any, allowed: Any) -> Any:
-    return scores, protected, allowed
+def _unshared(selector: Any, ranking: Any) -> Any:
+    return ranking
 
 
 def _shared_knorm() -> Any:
@@ -244,13 +245,13 @@ MUTANTS = (
            patched((_engine_module, "plan_forward", _positions_from_length))),
     Mutant("padding stored", "pads scored as tokens", "knorm", patched((_engine_module, "plan_forward", _pads_stored))),
     Mutant("the first row decides when", "batch 0 only", "rkv", _engine("_fires", _first_row_decides)),
-    Mutant("budget plus one", "n < B + 1", "rkv", patched((Policy, "select", _one_more_than_budget))),
+    Mutant("budget plus one", "n < B + 1", "rkv", patched((Policy, "decide", _one_more_than_budget))),
     Mutant("random numbers count the batch's compactions", "a row in a batch differs", "random",
            _engine("view", _counter_of_batch)),
-    Mutant("padding may be kept", "pads kept", "knorm", patched((Policy, "masks", _pads_allowed))),
-    Mutant("first protected entry forgotten", "sinks evicted", "rkv", patched((Policy, "masks", _drops_protection))),
+    Mutant("padding may be kept", "pads kept", "knorm", patched((decide, "masks", _pads_allowed))),
+    Mutant("first protected entry forgotten", "sinks evicted", "rkv", patched((decide, "masks", _drops_protection))),
     Mutant("heads choose alone under a shared scope", "one block table per layer", _shared_knorm,
-           patched((Policy, "_share", _unshared))),
+           patched((decide, "share", _unshared))),
     Mutant("prompt compacted in phase decode", "phase", "rkv", _engine("compact_due", _whatever_the_phase)),
     Mutant("ties to the highest slot", "ties differ between backends", "knorm", _selector(_ties)),
 )  # fmt: skip
