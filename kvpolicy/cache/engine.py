@@ -17,7 +17,7 @@ from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
 from kvpolicy.cache.rows import Columns, Row
-from kvpolicy.cache.store import Base, DenseStore, RaggedStore, Shape
+from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Rows
 from kvpolicy.cache.store.group import Stores
 from kvpolicy.contracts.components import Component, Counters
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
@@ -58,7 +58,14 @@ class Engine:
     def reset(self) -> None:
         """Forget everything; the next forward pass starts a new sequence."""
         self.rows: list[Row] = []
-        self.stores = Stores(self.policy, self.groups)
+        self.stores = Stores(
+            self.groups,
+            ragged=self.policy.counts != "equal",
+            bound=self.policy.bound,
+            states=self.policy.slot_states,
+            re_rotates=self._re_rotates,
+        )
+        self._last_held: Rows | None = None
         self.facts: dict[int, LayerFacts] = {}
         self.observation = Observation(self.policy, self.ropes)
         self.log = QueryLog(self.policy.observed_queries, feeds_attention=self.observation.active)
@@ -123,9 +130,9 @@ class Engine:
             self._make_room(store)
         return forward
 
-    def _make_room(self, store: DenseStore) -> None:
+    def _make_room(self, store: ArenaStore) -> None:
         assert self.forward is not None
-        plan = self.forward.plan_on(store.shape.device)
+        plan = self.forward.plan_on(store.layout.device)
         used = max(row.tail for row in self.rows) if store.capacity else 0
         self.stores.reserve(store, plan.end, used, decoding=self.decoding)
         store.append_slots(plan)
@@ -141,15 +148,15 @@ class Engine:
         store = self.stores.get(layer)
         if store is None:
             ops.choose_backend(self.policy.backend, keys)  # refuses now, rather than at the first compaction
-            store = self.stores.make(layer, Shape.of(keys, values))
+            store = self.stores.make(layer, keys, values)
             self._make_room(store)
-        shape = store.shape
-        if shape.dtype != keys.dtype or shape.device != keys.device:
+        layout = store.layout
+        if layout.dtype != keys.dtype or layout.device != keys.device:
             raise UnsupportedError(
-                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {shape.dtype} on "
-                f"{shape.device}; keep dtype and device of a model while a cache is in use."
+                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {layout.dtype} on "
+                f"{layout.device}; keep dtype and device of a model while a cache is in use."
             )
-        if keys.shape[1] != shape.heads or keys.shape[3] != shape.key_dim:
+        if keys.shape[1] != layout.heads or keys.shape[3] != layout.key_dim:
             raise UnsupportedError(
                 f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
                 "that it is grouped with."
@@ -157,7 +164,7 @@ class Engine:
         if forward.shifted:
             keys = ops.rotate(keys, self.ropes[layer], -self._shifts(keys.device)[:, None, None])
         forward.pending.discard(layer)
-        return store.append(layer, keys, values, forward.plan_on(shape.device))
+        return store.append(layer, keys, values, forward.plan_on(layout.device))
 
     def ragged_base(self, layer: int) -> Base | None:
         """Return the ragged entries that a layer's attention reads beside the slots that `append` returned."""
@@ -226,11 +233,12 @@ class Engine:
     def _compact(self, part: slice) -> None:
         window = self.log.window()
         budget, views, keeps = self._decide(part, window)
+        rows = self.held(part, budget)
         for i, (layer, kept) in enumerate(zip(self.layers, keeps, strict=True)):
-            self.stores[layer].write(layer, part, self._changes(views, i, kept))
-        self.stores.compact(self.layers, part, keeps)
-        for row, entries in zip(self.rows[part], budget, strict=True):
-            row.resident = min(row.resident, entries)
+            self.stores[layer].write(layer, rows, self._changes(views, i, kept))
+        left = self.stores.keep(rows, dict(zip(self.layers, keeps, strict=True)))
+        for row, entries in zip(self.rows[part], left.lengths, strict=True):
+            row.resident = entries
             self._note(row)
 
     def _compact_ragged(self, parts: Sequence[slice]) -> None:
@@ -241,11 +249,11 @@ class Engine:
             store = self.stores[layer]
             assert isinstance(store, RaggedStore)
             made = [(part, keeps[i], self._changes(views, i, keeps[i])) for part, _, views, keeps in decided]
-            store.repack(layer, self._tails(), made)
+            store.repack(layer, self.held(slice(None)), made)
         for store in self.stores.distinct():
             store.resize(0, 0)
         counts = [self.stores[layer].entries(layer, [0] * len(self.rows)) for layer in self.layers]
-        heads = sum(self.stores[layer].shape.heads for layer in self.layers)
+        heads = sum(self.stores[layer].layout.heads for layer in self.layers)
         for row, total in zip(self.rows, zip(*counts, strict=True), strict=True):
             row.base = row.resident = -(-sum(total) // heads)
             row.floor = row.seen
@@ -271,14 +279,28 @@ class Engine:
         if self._re_rotates:
             row.shift = row.seen - row.resident
 
-    def _tails(self) -> list[int]:
-        return [row.tail for row in self.rows]
+    def held(self, part: slice, budget: Sequence[int] | None = None) -> Rows:
+        """Return what stores and views are told of some rows; one object, and its tensors, while nothing changes."""
+        some = self.rows[part]
+        numbers = {
+            "prompt_length": [row.prompt for row in some],
+            "seen": [row.seen for row in some],
+            "compaction": [row.compactions for row in some],
+        }
+        if budget is not None:
+            numbers["budget"] = list(budget)
+        rows = Rows.of(range(len(self.rows))[part], [row.tail for row in some], **numbers)
+        if rows != self._last_held:
+            self._last_held = rows
+        assert self._last_held is not None
+        return self._last_held
 
     def view(
         self, layer: int, part: slice, window: Window | None = None, budget: Sequence[int] | None = None
     ) -> CacheView:
         """Return what components may see of one layer, for the rows `part`."""
-        slots, facts = self.stores[layer].read(layer, part, self._tails()[part]), self.facts[layer]
+        rows, facts = self.held(part, budget), self.facts[layer]
+        slots = self.stores[layer].read(layer, rows)
         observed = None
         if window is not None:
             queries = self.turn_queries(layer, self.log.gather(layer, window))[part]
@@ -287,9 +309,8 @@ class Engine:
         if self.modality is not None:
             extras["modality"] = marked(self._columns.by_position(self.modality, len(self.rows))[part], slots)
         return make_view(
-            slots, self.rows[part], facts,
-            layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer),
-            observed=observed, budget=budget, extras=extras,
+            slots, rows, facts,
+            layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer), observed=observed, extras=extras,
         )  # fmt: skip
 
     # -- observation --------------------------------------------------------------------------------------------------
@@ -308,7 +329,7 @@ class Engine:
             record.unobserved = 0
 
     def _feed(self, layer: int, queries: Tensor, positions: Tensor, valid: Tensor) -> None:
-        store, shape = self.stores[layer], (self.stores[layer].shape.heads, self.facts[layer].groups)
+        store, shape = self.stores[layer], (self.stores[layer].layout.heads, self.facts[layer].groups)
         everyone = slice(0, len(self.rows))
         self.observation.feed(
             layer,
@@ -317,7 +338,7 @@ class Engine:
             positions.to(queries.device),
             valid.to(queries.device),
             lambda: self.view(layer, everyone),
-            lambda name, tensor: store.write(layer, everyone, {f"state.{name}": tensor}),
+            lambda name, tensor: store.write(layer, self.held(everyone), {f"state.{name}": tensor}),
         )
 
     # -- rows and rollback --------------------------------------------------------------------------------------------
@@ -360,7 +381,7 @@ class Engine:
         for b, slots in slots_to_keep(self.rows, known, past).items():
             self.observe()
             for store in self.stores.distinct():
-                index = slots.to(store.shape.device).expand(1, store.shape.heads, -1)
+                index = slots.to(store.layout.device).expand(1, store.layout.heads, -1)
                 lengths = torch.full(index.shape[:2], slots.numel(), device=index.device)
                 with ops.using_backend(self.policy.backend):
                     for layer in store.layers:

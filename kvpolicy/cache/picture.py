@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from kvpolicy.cache.queries.log import Window
-from kvpolicy.cache.rows import Row
-from kvpolicy.cache.store import SlotTensors
+from kvpolicy.cache.store import Rows, SlotTensors
 from kvpolicy.contracts.view import CacheView, Rope
 
 
@@ -51,22 +48,22 @@ class Observed:
 
 def make_view(
     slots: SlotTensors,
-    rows: Sequence[Row],
+    rows: Rows,
     facts: LayerFacts,
     *,
     layer: int,
     num_layers: int,
     rope: Rope | None,
     observed: Observed | None,
-    budget: Sequence[int] | None,
     extras: dict[str, Tensor],
 ) -> CacheView:
-    """Return what components may see of one layer, for some rows."""
+    """Return what components may see of one layer, for some rows.
+
+    `rows.numbers` hold `prompt_length`, `seen`, `compaction` and, in a compaction, `budget`; their tensors are made once,
+    for all layers.
+    """
     device = slots.keys.device
-
-    def each(numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(list(numbers), device=device)
-
+    numbers = rows.on(device)
     if facts.output_projection is not None:
         extras = {**extras, "output_projection": facts.output_projection}
     return CacheView(
@@ -77,9 +74,9 @@ def make_view(
         scale=facts.scale,
         layer_idx=layer,
         num_layers=num_layers,
-        prompt_length=each([row.prompt for row in rows]),
-        seen=each([row.seen for row in rows]),
-        compaction=each([row.compactions for row in rows]),
+        prompt_length=numbers["prompt_length"],
+        seen=numbers["seen"],
+        compaction=numbers["compaction"],
         queries=None if observed is None else observed.queries,
         query_positions=None if observed is None else observed.window.positions[observed.part].to(device),
         query_valid=None if observed is None else observed.window.valid[observed.part].to(device),
@@ -88,7 +85,7 @@ def make_view(
         attention_sinks=facts.attention_sinks,
         rope=rope,
         rope_positions=slots.rope_positions,
-        budget=None if budget is None else each(budget),
+        budget=numbers.get("budget"),
         extras=MappingProxyType(extras),
     )
 

@@ -118,7 +118,7 @@ def forward(
 def bytes_per_entry(cache: PolicyCache) -> int:
     """Return the bytes of one entry per KV head: keys and values of all KV heads and evictable layers."""
     stores = cache.engine.stores
-    return sum(stores[layer].bytes_per_entry * stores[layer].shape.heads for layer in cache.engine.layers)
+    return sum(stores[layer].layout.bytes_per_entry * stores[layer].layout.heads for layer in cache.engine.layers)
 
 
 def generate_batch(

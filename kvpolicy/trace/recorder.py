@@ -70,7 +70,7 @@ class Recorder:
         _one_row(len(engine.rows))
         engine.settle()
         row = engine.rows[0]
-        heads = tuple(engine.stores[layer].shape.heads for layer in engine.layers)
+        heads = tuple(engine.stores[layer].layout.heads for layer in engine.layers)
         evicted = torch.zeros(sum(heads), row.seen, dtype=torch.int32)
         known = min(row.seen, self._evicted.shape[1])
         evicted[: self._evicted.shape[0], :known] = self._evicted[:, :known]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from kvpolicy import ops
-from kvpolicy.cache.store import BLOCK, RaggedStore, Shape, SlotTensors
+from kvpolicy.cache.store import BLOCK, Layout, RaggedStore, Rows, SlotTensors
 from kvpolicy.cache.store.ragged import Base
 from kvpolicy.contracts.components import SlotState
+from kvpolicy.errors import CacheStateError
+from kvpolicy.types import KeepIndices
 
 B, H, G, D, DV = 2, 3, 2, 8, 6
 
@@ -19,6 +21,10 @@ def slots(count: int, dtype: torch.dtype = torch.float32) -> SlotTensors:
         torch.randn(B, H, count, D).to(dtype), torch.randn(B, H, count, DV).to(dtype), positions, positions,
         {"memory": torch.rand(B, H, count)}, torch.ones(B, H, count, dtype=torch.bool),
     )  # fmt: skip
+
+
+def tails(*lengths: int) -> Rows:
+    return Rows.of(range(len(lengths)), lengths)
 
 
 def some(count: int, share: float = 0.4) -> torch.Tensor:
@@ -101,8 +107,7 @@ def test_blocks_hold_what_was_kept_and_little_more():
 
 @pytest.fixture
 def store() -> RaggedStore:
-    shape = Shape(B, H, D, DV, torch.float32, torch.device("cpu"))
-    return RaggedStore([4], shape, [SlotState("memory")], re_rotates=False)
+    return RaggedStore(Layout((4,), H, D, DV, torch.float32, torch.device("cpu"), (SlotState("memory"),)), B)
 
 
 def filled(store: RaggedStore, tail: int = 5) -> tuple[SlotTensors, torch.Tensor]:
@@ -119,7 +124,7 @@ def filled(store: RaggedStore, tail: int = 5) -> tuple[SlotTensors, torch.Tensor
 
 def test_reading_gives_back_base_and_tail(store):
     held, kept = filled(store)
-    read = store.read(4, slice(None), [5, 3])
+    read = store.read(4, tails(5, 3))
     for b, tail in enumerate((5, 3)):
         for h in range(H):
             real = read.valid[b, h]
@@ -130,26 +135,42 @@ def test_reading_gives_back_base_and_tail(store):
             assert torch.equal(read.state["memory"][b, h][real], remembered)
             positions = read.positions[b, h][real].tolist()
             assert positions == [*kept[b, h].nonzero()[:, 0].tolist(), *range(40, 40 + tail)]
-    one = store.read(4, slice(1, 2), [3])
+    one = store.read(4, Rows.of([1], [3]))
     assert torch.equal(one.keys[0, 2][one.valid[0, 2]], read.keys[1, 2][read.valid[1, 2]])
     assert store.entries(4, [5, 3]) == [int(kept[0].sum()) + 15, int(kept[1].sum()) + 9]
 
 
 def test_slot_state_is_written_where_it_belongs(store):
     filled(store)
-    read = store.read(4, slice(None), [5, 5])
+    read = store.read(4, tails(5, 5))
     new = torch.rand_like(read.state["memory"])
-    store.write(4, slice(None), {"state.memory": new})
-    again = store.read(4, slice(None), [5, 5])
+    store.write(4, tails(5, 5), {"state.memory": new})
+    again = store.read(4, tails(5, 5))
     assert torch.equal(again.state["memory"][again.valid], new[read.valid])
     assert torch.equal(again.keys[again.valid], read.keys[read.valid])
 
 
+def test_keeping_packs_base_and_tail_and_counts_what_is_left(store):
+    filled(store)
+    before = store.read(4, tails(5, 3))
+    wanted = before.valid & (torch.rand(before.valid.shape) < 0.6)
+    indices = (~wanted).to(torch.int8).argsort(dim=-1, stable=True)
+    with pytest.raises(CacheStateError, match="whole batch"):
+        store.keep(Rows.of([1], [3]), {4: KeepIndices(indices[1:], wanted[1:].sum(-1))})
+    left = store.keep(tails(5, 3), {4: KeepIndices(indices, wanted.sum(-1))})
+    assert left.lengths == tuple(-(-int(row.sum()) // H) for row in wanted)
+    assert store.capacity == 0
+    after = store.read(4, tails(0, 0))
+    for b in range(B):
+        for h in range(H):
+            assert torch.equal(after.keys[b, h][after.valid[b, h]], before.keys[b, h][wanted[b, h]])
+
+
 def test_rows_are_reordered_repeated_and_dropped(store):
     filled(store)
-    before = store.read(4, slice(None), [5, 5])
+    before = store.read(4, tails(5, 5))
     store.rows(torch.tensor([1, 1, 0]))
-    after = store.read(4, slice(None), [5, 5, 5])
+    after = store.read(4, tails(5, 5, 5))
     for new, old in enumerate((1, 1, 0)):
         assert torch.equal(after.values[new][after.valid[new]], before.values[old][before.valid[old]])
     queries = torch.randn(3, H * G, 1, D)
@@ -165,10 +186,10 @@ def test_rows_are_reordered_repeated_and_dropped(store):
 
 def test_a_clone_shares_nothing(store):
     filled(store)
-    before = store.read(4, slice(None), [5, 5])
+    before = store.read(4, tails(5, 5))
     twin = store.clone()
     for arena in twin.bases[4].arenas.values():
         arena.fill_(0)
-    after = store.read(4, slice(None), [5, 5])
+    after = store.read(4, tails(5, 5))
     assert torch.equal(after.keys, before.keys)
     assert torch.equal(after.state["memory"], before.state["memory"])

@@ -1,20 +1,21 @@
-"""The dense store: writing, growing, compacting in place."""
+"""The arena store: writing, growing, compacting in place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvpolicy.cache.store import DenseStore, Shape
+from kvpolicy.cache.store import ArenaStore, Layout, Rows
 from kvpolicy.cache.store.arena import WritePlan
 from kvpolicy.contracts.components import SlotState
+from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.types import KeepIndices
 
 STATES = (SlotState("sum"), SlotState("stamp", torch.int32, 7))
 
 
 def make(batch=2, heads=2, layers=(1, 4), capacity=8, *, re_rotates=False, dtype=torch.float32):
-    store = DenseStore(layers, Shape(batch, heads, 4, 6, dtype, torch.device("cpu")), STATES, re_rotates=re_rotates)
+    store = ArenaStore(Layout(layers, heads, 4, 6, dtype, torch.device("cpu"), STATES, re_rotates), batch)
     store.resize(capacity, 0)
     return store
 
@@ -30,16 +31,17 @@ def fill(store, count=6):
     store.append_slots(plan)
     made = {}
     for layer in store.layers:
-        keys = torch.randn(store.shape.batch, store.shape.heads, count, 4)
-        values = torch.randn(store.shape.batch, store.shape.heads, count, 6)
+        keys = torch.randn(store.batch, store.layout.heads, count, 4)
+        values = torch.randn(store.batch, store.layout.heads, count, 6)
         store.append(layer, keys, values, plan)
         made[layer] = keys, values
     return made
 
 
-def test_the_shape_is_read_off_the_tensors():
+def test_the_layout_is_read_off_the_tensors():
     keys, values = torch.zeros(3, 2, 7, 4, dtype=torch.bfloat16), torch.zeros(3, 2, 7, 6, dtype=torch.bfloat16)
-    assert Shape.of(keys, values) == Shape(3, 2, 4, 6, torch.bfloat16, torch.device("cpu"))
+    layout = Layout.of([1, 4], keys, values, STATES, re_rotates=True)
+    assert layout == Layout((1, 4), 2, 4, 6, torch.bfloat16, torch.device("cpu"), STATES, re_rotates=True)
 
 
 def test_rows_that_are_alike_are_written_as_one_slice():
@@ -150,7 +152,7 @@ def test_rows_are_taken_and_repeated():
     store = make()
     made = fill(store, 6)
     store.rows(torch.tensor([1, 1, 0]))
-    assert store.shape.batch == 3
+    assert store.batch == 3
     assert torch.equal(store.keys[0, 0, :, :6], made[1][0][1])
     assert torch.equal(store.keys[0, 2, :, :6], made[1][0][0])
     plan = equal_rows(6, 1)
@@ -179,7 +181,7 @@ def test_a_clone_shares_nothing(re_rotates):
 
 def test_bytes_are_those_of_the_tensors():
     store = make(dtype=torch.bfloat16)
-    assert store.bytes_per_entry == (4 + 6) * 2
+    assert store.layout.bytes_per_entry == (4 + 6) * 2
     assert store.bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4)
     assert make(re_rotates=True).bytes_allocated(store.layers[0])[1] == 2 * 2 * 8 * (4 + 4 + 4 + 4)
 
@@ -191,3 +193,50 @@ def test_growing_lets_go_of_the_old_arena():
     store.resize(16, 5)
     assert torch.UntypedStorage._expired(old)
     torch.UntypedStorage._free_weak_ref(old)
+
+
+# -- keep ------------------------------------------------------------------------------------------------------------
+
+
+def kept(*counts: int, columns: int = 4) -> KeepIndices:
+    """The first so many slots of each head, for one row after the other, `[B, 2, columns]`."""
+    index = torch.arange(columns).expand(len(counts) // 2, 2, -1)
+    lengths = torch.tensor(counts).view(-1, 2)
+    return KeepIndices(torch.minimum(index, lengths[..., None] - 1), lengths)
+
+
+def test_lengths_are_those_that_were_kept_whatever_was_asked_for():
+    store = make()
+    fill(store, 6)
+    rows = Rows.of([0, 1], [6, 6])
+    left = store.keep(rows, {1: kept(3, 3, 4, 4), 4: kept(3, 3, 4, 4)})
+    assert left.lengths == (3, 4)
+    assert not left.freed
+    after = store.read(4, Rows.of([0, 1], left.lengths))
+    assert after.valid.sum(-1).tolist() == [[3, 3], [4, 4]]
+
+
+@pytest.mark.parametrize("second", [(3, 2, 4, 4), (2, 2, 4, 4)])
+def test_heads_or_layers_that_keep_different_numbers_are_refused(second):
+    store = make()
+    fill(store, 6)
+    before = store.keys.clone()
+    with pytest.raises(UnsupportedError, match=r"row 0: some heads keep 2 entries and others 3.*equal_counts"):
+        store.keep(Rows.of([0, 1], [6, 6]), {1: kept(3, 3, 4, 4), 4: kept(*second)})
+    assert torch.equal(store.keys, before)
+
+
+def test_rows_that_do_not_lie_side_by_side_are_refused():
+    store = make(batch=3)
+    fill(store, 6)
+    with pytest.raises(CacheStateError, match="side by side"):
+        store.read(1, Rows.of([0, 2], [6, 6]))
+
+
+def test_small_numbers_are_made_once_for_all_layers():
+    rows = Rows.of([0, 1], [6, 4], seen=[9, 8])
+    device = torch.device("cpu")
+    assert rows.on(device) is rows.on(device)
+    assert rows.on(device)["seen"].tolist() == [9, 8]
+    assert rows.used(device).tolist() == [[True] * 6, [True] * 4 + [False] * 2]
+    assert rows == Rows.of([0, 1], [6, 4], seen=[9, 8]) != Rows.of([0, 1], [6, 4], seen=[9, 9])

@@ -1,4 +1,4 @@
-"""Dense store: every head of a row holds the same number of entries, at the front of a preallocated arena."""
+"""Arena store: every head of a row holds the same number of entries, at the front of a preallocated arena."""
 
 from __future__ import annotations
 
@@ -10,68 +10,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.contracts.components import SlotState
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors, equal_lengths
+from kvpolicy.errors import CacheStateError
 from kvpolicy.types import KeepIndices
 
 _TOGETHER = {"cpu": 0}  # kept slots that are moved together; plain torch copies them, and a CPU gains nothing by it
 _TOGETHER_ELSEWHERE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What all layers of one store have in common.
-
-    Attributes:
-        batch, heads, key_dim, value_dim: sizes of `[B, H, N, D]` and `[B, H, N, Dv]`.
-        dtype, device: of the cached keys and values.
-    """
-
-    batch: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(keys: Tensor, values: Tensor) -> Shape:
-        """Read the shape off the first keys and values of a layer."""
-        batch, heads, _, dim = keys.shape
-        return Shape(batch, heads, dim, values.shape[-1], keys.dtype, keys.device)
-
-
-@dataclass(frozen=True)
-class SlotTensors:
-    """All slots of one layer, for some rows.
-
-    Attributes:
-        keys, values: `[B, H, N, D]` and `[B, H, N, Dv]`.
-        positions, rope_positions: int32 `[B, H, N]`; the same tensor unless kept keys are re-rotated.
-        state: slot state by name, `[B, H, N]`.
-        valid: bool `[B, H, N]`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    rope_positions: Tensor
-    state: Mapping[str, Tensor]
-    valid: Tensor
-
-    def arenas(self) -> dict[str, Tensor]:
-        """Return everything that moves with a slot, by name; slot state as ``state.NAME``."""
-        arenas = {"keys": self.keys, "values": self.values, "positions": self.positions}
-        if self.rope_positions is not self.positions:
-            arenas["rope_positions"] = self.rope_positions
-        return arenas | {f"state.{name}": tensor for name, tensor in self.state.items()}
-
-    @staticmethod
-    def of(arenas: Mapping[str, Tensor], valid: Tensor) -> SlotTensors:
-        """Put together again what `arenas` took apart."""
-        state = {name.removeprefix("state."): t for name, t in arenas.items() if name.startswith("state.")}
-        positions = arenas["positions"]
-        turned = arenas.get("rope_positions", positions)
-        return SlotTensors(arenas["keys"], arenas["values"], positions, turned, state, valid)
 
 
 @dataclass(frozen=True)
@@ -97,24 +41,25 @@ class WritePlan:
     slot: Tensor | None = None
 
 
-class DenseStore:
+class ArenaStore:
     """Keys, values, positions and slot state of some layers, `[L, B, H, capacity, ...]` each, compacted in place.
 
     Tails behind a row's length hold finite leftovers, never uninitialised memory: attention multiplies them by 0.
     """
 
-    def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layout: Layout, batch: int) -> None:
+        self.layout = layout
+        self.batch = batch
+        self.layers = layout.layers
         self.index = {layer: i for i, layer in enumerate(self.layers)}
-        self.shape = shape
-        self.states = tuple(states)
+        self.states = layout.states
         self.capacity = 0
-        lead = (len(self.layers), shape.batch, shape.heads, 0)
-        self.keys = torch.zeros(*lead, shape.key_dim, dtype=shape.dtype, device=shape.device)
-        self.values = torch.zeros(*lead, shape.value_dim, dtype=shape.dtype, device=shape.device)
-        self.positions = torch.zeros(lead, dtype=torch.int32, device=shape.device)
-        self.rope_positions = torch.zeros_like(self.positions) if re_rotates else self.positions
-        self.state = {s.name: torch.zeros(lead, dtype=s.dtype, device=shape.device) for s in self.states}
+        lead, device = (len(self.layers), batch, layout.heads, 0), layout.device
+        self.keys = torch.zeros(*lead, layout.key_dim, dtype=layout.dtype, device=device)
+        self.values = torch.zeros(*lead, layout.value_dim, dtype=layout.dtype, device=device)
+        self.positions = torch.zeros(lead, dtype=torch.int32, device=device)
+        self.rope_positions = torch.zeros_like(self.positions) if layout.re_rotates else self.positions
+        self.state = {s.name: torch.zeros(lead, dtype=s.dtype, device=device) for s in self.states}
         self._open: list[tuple[Tensor, ...]] = []
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -138,9 +83,9 @@ class DenseStore:
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
-        index = index.to(self.shape.device)
+        index = index.to(self.layout.device)
         self._each(lambda old: old.index_select(1, index))
-        self.shape = Shape(**{**self.shape.__dict__, "batch": index.numel()})
+        self.batch = index.numel()
 
     def clone(self) -> Self:
         """Return an independent copy."""
@@ -192,48 +137,47 @@ class DenseStore:
             all_values[row, :, slot] = values[row, :, column]
         return all_keys, all_values
 
-    def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
-        """Return all slots in use of a layer, without copying.
-
-        Args:
-            layer: index of the layer as transformers counts.
-            rows: which rows of the batch.
-            lengths: slots in use of each of these rows.
-        """
-        i, end, device = self.index[layer], max(lengths), self.shape.device
-        used = torch.arange(end, device=device) < torch.tensor(list(lengths), device=device)[:, None]
-        positions = self.positions[i, rows, :, :end]
-        turned = positions if self.rope_positions is self.positions else self.rope_positions[i, rows, :, :end]
+    def read(self, layer: int, rows: Rows) -> SlotTensors:
+        """Return all slots in use of a layer, without copying; `rows` are neighbours in the batch."""
+        i, part, end = self.index[layer], neighbours(rows), rows.longest
+        positions = self.positions[i, part, :, :end]
+        turned = positions if self.rope_positions is self.positions else self.rope_positions[i, part, :, :end]
         return SlotTensors(
-            self.keys[i, rows, :, :end],
-            self.values[i, rows, :, :end],
+            self.keys[i, part, :, :end],
+            self.values[i, part, :, :end],
             positions,
             turned,
-            {name: tensor[i, rows, :, :end] for name, tensor in self.state.items()},
-            used[:, None].expand(-1, self.shape.heads, -1),
+            {name: tensor[i, part, :, :end] for name, tensor in self.state.items()},
+            rows.used(self.layout.device)[:, None].expand(-1, self.layout.heads, -1),
         )
 
-    def write(self, layer: int, rows: slice, changes: Mapping[str, Tensor]) -> None:
+    def write(self, layer: int, rows: Rows, changes: Mapping[str, Tensor]) -> None:
         """Replace arenas of a layer's first slots by name (see `SlotTensors.arenas`), `[B, H, N, ...]` each."""
         arenas = {"keys": self.keys, "values": self.values, "rope_positions": self.rope_positions}
         arenas |= {f"state.{name}": tensor for name, tensor in self.state.items()}
         for name, tensor in changes.items():
-            arenas[name][self.index[layer], rows, :, : tensor.shape[2]].copy_(tensor)
+            arenas[name][self.index[layer], neighbours(rows), :, : tensor.shape[2]].copy_(tensor)
+
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+        """Move the kept slots of these rows to the front, in all layers; see `Store.keep`."""
+        counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)
+        self._compact_layers(neighbours(rows), kept)
+        return Kept(counted)
 
     def compact(self, layer: int, rows: slice, kept: KeepIndices) -> None:
         """Move the kept slots of these rows to the front, keys, values, positions and slot state alike."""
         for arena in self._arenas():
             ops.compact(arena[self.index[layer], rows], kept)
 
-    def compact_layers(self, rows: slice, keeps: Mapping[int, KeepIndices]) -> None:
+    def _compact_layers(self, rows: slice, keeps: Mapping[int, KeepIndices]) -> None:
         """As `compact` for all layers, on an accelerator many at once: one launch for each arena, not for each layer.
 
         Args:
             rows: all rows, or one.
             keeps: what each layer keeps.
         """
-        shape, slots = self.shape, max(kept.indices.numel() for kept in keeps.values())
-        step = max(1, _TOGETHER.get(shape.device.type, _TOGETHER_ELSEWHERE) // max(slots, 1))
+        slots = max(kept.indices.numel() for kept in keeps.values())
+        step = max(1, _TOGETHER.get(self.layout.device.type, _TOGETHER_ELSEWHERE) // max(slots, 1))
         if len({kept.indices.shape for kept in keeps.values()}) > 1:
             step = 1
         for first in range(0, len(self.layers), step):
@@ -252,15 +196,21 @@ class DenseStore:
 
     def entries(self, layer: int, lengths: Sequence[int]) -> list[int]:
         """Return the entries that each row of a layer holds, over all heads; `lengths` are its slots in use."""
-        return [n * self.shape.heads for n in lengths]
-
-    @property
-    def bytes_per_entry(self) -> int:
-        """Bytes of one key and one value of one KV head."""
-        return (self.shape.key_dim + self.shape.value_dim) * self.shape.dtype.itemsize
+        return [n * self.layout.heads for n in lengths]
 
     def bytes_allocated(self, layer: int) -> tuple[int, int]:
         """Return the bytes of the tensors that hold a layer: keys and values, and metadata (positions, slot state)."""
         i = self.index[layer]
         sizes = [arena[i].numel() * arena.element_size() for arena in self._arenas()]
         return sum(sizes[:2]), sum(sizes[2:])
+
+
+def neighbours(rows: Rows) -> slice:
+    """Return rows of a batch as a slice, so that what is read of them is a view."""
+    numbers = [row for row in rows.ids if isinstance(row, int)]
+    first = numbers[0] if numbers else 0
+    if numbers != list(range(first, first + len(rows.ids))):
+        raise CacheStateError(
+            f"rows {str(rows.ids)[:60]} do not lie side by side in the batch; ask for them one by one."
+        )
+    return slice(first, first + len(numbers))

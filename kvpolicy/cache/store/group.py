@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kvpolicy.cache.store.arena import DenseStore, Shape
+from kvpolicy.cache.store.arena import ArenaStore
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, equal_lengths
 from kvpolicy.cache.store.ragged import BLOCK, RaggedStore
-from kvpolicy.policy.policy import Policy
+from kvpolicy.contracts.components import SlotState
 from kvpolicy.types import KeepIndices
 
 _EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
 
 
-class Stores(dict[int, DenseStore]):
+class Stores(dict[int, ArenaStore]):
     """Layer index -> store, made when a layer's first keys arrive.
 
     Args:
-        policy: what the stores are for; ragged ones if it leaves heads or layers with different counts.
         groups: layers that share shape and device, as transformers counts them.
+        ragged: heads or layers may hold different numbers of entries.
+        bound: most entries per head while decoding, or None when there is no bound.
+        states: slot state that moves with the entries.
+        re_rotates: kept keys are turned to other positions than their own.
     """
 
-    def __init__(self, policy: Policy, groups: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]],
+        *,
+        ragged: bool,
+        bound: int | None,
+        states: Sequence[SlotState],
+        re_rotates: bool,
+    ) -> None:
         super().__init__()
-        self.policy = policy
         self.groups = [tuple(group) for group in groups]
-        self.ragged = policy.counts != "equal"
+        self.ragged, self.bound, self.states, self.re_rotates = ragged, bound, tuple(states), re_rotates
 
-    def distinct(self) -> list[DenseStore]:
+    def distinct(self) -> list[ArenaStore]:
         """Return each store once."""
         return list({id(store): store for store in self.values()}.values())
 
-    def make(self, layer: int, shape: Shape) -> DenseStore:
-        """Make the store of a layer and of those that it is grouped with; it has no slots yet."""
+    def make(self, layer: int, keys: Tensor, values: Tensor) -> ArenaStore:
+        """Make the store of a layer and of those that it is grouped with; it has no slots yet.
+
+        Args:
+            layer: index of the layer.
+            keys, values: its first ones, `[B, H, q, D]` and `[B, H, q, Dv]`.
+        """
         group = next(group for group in self.groups if layer in group)
-        kind = RaggedStore if self.ragged else DenseStore
-        re_rotates = any(post.changes == "positions" for post in self.policy.post)
-        store = kind(group, shape, self.policy.slot_states, re_rotates=re_rotates)
+        kind = RaggedStore if self.ragged else ArenaStore
+        store = kind(Layout.of(group, keys, values, self.states, re_rotates=self.re_rotates), keys.shape[0])
         for member in group:
             self[member] = store
         return store
 
-    def reserve(self, store: DenseStore, needed: int, used: int, *, decoding: bool) -> None:
+    def reserve(self, store: ArenaStore, needed: int, used: int, *, decoding: bool) -> None:
         """Grow so that `needed` slots fit, `used` of which are in use.
 
         A bounded policy gets all of its bound at once, an unbounded one grows geometrically, and the tail behind a
@@ -50,7 +65,7 @@ class Stores(dict[int, DenseStore]):
         """
         if needed <= store.capacity:
             return
-        bound = self.policy.bound
+        bound = self.bound
         if isinstance(store, RaggedStore) and store.bases:
             capacity = -(-needed // BLOCK) * BLOCK
         elif bound is not None and needed <= bound:
@@ -62,17 +77,18 @@ class Stores(dict[int, DenseStore]):
         store.resize(capacity, min(used, store.capacity))
 
     def shrink(self, used: int, incoming: int) -> None:
-        """Give back what lies behind the policy's bound, once the `used` slots and `incoming` new ones fit into it."""
-        bound = self.policy.bound
+        """Give back what lies behind the bound, once the `used` slots and `incoming` new ones fit into it."""
+        bound = self.bound
         for store in self.distinct():
             if bound is not None and store.capacity > bound >= used + incoming:
                 store.resize(bound, used)
 
-    def compact(self, layers: Sequence[int], rows: slice, keeps: Sequence[KeepIndices]) -> None:
-        """Move what each layer keeps of all rows, or of one, to the front."""
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+        """Let go of everything but the kept slots of these rows, in all layers; see `Store.keep`."""
+        counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)
         for store in self.distinct():
-            pairs = zip(layers, keeps, strict=True)
-            store.compact_layers(rows, {layer: kept for layer, kept in pairs if self[layer] is store})
+            store.keep(rows, {layer: each for layer, each in kept.items() if self[layer] is store}, counted)
+        return Kept(counted)
 
     def take(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
@@ -81,7 +97,7 @@ class Stores(dict[int, DenseStore]):
 
     def clone(self) -> Stores:
         """Return an independent copy."""
-        twin = Stores(self.policy, self.groups)
+        twin = Stores(self.groups, ragged=self.ragged, bound=self.bound, states=self.states, re_rotates=self.re_rotates)
         copies = {id(store): store.clone() for store in self.distinct()}
         twin.update({layer: copies[id(store)] for layer, store in self.items()})
         return twin

@@ -2,7 +2,7 @@
 
 What a compaction kept lies in flat blocks, head after head (the *base*). Tokens that came since lie in a dense arena
 (the *tail*), the same number for every head, until the next compaction moves what it keeps into a new base. Before the
-first one there is only the tail, and the store is a dense one.
+first one there is only the tail, and the store is an arena.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.store.arena import DenseStore, Shape, SlotTensors
-from kvpolicy.contracts.components import SlotState
+from kvpolicy.cache.store.arena import ArenaStore, neighbours
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors
+from kvpolicy.errors import CacheStateError
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy.types import Counts, KeepIndices, Mask
 
@@ -89,25 +90,29 @@ class Base:
         return Blocks(self.arenas["keys"], self.arenas["values"], self.owner, self.filled)
 
 
-class RaggedStore(DenseStore):
-    """A dense store whose compactions go into a ragged base per layer."""
+class RaggedStore(ArenaStore):
+    """An arena store whose compactions go into a ragged base per layer."""
 
-    def __init__(self, layers: Sequence[int], shape: Shape, states: Sequence[SlotState], *, re_rotates: bool) -> None:
-        super().__init__(layers, shape, states, re_rotates=re_rotates)
+    def __init__(self, layout: Layout, batch: int) -> None:
+        super().__init__(layout, batch)
         self.bases: dict[int, Base] = {}
 
     def base(self, layer: int) -> Base | None:
         """Return what the layer kept at its last compaction."""
         return self.bases.get(layer)
 
-    def read(self, layer: int, rows: slice, lengths: Sequence[int]) -> SlotTensors:
-        """Return all slots of a layer, the base's padded to its longest head; copies, once there is a base."""
-        recent = super().read(layer, rows, lengths)
+    def read(self, layer: int, rows: Rows) -> SlotTensors:
+        """Return all slots of a layer, the base's padded to its longest head; copies, once there is a base.
+
+        `rows.lengths` are slots in use of the tails.
+        """
+        recent = super().read(layer, rows)
         base = self.bases.get(layer)
         if base is None:
             return recent
         places, held = base.places()
-        places, held = places[rows], held[rows]
+        part = neighbours(rows)
+        places, held = places[part], held[part]
 
         def joined(name: str, tensor: Tensor) -> Tensor:
             return torch.cat([base.arenas[name].flatten(0, 1)[places], tensor], 2)
@@ -115,41 +120,60 @@ class RaggedStore(DenseStore):
         arenas = {name: joined(name, tensor) for name, tensor in recent.arenas().items()}
         return SlotTensors.of(arenas, torch.cat([held, recent.valid], 2))
 
-    def write(self, layer: int, rows: slice, changes: Mapping[str, Tensor]) -> None:
+    def write(self, layer: int, rows: Rows, changes: Mapping[str, Tensor]) -> None:
         """Replace arenas by name, slots as `read` gives them, `[B, H, N, ...]` each."""
         base = self.bases.get(layer)
         if base is None:
             super().write(layer, rows, changes)
             return
         places, held = base.places()
-        places, held = places[rows], held[rows]
+        part = neighbours(rows)
+        places, held = places[part], held[part]
         for name, tensor in changes.items():
             base.arenas[name].flatten(0, 1)[places[held]] = tensor[:, :, : base.most][held]
         super().write(layer, rows, {name: tensor[:, :, base.most :] for name, tensor in changes.items()})
 
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+        """Make what is kept the new bases, and empty the tails; see `Store.keep`.
+
+        Bases hold all rows, so `rows` must be the whole batch; `repack` leaves rows as they are. The lengths are read
+        off what was kept, whatever the caller believes: heads differ.
+        """
+        if len(rows) != self.batch:
+            raise CacheStateError(
+                f"{len(rows)} of {self.batch} rows are to be compacted, but a ragged base is packed for the whole "
+                "batch; give all rows, or repack() with those that are due."
+            )
+        for layer, each in kept.items():
+            self.repack(layer, rows, [(slice(None), each, {})])
+        self.resize(0, 0)
+        totals = torch.stack([base.counts.sum(1) for base in self.bases.values()]).sum(0).tolist()
+        heads = len(self.bases) * self.layout.heads
+        return Kept(tuple(-(-int(total) // heads) for total in totals))
+
     def repack(
-        self, layer: int, lengths: Sequence[int], decided: Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]
+        self, layer: int, rows: Rows, decided: Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]
     ) -> None:
         """Make what is kept of a layer its base; the tail is the caller's to empty.
 
         Args:
             layer: index of the layer.
-            lengths: slots in use of each row's tail.
+            rows: the whole batch; its lengths are slots in use of each row's tail.
             decided: rows, what they keep, and replacements of arenas for them; other rows keep everything.
         """
-        slots = self.read(layer, slice(None), lengths)
+        slots = self.read(layer, rows)
         kept, arenas = slots.valid.clone(), slots.arenas()
-        for rows, indices, changes in decided:
-            kept[rows] = indices.mask(kept.shape[2])
+        for part, indices, changes in decided:
+            kept[part] = indices.mask(kept.shape[2])
             for name, tensor in changes.items():
                 arenas[name] = arenas[name].clone()
-                arenas[name][rows, :, : tensor.shape[2]] = tensor  # shorter where longer rows are not among them
+                arenas[name][part, :, : tensor.shape[2]] = tensor  # shorter where longer rows are not among them
         self.bases[layer] = Base.of(SlotTensors.of(arenas, slots.valid), kept)
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
         super().rows(index)
-        here = index.to(self.shape.device)
+        here = index.to(self.layout.device)
         self.bases = {layer: base.take(here) for layer, base in self.bases.items()}
 
     def clone(self) -> Self:

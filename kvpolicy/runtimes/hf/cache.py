@@ -346,12 +346,12 @@ class PolicyCache(Cache):
         """
         self._settle()
         store = self.engine.stores.get(layer)
-        if store is None or not 0 <= row < len(self.engine.rows) or not 0 <= head < store.shape.heads:
+        if store is None or not 0 <= row < len(self.engine.rows) or not 0 <= head < store.layout.heads:
             raise CacheStateError(
                 f"kept: there is no layer {layer}, head {head}, row {row}; the policy works on layers "
                 f"{self.engine.layers} and the cache holds {len(self.engine.rows)} rows."
             )
-        slots = store.read(layer, slice(row, row + 1), [self.engine.rows[row].tail])
+        slots = store.read(layer, self.engine.held(slice(row, row + 1)))
         positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
         return positions
 

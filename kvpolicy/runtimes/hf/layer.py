@@ -49,7 +49,7 @@ class EvictingLayer(CacheLayerMixin):
         store = engine.stores.get(self.layer_idx)
         if store is None:
             return None
-        slots = store.read(self.layer_idx, slice(None), [row.tail for row in engine.rows])
+        slots = store.read(self.layer_idx, engine.held(slice(None)))
         tensor: Tensor = getattr(slots, arena)
         return tensor
 

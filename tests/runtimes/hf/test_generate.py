@@ -36,7 +36,7 @@ def _valid_sets(cache):
     """Every head holds strictly increasing positions that have been seen, its sinks and its newest tokens."""
     for row, counters in enumerate(cache.engine.rows):
         for layer in cache.engine.layers:
-            for head in range(cache.engine.stores[layer].shape.heads):
+            for head in range(cache.engine.stores[layer].layout.heads):
                 kept = cache.kept(layer, head, row)
                 assert kept == sorted(set(kept))
                 assert kept[:2] == [0, 1]

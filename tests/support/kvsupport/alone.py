@@ -243,5 +243,5 @@ def _run(
 def _kept(cache: PolicyCache) -> list[list[list[int]]]:
     """Positions by row, then by layer and head."""
     engine = cache.engine
-    heads = [(layer, h) for layer in engine.layers for h in range(engine.stores[layer].shape.heads)]
+    heads = [(layer, h) for layer in engine.layers for h in range(engine.stores[layer].layout.heads)]
     return [[cache.kept(layer, h, b) for layer, h in heads] for b in range(len(engine.rows))]

@@ -37,7 +37,7 @@ class _TracingLayer(EvictingLayer):
         if self.layer_idx == engine.layers[0]:
             self.trace.events.append(Pass(engine.forward.query_valid.clone(), prefill=not engine.decoding))
         store = engine.stores[self.layer_idx]
-        slots = store.read(self.layer_idx, slice(None), [row.tail for row in engine.rows])
+        slots = store.read(self.layer_idx, engine.held(slice(None)))
         held = [
             [positions[valid].tolist() for positions, valid in zip(*row, strict=True)]
             for row in zip(slots.positions, slots.valid, strict=True)

@@ -14,7 +14,7 @@ import kvpolicy
 from kvpolicy.cache import engine
 from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.queries.log import QueryLog, Window
-from kvpolicy.cache.store import DenseStore
+from kvpolicy.cache.store import ArenaStore
 from kvpolicy.contracts.components import Slots
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
@@ -25,19 +25,19 @@ from kvsupport.mutants import parts
 from kvsupport.mutants._base import Mutant, patched
 
 _engine_module: Any = engine
-_compact, _reset, _view, _clone = DenseStore.compact, Engine.reset, Engine.view, DenseStore.clone
+_compact, _reset, _view, _clone = ArenaStore.compact, Engine.reset, Engine.view, ArenaStore.clone
 _append_slots, _take_rows, _crop, _compact_part = (
-    DenseStore.append_slots,
+    ArenaStore.append_slots,
     Engine.take_rows,
     Engine.crop,
     Engine._compact,
 )
 _window, _log_rows, _log_crop, _plan = QueryLog.window, QueryLog.rows, QueryLog.crop, _engine_module.plan_forward
-_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, DenseStore.rows, Engine._fires
+_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, ArenaStore.rows, Engine._fires
 
 
 def _without(names: tuple[str, ...]) -> Any:
-    def compact(self: DenseStore, layer: int, rows: slice, kept: KeepIndices) -> None:
+    def compact(self: ArenaStore, layer: int, rows: slice, kept: KeepIndices) -> None:
         held = {name: getattr(self, name).clone() for name in names if name != "state"}
         states = {name: t.clone() for name, t in self.state.items()} if "state" in names else {}
         _compact(self, layer, rows, kept)
@@ -49,15 +49,15 @@ def _without(names: tuple[str, ...]) -> Any:
     return compact
 
 
-def _indices_of_first_row(self: DenseStore, layer: int, rows: slice, kept: KeepIndices) -> None:
+def _indices_of_first_row(self: ArenaStore, layer: int, rows: slice, kept: KeepIndices) -> None:
     _compact(self, layer, rows, KeepIndices(kept.indices[:1].expand_as(kept.indices).contiguous(), kept.lengths))
 
 
-def _indices_of_first_head(self: DenseStore, layer: int, rows: slice, kept: KeepIndices) -> None:
+def _indices_of_first_head(self: ArenaStore, layer: int, rows: slice, kept: KeepIndices) -> None:
     _compact(self, layer, rows, KeepIndices(kept.indices[:, :1].expand_as(kept.indices).contiguous(), kept.lengths))
 
 
-def _first_layer(self: DenseStore, layer: int, rows: slice, kept: KeepIndices) -> None:
+def _first_layer(self: ArenaStore, layer: int, rows: slice, kept: KeepIndices) -> None:
     _compact(self, self.layers[0], rows, kept)
 
 
@@ -70,7 +70,7 @@ def _reset_but(*names: str) -> Any:
     return reset
 
 
-def _append_without_fill(self: DenseStore, plan: Any) -> None:
+def _append_without_fill(self: ArenaStore, plan: Any) -> None:
     states, self.states = self.states, ()
     try:
         _append_slots(self, plan)
@@ -90,7 +90,7 @@ def _rows_without_counters(self: Engine, index: Tensor) -> None:
     self.rows = [replace(old[min(i, len(old) - 1)]) for i in range(index.numel())]
 
 
-def _rows_without_state(self: DenseStore, index: Tensor) -> None:
+def _rows_without_state(self: ArenaStore, index: Tensor) -> None:
     old = dict(self.state)
     _store_rows(self, index)
     count = index.numel()
@@ -165,7 +165,7 @@ def _drops_protection(parts: Any, view: CacheView) -> tuple[Tensor, Tensor]:
     return protected & ~first, allowed
 
 
-def _clone_shares(self: DenseStore) -> DenseStore:
+def _clone_shares(self: ArenaStore) -> ArenaStore:
     return self
 
 
@@ -213,7 +213,7 @@ _compact_due = Engine.compact_due
 
 
 def _store(name: str, new: Any) -> Any:
-    return patched((DenseStore, name, new))
+    return patched((ArenaStore, name, new))
 
 
 def _engine(name: str, new: Any) -> Any:
