@@ -59,8 +59,8 @@ def make_view(
 ) -> CacheView:
     """Return what components may see of one layer, for some rows.
 
-    `rows.numbers` hold `prompt_length`, `seen`, `compaction` and, in a compaction, `budget`; their tensors are made once,
-    for all layers.
+    `rows.numbers` hold `prompt_length`, `seen`, `compaction` and, in a compaction, `budget`. One tensor of them serves
+    all layers.
     """
     device = slots.keys.device
     numbers = rows.on(device)
