@@ -94,14 +94,15 @@ class Table:
             )
 
     def layer(self, name: str, view: CacheView) -> Tensor:
-        """Return one layer of a tensor on the view's device, fp32 `[H, ...]`; raises as `check_model`."""
-        self.check_model(view.num_layers, view.shape[1], view.keys.shape[-1])
-        return self._on(name, view.device)[view.layer_idx]
+        """Return the view's layer and heads of a tensor, on its device, fp32 `[H, ...]`; raises as `check_model`."""
+        heads = view.head_span
+        self.check_model(view.num_layers, heads.total, view.keys.shape[-1])
+        return heads.of(self._on(name, view.device)[view.layer_idx])
 
     def rows(
         self, name: str, layers: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
     ) -> Tensor:
-        """Return some layers of a tensor, fp32 `[len(layers), H, ...]`; raises as `check_model`.
+        """Return some layers of a tensor, all heads, fp32 `[len(layers), H, ...]`; raises as `check_model`.
 
         For ``kept`` of ``head_curves`` the result is `[P, len(layers), H]`.
         """

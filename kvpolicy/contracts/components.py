@@ -7,7 +7,7 @@ holds no tensors; what it must remember lives in *slot state* that the engine mo
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from kvpolicy.contracts.component import Component
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.slot_state import SlotState
 from kvpolicy.contracts.trigger import Counters, Trigger
 from kvpolicy.contracts.view import CacheView
@@ -146,6 +147,7 @@ class AllocationRequest:
         layers: transformers' layer index of each of the `L` entries.
         num_layers: layers of the whole model.
         protected_masks: the protected slots `[L][B, H, N]`, valid ones only.
+        heads: `[L]`, which of the model's KV heads each layer's `H` heads are; empty for all of them.
     """
 
     budget: Tensor
@@ -156,6 +158,12 @@ class AllocationRequest:
     layers: list[int]
     num_layers: int
     protected_masks: list[Mask]
+    heads: Sequence[HeadSpan] = ()
+
+    @property
+    def head_spans(self) -> list[HeadSpan]:
+        """Which of the model's KV heads each layer's heads are."""
+        return list(self.heads) or [HeadSpan.whole(valid.shape[-1]) for valid in self.valid]
 
 
 class BudgetAllocator(Component):
@@ -215,6 +223,9 @@ class Slots:
         seen: int `[B]`, tokens seen so far.
         compaction: int `[B]`, how many compactions the row has had (the counter for random numbers).
         layer_idx: index of the layer; of the first one when all layers share a set.
+        heads: which of the model's KV heads these are; None for all of them.
+        width: no head keeps more entries than this; for `ops.top_k`, which would ask the device otherwise. None where
+            it is not known.
     """
 
     positions: Positions
@@ -222,11 +233,18 @@ class Slots:
     seen: Lengths
     compaction: Lengths
     layer_idx: int
+    heads: HeadSpan | None = None
+    width: int | None = None
+
+    @property
+    def head_span(self) -> HeadSpan:
+        """Which of the model's KV heads the `H` heads are."""
+        return HeadSpan.whole(self.positions.shape[1]) if self.heads is None else self.heads
 
     @staticmethod
     def of(view: CacheView) -> Slots:
         """Read them off a view."""
-        return Slots(view.positions, view.prompt_length, view.seen, view.compaction, view.layer_idx)
+        return Slots(view.positions, view.prompt_length, view.seen, view.compaction, view.layer_idx, view.heads)
 
 
 class Selector(Component):

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.types import Keys, Lengths, Mask, Positions, Queries, Values
 
 _EMPTY: Mapping[str, Tensor] = MappingProxyType({})
@@ -61,6 +62,9 @@ class CacheView:
             embedding, from position 4 on. ``weights``: `output_projection` `[H, G, Dv, M]`, the rows of the attention's
             output projection that each query head's values meet. ``modality``: `modality` bool `[B, H, N]`, True for
             image tokens.
+        heads: which of the model's KV heads these are; None for all of them.
+
+    Raises ValueError when `heads` are not as many as the keys have.
     """
 
     keys: Keys
@@ -83,6 +87,16 @@ class CacheView:
     rope_positions: Positions | None = None
     budget: Lengths | None = None
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
+    heads: HeadSpan | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and self.heads.here != self.keys.shape[1]:
+            raise ValueError(f"heads says that {self.heads.here} heads are here and keys hold {self.keys.shape[1]}.")
+
+    @property
+    def head_span(self) -> HeadSpan:
+        """Which of the model's KV heads the `H` heads of the view are."""
+        return HeadSpan.whole(self.keys.shape[1]) if self.heads is None else self.heads
 
     @property
     def shape(self) -> torch.Size:

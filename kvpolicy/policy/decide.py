@@ -24,7 +24,7 @@ from kvpolicy.contracts.components import (
     Slots,
 )
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import BudgetError, ScoreError
+from kvpolicy.errors import BudgetError, ScoreError, UnsupportedError
 from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.policy.fuse import folded
 from kvpolicy.policy.scoring import checked, once
@@ -133,7 +133,7 @@ class Decision:
 def decide(parts: Parts, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
     """Decide for all layers at once which slots stay; see `Policy.decide`."""
     scoring = score(parts, views)
-    shared = share(parts.selector, scoring.ranking)
+    shared = share(parts.selector, scoring)
     rows = torch.tensor(list(budget), dtype=torch.int64)
     _check(parts, scoring, shared, rows)
     counts = allocate(parts.allocator, scoring, shared, rows)
@@ -206,15 +206,19 @@ def masks(parts: Parts, view: CacheView) -> tuple[Mask, Mask]:
 # -- share ------------------------------------------------------------------------------------------------------------
 
 
-def share(selector: Selector, ranking: Ranking) -> Ranking:
+def share(selector: Selector, scoring: Scoring) -> Ranking:
     """Reduce what heads (scope `layer`) or heads and layers (scope `model`) decide together; the same for each of them.
 
     A slot is protected where one of them protects it, and allowed where all of them allow it.
+
+    Raises:
+        UnsupportedError: heads decide together, and some of them are not here.
     """
     scope, how = selector.scope, selector.reduce
     if scope == "head":
-        return ranking
-    scores, protected, allowed = ranking
+        return scoring.ranking
+    _all_here(scoring, f"{type(selector).__name__} (scope {scope!r}) lets all heads decide together")
+    scores, protected, allowed = scoring.ranking
     heads = [s.shape[1] for s in scores]
     devices = [s.device for s in scores]
     scores = [_reduce(s.masked_fill(~a, 0.0), 1, how) for s, a in zip(scores, allowed, strict=True)]
@@ -244,7 +248,13 @@ def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:
 
 
 def allocate(allocator: BudgetAllocator, scoring: Scoring, shared: Ranking, rows: Tensor) -> list[Counts]:
-    """Return int64 `[B, H]` per layer, the entries that each head keeps; `rows` int64 `[B]` are the rows' budgets."""
+    """Return int64 `[B, H]` per layer, the entries that each head keeps; `rows` int64 `[B]` are the rows' budgets.
+
+    Raises:
+        UnsupportedError: heads share a budget, and some of them are not here.
+    """
+    if allocator.counts == "per_head":
+        _all_here(scoring, f"{type(allocator).__name__} splits one budget over all heads")
     return allocator.allocate(
         AllocationRequest(
             budget=rows.to(shared.scores[0].device),
@@ -255,8 +265,20 @@ def allocate(allocator: BudgetAllocator, scoring: Scoring, shared: Ranking, rows
             layers=[each.layer_idx for each in scoring.slots],
             num_layers=scoring.num_layers,
             protected_masks=shared.protected,
+            heads=[each.head_span for each in scoring.slots],
         )
     )
+
+
+def _all_here(scoring: Scoring, why: str) -> None:
+    """Refuse to decide for a part of the heads what hangs on all of them."""
+    for each in scoring.slots:
+        heads = each.head_span
+        if not heads.complete:
+            raise UnsupportedError(
+                f"layer {each.layer_idx}: {why}, and {heads.here} of {heads.total} heads are here; gather the scores "
+                "of all heads first, or use `scope: head` with `allocator: uniform`."
+            )
 
 
 # -- choose -----------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def folded(views: Sequence[CacheView]) -> list[tuple[CacheView, int]]:
 def _alike(first: CacheView, other: CacheView) -> bool:
     return (
         first.shape == other.shape
+        and first.heads == other.heads
         and (first.scale, first.softcap) == (other.scale, other.softcap)
         and _same_rope(first.rope, other.rope)
         and first.attention_sinks is None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.contracts.components import Component
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.policy.policy import Policy
 from kvpolicy.tables import Table, TableOf, supplying
@@ -36,21 +37,23 @@ class StandIn(Table):
     def layer(self, name: str, view: CacheView) -> Tensor:
         """Return `[H, ...]` for the view."""
         half = view.keys.shape[-1] // 2 if view.rope is None else len(view.rope.inv_freq)
-        return self._layer(name, view.layer_idx, view.shape[1], view.keys.shape[-1], half).to(view.device)
+        return self._layer(name, view.layer_idx, view.head_span, view.keys.shape[-1], half).to(view.device)
 
     def rows(
         self, name: str, layers: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
     ) -> Tensor:
         """Return `[len(layers), H]`, or `[P, len(layers), H]` for ``kept``."""
-        every: Tensor = torch.stack([self._layer(name, index, num_kv_heads, 1, 1) for index in range(num_layers)])
+        whole = HeadSpan.whole(num_kv_heads)
+        every: Tensor = torch.stack([self._layer(name, index, whole, 1, 1) for index in range(num_layers)])
         if name == "kept":
             mean = torch.tensor(_FRACTIONS).view(-1, 1, 1)  # u - mean(u) is within +-1, so the share is within 0..1
             kept = mean + mean * (1 - mean) * (every - every.mean())
             return kept[:, list(layers)].to(device)
         return every[list(layers)].to(device)
 
-    def _layer(self, name: str, layer: int, heads: int, dim: int, half: int) -> Tensor:
-        return torch.stack([self._head(name, f"{layer}/{head}", dim, half) for head in range(heads)])
+    def _layer(self, name: str, layer: int, heads: HeadSpan, dim: int, half: int) -> Tensor:
+        numbers = range(heads.first, heads.first + heads.here)
+        return torch.stack([self._head(name, f"{layer}/{head}", dim, half) for head in numbers])
 
     def _head(self, name: str, place: str, dim: int, half: int) -> Tensor:
         def drawn(what: str, *shape: int) -> Tensor:

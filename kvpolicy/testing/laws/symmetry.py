@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import Case
 from kvpolicy.testing.laws._base import SEES_VIEW, decided, law
@@ -36,6 +37,32 @@ def permuting_heads(subject: Any, case: Case, heads: tuple[int, ...]) -> None:
     expect_equivariant(
         subject, case, lambda c: c.with_heads(chosen), lambda t: t[:, chosen], f"with heads in order {chosen},"
     )
+
+
+def _heads_decide_together(subject: Any) -> str | None:
+    if kind_of_subject(subject) != "policy":
+        return None
+    if subject.selector.scope != "head" or subject.allocator.counts == "per_head":
+        return "its heads decide together, and a runtime gathers them first"
+    return None
+
+
+@law(
+    "Under tensor parallelism a rank holds some of the heads; by local numbers it draws and looks up those of others.",
+    SEES_VIEW,
+    case_and(first=st.integers(1, 2)),
+    unless=_heads_decide_together,
+)
+def some_heads_alone(subject: Any, case: Case, first: int) -> None:
+    """The last heads of a layer get in a view of their own, which says which heads they are, what they get with all."""
+    total = case.heads
+    decided(first < total, "all heads are there")
+    span, last = HeadSpan(first, total - first, total), list(range(first, total))
+
+    def alone(whole: Case) -> Case:
+        return whole.with_heads(last).by_view(lambda view: replace(view, heads=span))
+
+    expect_equivariant(subject, case, alone, lambda t: t[:, first:], f"with heads {last} of {total} alone,")
 
 
 @law(

@@ -57,9 +57,21 @@ class Cells:
         return self.split(self.protected + ops.apportion(weights, free, torch.zeros_like(room), room))
 
     def of_table(self, table: Table, name: str, request: AllocationRequest) -> Tensor:
-        """Return a table's numbers for these heads, fp32 `[C]` or `[P, C]`; TableError if it is of another model."""
-        rows = table.rows(name, request.layers, request.num_layers, max(self.heads), self.total.device)
+        """Return a table's numbers for all heads of these layers, also those of other ranks, fp32 `[A]` or `[P, A]`.
+
+        Raises TableError if it is of another model.
+        """
+        totals = {span.total for span in request.head_spans}
+        for total in totals:  # a table has as many heads in every layer
+            table.check_model(request.num_layers, total)
+        rows = table.rows(name, request.layers, request.num_layers, totals.pop(), self.total.device)
         return rows.flatten(-2)
+
+    def here(self, numbers: Tensor, request: AllocationRequest) -> Tensor:
+        """Return the numbers of the heads that are here, `[..., C]` of `[..., A]`."""
+        spans = request.head_spans
+        parts = numbers.split([span.total for span in spans], dim=-1)
+        return torch.cat([span.of(part, -1) for span, part in zip(spans, parts, strict=True)], -1)
 
     def split(self, counts: Tensor) -> list[Counts]:
         """Return `[B, C]` counts as one `[B, H]` tensor per layer, where that layer is."""

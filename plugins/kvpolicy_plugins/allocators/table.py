@@ -40,4 +40,4 @@ class TableShares(BudgetAllocator):
         part = part / part.sum().clamp(min=1e-300)
         equal = 1 / part.numel()
         share = (1 - 1 / self.beta) * equal + part / self.beta
-        return cells.share(share.expand(cells.valid.shape))
+        return cells.share(cells.here(share, request).expand(cells.valid.shape))

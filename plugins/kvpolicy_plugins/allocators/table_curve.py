@@ -30,7 +30,7 @@ class TableCurve(BudgetAllocator):
         cells = Cells.of(request)
         table = load_table(self.table, "head_curves")
         points = table.tensors["fractions"].to(cells.total.device, torch.float64)
-        kept = cells.of_table(table, "kept", request).to(torch.float64)
+        kept = cells.here(cells.of_table(table, "kept", request), request).to(torch.float64)
         room = (cells.valid - cells.protected).to(torch.float64)
         free = (cells.total - cells.protected.sum(-1)).to(torch.float64)
         fraction = (free / room.sum(-1).clamp(min=1)).clamp(points[0], points[-1])

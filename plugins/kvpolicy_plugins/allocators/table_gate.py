@@ -35,4 +35,4 @@ class TableGate(BudgetAllocator):
         scores = cells.of_table(table, "scores", request)
         chosen = scores.sort(descending=True, stable=True).indices[: max(1, round(self.retrieval * scores.numel()))]
         gate = torch.zeros_like(scores).index_fill_(0, chosen, 1.0)
-        return cells.share(gate.expand(cells.valid.shape))
+        return cells.share(cells.here(gate, request).expand(cells.valid.shape))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from kvpolicy import ops
@@ -33,7 +32,7 @@ class Random(ImportanceScorer):
     """Another seed is another draw."""
 
     def score(self, view: CacheView) -> Scores:
-        head = torch.arange(view.shape[1], device=view.device)[:, None]
+        head = view.head_span.numbers(view.device)[:, None]
         draws = ops.counter_uniform(
             self.seed, view.layer_idx, head, view.positions, view.compaction[:, None, None].to(view.device)
         )

@@ -40,4 +40,4 @@ class Chunks(Selector):
         total = ops.region_sums(torch.where(candidates, scores, 0.0).to(torch.float64), chunk, count)
         mean = (total / number.clamp(min=1)).gather(-1, chunk)
         order = ops.ordered_by(candidates, mean, -chunk, torch.where(candidates, scores, 0.0))
-        return ops.top_k(-ops.ranks_in(order).to(torch.float32), counts, protected, valid)
+        return ops.top_k(-ops.ranks_in(order).to(torch.float32), counts, protected, valid, width=slots.width)

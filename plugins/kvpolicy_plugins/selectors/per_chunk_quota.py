@@ -36,4 +36,4 @@ class PerChunkQuota(Selector):
         chunk = ops.numbered(slots.positions.to(torch.int64) // self.size, valid)
         share = ops.region_sums((valid & ~protected).to(torch.float64), chunk, scores.shape[-1])
         kept = ops.quota_mask(scores, counts, protected, valid, chunk, share)
-        return ops.top_k(kept.to(torch.float32), counts, protected, valid)
+        return ops.top_k(kept.to(torch.float32), counts, protected, valid, width=slots.width)

@@ -50,4 +50,4 @@ class RegionQuota(Selector):
         size, mass = (x / x.sum(-1, keepdim=True).clamp(min=1e-300) for x in (size, mass))
         shares = self.floor * size + (1 - self.floor) * torch.where(mass.sum(-1, keepdim=True) > 0, mass, size)
         kept = ops.quota_mask(scores, counts, protected, valid, region, shares)
-        return ops.top_k(kept.to(torch.float32), counts, protected, valid)
+        return ops.top_k(kept.to(torch.float32), counts, protected, valid, width=slots.width)

@@ -43,10 +43,10 @@ class Stochastic(Selector):
         clean = torch.where(candidates, scores, 0.0)
         leading = candidates & (ops.ranks_in(ops.ordered_by(candidates, clean)) < certain.unsqueeze(-1))
         order = ops.ordered_by(leading, candidates, self._perturbed(clean, candidates, valid, slots))
-        return ops.top_k(-ops.ranks_in(order).to(torch.float32), counts, protected, valid)
+        return ops.top_k(-ops.ranks_in(order).to(torch.float32), counts, protected, valid, width=slots.width)
 
     def _perturbed(self, scores: Scores, candidates: Mask, valid: Mask, slots: Slots) -> torch.Tensor:
-        head = torch.arange(scores.shape[1], device=scores.device)[:, None]
+        head = slots.head_span.numbers(scores.device)[:, None]
         if self.scope != "head":
             head = torch.zeros_like(head)
         position = torch.where(valid, slots.positions, 0)

@@ -43,4 +43,4 @@ class Threshold(Selector):
         elif self.relative_to == "max":
             limit = limit * ops.extremes(scores, candidates)[1].to(torch.float64)
         passing = protected | (candidates & (inside >= limit))
-        return ops.top_k(scores, torch.minimum(counts, passing.sum(-1)), protected, valid)
+        return ops.top_k(scores, torch.minimum(counts, passing.sum(-1)), protected, valid, width=slots.width)

@@ -18,4 +18,4 @@ class TopK(Selector):
     same_for_layers: ClassVar[bool] = True
 
     def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
-        return ops.top_k(scores, counts, protected, valid)
+        return ops.top_k(scores, counts, protected, valid, width=slots.width)

@@ -193,8 +193,8 @@ def _selector(select: Any) -> Any:
     return lambda: patched((_top_k(), "select", select))()  # noqa: PLW0108  # the catalog is read when it is used
 
 
-def _unshared(selector: Any, ranking: Any) -> Any:
-    return ranking
+def _unshared(selector: Any, scoring: Any) -> Any:
+    return scoring.ranking
 
 
 def _shared_knorm() -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, Mixer, RedundancyScorer
 from kvpolicy.contracts.view import CacheView
 from kvsupport.mutants._base import Mutant
@@ -25,6 +27,15 @@ class FirstRowOnly(ImportanceScorer):
 class FirstHeadOnly(ImportanceScorer):
     def score(self, view: CacheView) -> Tensor:
         return _norms(view)[:, :1].expand(view.shape).contiguous()
+
+
+class LocalHeadNumbers(ImportanceScorer):
+    laws_not_applicable: ClassVar[Mapping[str, str]] = {"permuting_heads": "each head draws its own numbers"}
+
+    def score(self, view: CacheView) -> Tensor:
+        head = torch.arange(view.shape[1], device=view.device)[:, None]
+        compaction = view.compaction[:, None, None]
+        return ops.counter_uniform(0, view.layer_idx, head, view.positions, compaction).masked_fill(~view.valid, 0.0)
 
 
 class PadsScored(ImportanceScorer):
@@ -224,6 +235,7 @@ class SaysUnused(Mixer):
 MUTANTS = (
     Mutant("scores the first row of the batch for all", "R-KV, MixKV, CAM, H2O, ChunkKV", FirstRowOnly),
     Mutant("scores the first head for all", "MixKV", FirstHeadOnly),
+    Mutant("numbers the heads that are here", "a rank of tensor parallelism draws another's numbers", LocalHeadNumbers),
     Mutant("padding takes part in a normalisation", "pads scored as tokens", PadsScored),
     Mutant("padding is counted in a mean", "pads scored as tokens", PadsCounted),
     Mutant("takes the slot for the position", "cache order is not time order", BySlot),
