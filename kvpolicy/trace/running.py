@@ -85,7 +85,7 @@ def record_reading(
         at = prompt
         while at < len(tokens):
             count = min(room(cache), len(tokens) - at)
-            cache.crop(0)  # what follows is decoding, however many tokens come at once
+            cache.expect("verify")  # what follows is decoding, however many tokens come at once
             ids = torch.tensor([tokens[at : at + count]], device=model.device)
             places = torch.arange(at, at + count, device=model.device)[None]
             forward(model, cache, ids, places, None)

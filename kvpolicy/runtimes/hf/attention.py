@@ -1,8 +1,8 @@
 """How a cache gets between a transformers model and its attention, without touching a model file.
 
 An implementation named ``kvpolicy_<base>`` is registered with transformers' public registries of attention and mask
-functions; it wraps the one the model already has. Keys that come out of a `PolicyCache` carry a weak reference to their
-layer; whatever carries none passes through to the base, so that other caches on the same model notice nothing.
+functions; it wraps the one the model already has. Keys that come out of a `PolicyCache` know their layer (`handover`);
+whatever knows none passes through to the base, so that other caches on the same model notice nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,51 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import UnsupportedError
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class MaskReader(Protocol):
-    """A cache, to the mask function that works for it."""
-
-    def take_mask(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
-        """Read the padding off the mask arguments; return None if layers can make their own masks."""
-
-
-class Attending(Protocol):
-    """A layer of a cache, to the attention function that works for it."""
-
-    def attend(
-        self,
-        function: AttentionFunction,
-        base: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run `function` over what the layer holds."""
-
+from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announced, owner
 
 PREFIX = "kvpolicy_"
 SUPPORTED = ("sdpa", "eager")
-_MARK = "_kvpolicy_layer"
 
 _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
-_announced = threading.local()
-
-
-def announce(cache: MaskReader | None) -> None:
-    """Say which cache the next mask of this thread is for; None for layers that are not ours."""
-    _announced.cache = None if cache is None else weakref.ref(cache)
-
-
-def mark(keys: Tensor, layer: Attending) -> None:
-    """Let keys remember their layer. The reference is weak: a strong one would be a cycle through the cache."""
-    setattr(keys, _MARK, weakref.ref(layer))
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -121,20 +83,15 @@ def _register(base: str) -> str:
         function = functions.get(type(module))
         if function is None:
             function = functions[type(module)] = _base_attention(module, base)
-        reference = getattr(key, _MARK, None)
-        layer: Attending | None = None if reference is None else reference()
+        layer = owner(key)
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         return layer.attend(function, base, module, query, key, value, attention_mask, kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        reference = getattr(_announced, "cache", None)
-        cache: MaskReader | None = None if reference is None else reference()
-        _announced.cache = None
-        build: Callable[..., Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[base]
-        if cache is None:
-            return build(*args, **kwargs)
-        return cache.take_mask(build, kwargs)
+        reader = announced()
+        build: MaskFunction = ALL_MASK_ATTENTION_FUNCTIONS[base]
+        return build(*args, **kwargs) if reader is None else reader.take_mask(build, kwargs)
 
     if name not in AttentionInterface():
         AttentionInterface.register(name, attention)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.engine import Engine
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.hf.attention import announce, attach, attention_modules
+from kvpolicy.runtimes.hf.attention import attach, attention_modules
+from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shape, image_tokens
+from kvpolicy.runtimes.hf.passes import KINDS, Kind, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
-from kvpolicy.runtimes.hf.session import Session
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
 from kvpolicy.tables import check_fit
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", "rope", "weights", "modality"})
 """The needs of components that this runtime can serve."""
-
-_UNCHECKED_MOST = 64  # decode masks on a GPU are read back together, once in so many steps
 
 
 class PolicyCache(Cache):
@@ -78,13 +76,11 @@ class PolicyCache(Cache):
             first = next(modules[i].parameters())
             key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
             groups.setdefault(key, []).append(i)
-        self._session = Session(Engine(self.policy, list(groups.values()), len(layers), ropes))
-        self._session.has_images = bool(image_tokens(model))
+        engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
+        self._passes = Passes(engine, has_images=bool(image_tokens(model)))
         for i in evictable:
-            layers[i] = EvictingLayer(self._session, i)
+            layers[i] = EvictingLayer(self._passes, i)
         self.model = model
-        self._unchecked: list[Tensor] = []
-        self._query_length = 0
         super().__init__(layers=layers)
         self._detach = weakref.finalize(self, attach(model, {i: modules[i] for i in evictable}))
 
@@ -103,7 +99,7 @@ class PolicyCache(Cache):
     @property
     def engine(self) -> Engine:
         """The engine behind this cache."""
-        return self._session.engine
+        return self._passes.engine
 
     def __enter__(self) -> Self:
         if not self._detach.alive:
@@ -122,10 +118,7 @@ class PolicyCache(Cache):
     def reset(self) -> None:
         """Forget everything and start over, with the same policy and model."""
         self.engine.reset()
-        session = self._session
-        session.announced = session.unattended = None
-        session.prompt_end = 0
-        self._unchecked.clear()
+        self._passes.reset()
         # New ones for the layers that are not ours: in transformers 5.2 their reset() only zeroes them.
         for i, layer in enumerate(DynamicCache(config=self.model.config).layers):
             if not isinstance(self.layers[i], EvictingLayer):
@@ -136,8 +129,7 @@ class PolicyCache(Cache):
         if not self._detach.alive:
             raise CacheStateError("this cache is closed; fork() it before its `with` block ends.")
         twin = PolicyCache(self.policy, self.model)
-        twin._session.engine = self.engine.clone()
-        twin._session.prompt_end = self._session.prompt_end
+        twin._passes.fork(self._passes)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, EvictingLayer):
                 twin.layers[i] = copy.deepcopy(layer)
@@ -156,56 +148,8 @@ class PolicyCache(Cache):
         """Return (key length, offset) for the mask of a layer; ours announces the mask that comes next."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         ours = isinstance(self.layers[layer_idx], EvictingLayer) and self._detach.alive
-        if ours:
-            self._query_length = sizes[0] - self.engine.columns
-        announce(self if ours else None)
+        announce(self._passes if ours else None)
         return sizes
-
-    def take_mask(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
-        """Read the padding off the mask arguments of a forward pass; return None if layers can make their own masks.
-
-        Args:
-            build: the mask function of the model's own implementation.
-            kwargs: what transformers calls it with.
-        """
-        seen, columns, mask = self.engine.columns, self._query_length, kwargs.get("attention_mask")
-        custom = None
-        if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-            custom = self._build_custom(build, kwargs)
-        valid = None
-        if mask is not None:
-            if mask.shape[1] < seen + columns:
-                raise CacheStateError(
-                    f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more "
-                    f"come in; pass a mask of {seen + columns} columns."
-                )
-            valid = mask[:, seen : seen + columns].to(torch.bool)
-            if columns > 1 and seen:
-                self.engine.hide(mask[:, :seen].to("cpu", torch.bool))
-            if columns == 1 and valid.device.type != "cpu":
-                # Reading every step's mask would make the host wait for the GPU each time.
-                self._unchecked.append(valid)
-                valid = None
-            if len(self._unchecked) >= _UNCHECKED_MOST or columns > 1:
-                self._check_decode_masks()
-        self._session.announced = (columns, valid)
-        return custom
-
-    def _check_decode_masks(self) -> None:
-        if self._unchecked and not bool(torch.cat(self._unchecked).all()):
-            raise CacheStateError(
-                "attention_mask hides a token of a decode step, which is not supported on this device; "
-                "leave finished rows visible, as generate() does."
-            )
-        self._unchecked.clear()
-
-    def _build_custom(self, build: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor | None:
-        mask, rows = kwargs.get("attention_mask"), self.engine.rows
-        untouched = all(row.resident == self.engine.columns for row in rows)
-        if not untouched or (mask is not None and not bool(mask.all())):
-            # Some models make masks that none of their layers uses: refuse it where it is used.
-            return torch.empty(0)
-        return build(**kwargs)
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """Return -1, as `get_max_length` does in newer transformers: any number of tokens may pass through."""
@@ -262,12 +206,19 @@ class PolicyCache(Cache):
 
         Args:
             tokens: 0 does nothing; a negative number is how many tokens to forget (transformers 5.23); a positive one
-                is the length to cut back to (transformers 5.2).
+                is the length to cut back to (transformers 5.2). Tokens that come several at once after something was
+                forgotten are a verification of candidates, not a new turn; `expect` says otherwise.
 
         Raises:
             CacheStateError: the cut lies before the last compaction, or a layer that keeps a window cannot go back.
         """
         columns = max(self.engine.columns - tokens, 0) if tokens > 0 else -tokens
+        if not columns:
+            # Layers that record the past, as assisted decoding asks them to, drop what they need no longer.
+            for layer in self.layers:
+                if getattr(layer, "record_past", False):
+                    layer.crop(0)
+            return
         self.engine.check_crop(columns)
         try:
             self._others("crop", tokens)
@@ -276,8 +227,7 @@ class PolicyCache(Cache):
                 f"crop: a layer that is not kvpolicy's refused to take tokens back ({error}); fork() the cache before "
                 "going on, or use a newer transformers."
             ) from error
-        self.engine.crop(columns)
-        self._session.prompt_end = min(self._session.prompt_end, self.engine.columns)
+        self._passes.crop(columns)
 
     def _others(self, method: str, *args: Any) -> None:
         for layer in self.layers:
@@ -309,7 +259,7 @@ class PolicyCache(Cache):
                 f"input_ids: the cache has already seen {seen} tokens and the prompt has {length}; pass the whole text."
             )
         first = length - ((length - seen - 1) // size) * size
-        self._session.prompt_end = length
+        self._passes.prompt_end = length
         for end in range(first, length, size):
             mask = None if attention_mask is None else attention_mask[:, :end]
             self.model(
@@ -317,6 +267,19 @@ class PolicyCache(Cache):
                 past_key_values=self, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             seen = end
+
+    def expect(self, kind: Kind) -> None:
+        """Say what the tokens of the next forward pass are, where the cache cannot know.
+
+        Without it the first tokens, and several at once, are a prompt; one token is a decode step; several after a
+        `crop`, and those that transformers' assisted decoding checks, are a verification.
+
+        Args:
+            kind: "prompt", "decode", or "verify" for candidates that may be taken back.
+        """
+        if kind not in KINDS:
+            raise CacheStateError(f"expect: {kind!r} is no kind of forward pass; write one of {', '.join(KINDS)}.")
+        self._passes.expected = kind
 
     def set_modality(self, images: Tensor) -> None:
         """Say which tokens of the prompt are image tokens, for policies that treat them apart.
@@ -335,7 +298,7 @@ class PolicyCache(Cache):
 
     def stats(self) -> CacheStats:
         """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""
-        self._settle()
+        self._passes.settle()
         return collect(self.engine)
 
     def kept(self, layer: int, head: int, row: int = 0) -> list[int]:
@@ -344,7 +307,7 @@ class PolicyCache(Cache):
         Raises:
             CacheStateError: that layer is not one the policy works on, or nothing has been cached.
         """
-        self._settle()
+        self._passes.settle()
         store = self.engine.stores.get(layer)
         if store is None or not 0 <= row < len(self.engine.rows) or not 0 <= head < store.layout.heads:
             raise CacheStateError(
@@ -354,10 +317,6 @@ class PolicyCache(Cache):
         slots = store.read(layer, self.engine.held(slice(row, row + 1)))
         positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
         return positions
-
-    def _settle(self) -> None:
-        self._check_decode_masks()
-        self.engine.settle()
 
 
 def refuse_implementation(name: str | None, place: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,9 @@ from kvpolicy import ops
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import (
-    AttentionFunction,
-    additive,
-    mark,
-    output_weight,
-    packed_attention,
-    packs,
-)
-
-if TYPE_CHECKING:
-    from kvpolicy.runtimes.hf.session import Session
+from kvpolicy.runtimes.hf.attention import additive, output_weight, packed_attention, packs
+from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.passes import Passes
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -35,17 +27,17 @@ class EvictingLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, session: Session, layer_idx: int) -> None:
-        self.session = session
+    def __init__(self, passes: Passes, layer_idx: int) -> None:
+        self.passes = passes
         self.layer_idx = layer_idx
 
     @property
     def is_initialized(self) -> bool:
         """Whether keys have been stored."""
-        return self.layer_idx in self.session.engine.stores
+        return self.layer_idx in self.passes.engine.stores
 
     def _resident(self, arena: str) -> Tensor | None:
-        engine = self.session.engine
+        engine = self.passes.engine
         store = engine.stores.get(self.layer_idx)
         if store is None:
             return None
@@ -70,11 +62,11 @@ class EvictingLayer(CacheLayerMixin):
         """Append keys `[B, H, q, D]` and values; return views over everything that is resident."""
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError("PolicyCache is for inference: call the model under torch.no_grad().")
-        session = self.session
-        if session.announced is not None or session.unattended is not None:
-            session.begin(key_states)
-        keys, values = session.engine.append(self.layer_idx, key_states, value_states)
-        session.unattended = self.layer_idx
+        current = self.passes.current
+        if current is None or not current.arrived or current.unattended is not None:
+            current = self.passes.begin(key_states)
+        keys, values = self.passes.engine.append(self.layer_idx, key_states, value_states)
+        current.unattended = self.layer_idx
         mark(keys, self)
         return keys, values
 
@@ -90,8 +82,8 @@ class EvictingLayer(CacheLayerMixin):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention function over the resident entries, and keep what the policy needs of it."""
-        engine, forward = self.session.engine, self.session.engine.forward
-        if forward is None:
+        engine, current, forward = self.passes.engine, self.passes.current, self.passes.engine.forward
+        if current is None or forward is None:
             raise CacheStateError("attention was called outside of a forward pass of this cache.")
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
@@ -105,7 +97,7 @@ class EvictingLayer(CacheLayerMixin):
         if base_entries is not None:
             attended = self._attend_ragged(base_entries, query, key, value, mask, facts)
             engine.record(self.layer_idx, query, facts)
-            self.session.unattended = None
+            current.unattended = None
             return attended, None
         turned = engine.turn_queries(self.layer_idx, query)
         if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
@@ -116,14 +108,14 @@ class EvictingLayer(CacheLayerMixin):
                 mask = additive(allowed, query.dtype) if base == "eager" else allowed
             output = function(module, turned, key, value, mask, **kwargs)
         engine.record(self.layer_idx, query, facts)
-        self.session.unattended = None
+        current.unattended = None
         return output
 
     def _attend_ragged(
         self, base: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, facts: LayerFacts
     ) -> Tensor:
         """Attend to a ragged base and its tail, which no attention function of a model knows; `[B, q, Hq, Dv]`."""
-        engine, forward = self.session.engine, self.session.engine.forward
+        engine, forward = self.passes.engine, self.passes.engine.forward
         assert forward is not None
         if mask is not None:
             raise UnsupportedError("this model asks for a mask that is not simply causal after a head-wise eviction.")
@@ -142,7 +134,7 @@ class EvictingLayer(CacheLayerMixin):
         heads, width = value.shape[1], value.shape[3]
         groups = query.shape[1] // heads
         projection = None
-        if "weights" in self.session.engine.policy.needs:
+        if "weights" in self.passes.engine.policy.needs:
             weight = output_weight(module, query.shape[1] * width)
             projection = weight.detach().T.unflatten(0, (heads, groups, width))
         return LayerFacts(
@@ -156,11 +148,11 @@ class EvictingLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return (columns after this pass, 0); transformers 5.2 passes the cache positions instead of a length."""
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.session.engine.columns + length, 0
+        return self.passes.engine.columns + length, 0
 
     def get_seq_length(self) -> int:
         """Return the tokens seen, padding included: what transformers calls the length of a cache."""
-        return self.session.engine.columns
+        return self.passes.engine.columns
 
     def get_max_length(self) -> int:
         """Return -1: any number of tokens may pass through."""

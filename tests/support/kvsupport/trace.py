@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.runtimes.hf.attention import AttentionFunction
+from kvpolicy.runtimes.hf.handover import AttentionFunction
 from kvpolicy.runtimes.hf.layer import EvictingLayer
-from kvpolicy.runtimes.hf.session import Session
+from kvpolicy.runtimes.hf.passes import Passes
 from kvsupport.events import Crop, LayerInfo, LayerPass, Pass, Rows, Settled, Trace
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 class _TracingLayer(EvictingLayer):
     """An evictable layer that adds its part to the trace; it changes nothing."""
 
-    def __init__(self, session: Session, layer_idx: int, trace: Trace, *, outputs: bool) -> None:
-        super().__init__(session, layer_idx)
+    def __init__(self, passes: Passes, layer_idx: int, trace: Trace, *, outputs: bool) -> None:
+        super().__init__(passes, layer_idx)
         self.trace = trace
         self.outputs = outputs
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Note the new keys and values, and what is held with them."""
         result: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        engine = self.session.engine
+        engine = self.passes.engine
         if engine.forward is None:
             raise AssertionError("a layer was updated without a forward pass")
         if self.layer_idx == engine.layers[0]:
@@ -68,7 +68,7 @@ class _TracingLayer(EvictingLayer):
         if self.layer_idx not in self.trace.layers:
             heads, groups = key.shape[1], query.shape[1] // key.shape[1]
             sinks, scale = kwargs.get("s_aux"), kwargs.get("scaling")
-            rope = self.session.engine.ropes.get(self.layer_idx)
+            rope = self.passes.engine.ropes.get(self.layer_idx)
             after: Any = getattr(getattr(module, "o_proj", None), "weight", None)
             self.trace.layers[self.layer_idx] = LayerInfo(
                 heads,
@@ -97,7 +97,7 @@ class TracedCache(PolicyCache):
         super().__init__(policy, model)
         self.trace = Trace(self.engine.num_layers)
         for i in self.engine.layers:
-            self.layers[i] = _TracingLayer(self._session, i, self.trace, outputs=outputs)
+            self.layers[i] = _TracingLayer(self._passes, i, self.trace, outputs=outputs)
 
     def settled(self) -> dict[int, list[list[list[int]]]]:
         """Run the compactions that are due, as `kept` does, and return the positions of `[layer][row][head]`."""
