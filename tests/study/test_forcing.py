@@ -45,8 +45,10 @@ def test_blocks_give_what_token_by_token_gives(model, texts, name, monkeypatch):
     assert together[2].kl > 0.01
 
 
-def test_it_is_the_divergence_of_plain_decoding(model, texts):
-    """Against two loops without any of the code in question."""
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_it_is_the_divergence_of_plain_decoding(family, texts):
+    """Against two loops without any of the code in question; the texts pass the windows (12) of gemma3."""
+    model = tiny_model(family).double()
     policy = kvpolicy.load("rkv", **POLICIES["rkv"]).build()
     text = texts[0]
     ids = torch.tensor([text.tokens])
@@ -100,3 +102,14 @@ def test_the_full_cache_is_no_different_from_itself(model, texts):
         assert metrics["top1"] == 1
         assert metrics["attention_mass"] == pytest.approx(1)
         assert metrics["retained_fraction"] == 1
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("name", ["rkv", "full"])
+def test_layers_that_keep_a_window_or_a_state_take_part(family, name, texts):
+    """Nothing is taken back from them; `full` is the full cache however far a text passes the window."""
+    policy = forcing.full_policy() if name == "full" else kvpolicy.load(name, **POLICIES["rkv"]).build()
+    for found in force_batch(tiny_model(family), policy, texts[:2]):
+        metrics = found.metrics(attention=False)
+        assert metrics["retained_fraction"] < 1 if name == "rkv" else metrics["retained_fraction"] == 1
+        assert metrics["kl"] < 1e-9 if name == "full" else 1e-9 < metrics["kl"] < 5

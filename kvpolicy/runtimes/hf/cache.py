@@ -180,8 +180,7 @@ class PolicyCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows, as beam search asks."""
-        self.engine.take_rows(beam_idx)
-        self._others("reorder_cache", beam_idx)
+        self._take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (int64 `[B']`, or bool `[B]`)."""
@@ -191,15 +190,13 @@ class PolicyCache(Cache):
                 f"{len(self.engine.rows)} rows of the cache; give one boolean per row."
             )
         index = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.engine.take_rows(index)
-        self._others("batch_select_indices", indices)
+        self._take_rows(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place of itself."""
         if repeats < 1:
             raise CacheStateError(f"batch_repeat_interleave: {repeats} makes no sense; repeat rows at least once.")
-        self.engine.take_rows(torch.arange(len(self.engine.rows)).repeat_interleave(repeats))
-        self._others("batch_repeat_interleave", repeats)
+        self._take_rows(torch.arange(len(self.engine.rows)).repeat_interleave(repeats))
 
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens; possible back to the last compaction.
@@ -220,19 +217,24 @@ class PolicyCache(Cache):
                     layer.crop(0)
             return
         self.engine.check_crop(columns)
-        try:
-            self._others("crop", tokens)
-        except (ValueError, RuntimeError) as error:
-            raise CacheStateError(
-                f"crop: a layer that is not kvpolicy's refused to take tokens back ({error}); fork() the cache before "
-                "going on, or use a newer transformers."
-            ) from error
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, EvictingLayer):
+                continue
+            try:
+                layer.crop(tokens)
+            except (ValueError, RuntimeError) as error:
+                raise CacheStateError(
+                    f"crop: layer {i}, a {type(layer).__name__}, keeps no more than its window or state and cannot "
+                    f"take back {columns} tokens; fork() the cache before tokens that may have to be taken back."
+                ) from error
         self._passes.crop(columns)
 
-    def _others(self, method: str, *args: Any) -> None:
+    def _take_rows(self, index: Tensor) -> None:
+        self.engine.take_rows(index)
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
-                getattr(layer, method)(*args)
+                # The one of the three that layers with a linear state have, and that moves all that a layer holds.
+                layer.reorder_cache(index)
 
     # -- what people call ---------------------------------------------------------------------------------------------
 
