@@ -142,9 +142,7 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: 
                 mask = torch.cat([mask, mask.new_ones(len(order), count)], 1)
             logits = []
             for each in (reference, cache):
-                each.expect(
-                    "verify"
-                )  # what follows is decoding, as the check of a speculation is, however many tokens come
+                each.expect("verify")  # decoding, as the check of a speculation is, however many tokens come
                 logits.append(forward(model, each, ids, positions, mask, logits=count))
             _compare(results, order, logits[0], logits[1])
             if attention:

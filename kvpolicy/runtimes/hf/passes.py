@@ -13,6 +13,7 @@ from kvpolicy.cache.engine import Engine
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.caller import generation_loop
 from kvpolicy.runtimes.hf.handover import MaskFunction
+from kvpolicy.runtimes.hf.masks import beyond_causal
 
 Kind = Literal["prompt", "decode", "verify"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -127,12 +128,12 @@ class Passes:
         self._unchecked.clear()
 
     def _build_custom(self, build: MaskFunction, kwargs: dict[str, Any]) -> Tensor | None:
-        mask, rows = kwargs.get("attention_mask"), self.engine.rows
-        untouched = all(row.resident == self.engine.columns for row in rows)
-        if not untouched or (mask is not None and not bool(mask.all())):
-            # Some models make masks that none of their layers uses: refuse it where it is used.
-            return torch.empty(0)
-        return build(**kwargs)
+        custom, mask = beyond_causal(build, kwargs, self.engine.columns), kwargs.get("attention_mask")
+        untouched = all(row.resident == self.engine.columns for row in self.engine.rows)
+        if custom is None or (untouched and (mask is None or bool(mask.all()))):
+            return custom
+        # Some models make masks that none of their layers uses: refuse it where it is used.
+        return torch.empty(0)
 
     # -- arrival ------------------------------------------------------------------------------------------------------
 
