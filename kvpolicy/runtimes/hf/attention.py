@@ -8,9 +8,6 @@ whatever knows none passes through to the base, so that other caches on the same
 from __future__ import annotations
 
 import sys
-import threading
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +21,6 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announced, owner
 
 PREFIX = "kvpolicy_"
-SUPPORTED = ("sdpa", "eager")
-
-_lock = threading.Lock()
-_attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -58,7 +51,7 @@ def output_weight(module: nn.Module, width: int) -> Tensor:
     )
 
 
-def _base_attention(module: nn.Module, base: str) -> AttentionFunction:
+def base_attention(module: nn.Module, base: str) -> AttentionFunction:
     """Return the model's own attention function of that name, the way its modeling file would look it up."""
     source = sys.modules[type(module).__module__]
     eager = getattr(source, "eager_attention_forward", None)
@@ -72,7 +65,7 @@ def _base_attention(module: nn.Module, base: str) -> AttentionFunction:
     return function
 
 
-def _register(base: str) -> str:
+def register(base: str) -> str:
     """Register the wrapping attention and mask functions for one base implementation; return their name."""
     name = PREFIX + base
     functions: dict[type, AttentionFunction] = {}
@@ -82,7 +75,7 @@ def _register(base: str) -> str:
     ) -> tuple[Tensor, Tensor | None]:
         function = functions.get(type(module))
         if function is None:
-            function = functions[type(module)] = _base_attention(module, base)
+            function = functions[type(module)] = base_attention(module, base)
         layer = owner(key)
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -97,50 +90,6 @@ def _register(base: str) -> str:
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)
     return name
-
-
-def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[], None]:
-    """Switch a model to the wrapping implementation; return a function that undoes it (the last one restores).
-
-    Raises:
-        UnsupportedError: the model's attention cannot be wrapped.
-    """
-    kinds = {type(module.config) for module in modules.values()}
-    owners = (getattr(module, "config", None) for module in model.modules())
-    configs: list[Any] = list({id(config): config for config in owners if type(config) in kinds}.values())
-    with _lock:
-        entry = _attached.get(model)
-        if entry is None:
-            current = str(configs[0]._attn_implementation or "eager")
-            if current not in SUPPORTED:
-                raise UnsupportedError(
-                    f"attention implementation {current!r} is not supported; load the model with "
-                    f"attn_implementation={' or '.join(map(repr, SUPPORTED))}."
-                )
-            for module in modules.values():
-                _base_attention(module, current)
-            name = _register(current)
-            saved = [(config, config._attn_implementation_internal) for config in configs]
-            for config in configs:
-                config._attn_implementation_internal = name
-            entry = _attached[model] = [0, saved, name]
-        entry[0] += 1
-    reference = weakref.ref(model)
-    return lambda: _detach(reference, entry)
-
-
-def _detach(model: weakref.ref[PreTrainedModel], entry: list[Any]) -> None:
-    with _lock:
-        entry[0] -= 1
-        if entry[0]:
-            return
-        for config, before in entry[1]:
-            # Somebody may have chosen another implementation meanwhile; that choice stays.
-            if config._attn_implementation_internal == entry[2]:
-                config._attn_implementation_internal = before
-        alive = model()
-        if alive is not None and _attached.get(alive) is entry:
-            del _attached[alive]
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -18,7 +18,8 @@ from kvpolicy.cache.engine import Engine
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.hf.attention import attach, attention_modules
+from kvpolicy.runtimes.hf.attach import attach
+from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shape, image_tokens

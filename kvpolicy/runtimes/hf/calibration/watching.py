@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.runtimes.hf.attention import attach, attention_modules, output_weight
+from kvpolicy.runtimes.hf.attach import attach
+from kvpolicy.runtimes.hf.attention import attention_modules, output_weight
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
 
 

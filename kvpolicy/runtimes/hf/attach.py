@@ -1,0 +1,115 @@
+"""A model's configurations are switched to our attention implementation for as long as a cache is attached to it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.runtimes.hf.attention import base_attention, register
+
+SUPPORTED = ("sdpa", "eager")
+
+
+class Switched(str):
+    """The name of our implementation in a configuration, which knows what stood there before.
+
+    A copied, pickled or saved configuration gets what stood there before: a copy of an attached model is as if it had
+    never been attached, and loads where kvpolicy is not installed.
+
+    Attributes:
+        before: what the configuration named before, None where it named nothing.
+        uses: attachments that are not undone.
+    """
+
+    __slots__ = ("_config", "before", "uses")
+
+    before: str | None
+    uses: int
+    _config: weakref.ref[Any]
+
+    @classmethod
+    def of(cls, config: Any, base: str) -> Self:
+        """Return the name to put into a configuration whose implementation is `base`."""
+        name = cls(register(base))
+        name.before, name.uses, name._config = config._attn_implementation_internal, 0, weakref.ref(config)
+        return name
+
+    def stands_in(self, config: Any) -> bool:
+        """Whether this name was made for a configuration, which a shallow copy of one does not say by itself."""
+        return self._config() is config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.before
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (type(None), ()) if self.before is None else (str, (self.before,))
+
+
+_lock = threading.Lock()
+_left: deque[tuple[Any, Switched]] = deque()
+
+
+def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[], None]:
+    """Switch a model to the wrapping implementation; return a function that undoes it (the last one restores).
+
+    The function may be called by a finalizer, at any allocation and in the middle of another `attach`: it never waits
+    for a lock. Where one is held, whoever holds it undoes the attachment before it goes on.
+
+    Raises:
+        UnsupportedError: the model's attention cannot be wrapped.
+    """
+    kinds = {type(module.config) for module in modules.values()}
+    owners = (getattr(module, "config", None) for module in model.modules())
+    configs: list[Any] = list({id(config): config for config in owners if type(config) in kinds}.values())
+    try:
+        with _lock:
+            made = [(config, _switch(config, modules)) for config in configs]
+            for config, name in made:
+                name.uses += 1
+                config._attn_implementation_internal = name
+    finally:
+        _undo_left()
+
+    def detach() -> None:
+        _left.extend(made)
+        _undo_left()
+
+    return detach
+
+
+def _switch(config: Any, modules: dict[int, nn.Module]) -> Switched:
+    """Return the name that a configuration has, or is to have, while it is attached."""
+    current = config._attn_implementation_internal
+    if isinstance(current, Switched):
+        if current.stands_in(config):
+            return current
+        config._attn_implementation_internal = current.before
+    base = str(config._attn_implementation or "eager")
+    if base not in SUPPORTED:
+        raise UnsupportedError(
+            f"attention implementation {base!r} is not supported; load the model with "
+            f"attn_implementation={' or '.join(map(repr, SUPPORTED))}."
+        )
+    for module in modules.values():
+        base_attention(module, base)
+    return Switched.of(config, base)
+
+
+def _undo_left() -> None:
+    while _left and _lock.acquire(blocking=False):
+        try:
+            while _left:
+                config, name = _left.popleft()
+                name.uses -= 1
+                # Somebody may have chosen another implementation meanwhile; that choice stays.
+                if not name.uses and config._attn_implementation_internal is name:
+                    config._attn_implementation_internal = name.before
+        finally:
+            _lock.release()
