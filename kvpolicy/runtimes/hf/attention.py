@@ -35,22 +35,6 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     return found
 
 
-def output_weight(module: nn.Module, width: int) -> Tensor:
-    """Return the weight `[M, width]` of the projection that follows a module's attention.
-
-    Raises:
-        UnsupportedError: the module has no such projection.
-    """
-    for name in ("o_proj", "out_proj", "dense", "wo"):
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == width:
-            return weight
-    raise UnsupportedError(
-        f"{type(module).__name__} has no output projection of width {width} that could be read; choose a policy "
-        "without the need `weights`."
-    )
-
-
 def base_attention(module: nn.Module, base: str) -> AttentionFunction:
     """Return the model's own attention function of that name, the way its modeling file would look it up."""
     source = sys.modules[type(module).__module__]

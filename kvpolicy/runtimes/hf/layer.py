@@ -12,9 +12,10 @@ from kvpolicy import ops
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import additive, output_weight, packed_attention, packs
+from kvpolicy.runtimes.hf.attention import additive, packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
 from kvpolicy.runtimes.hf.passes import Passes
+from kvpolicy.runtimes.hf.projection import output_projection
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -131,18 +132,15 @@ class EvictingLayer(CacheLayerMixin):
     def _facts(self, module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> LayerFacts:
         scale = kwargs.get("scaling")
         sinks = kwargs.get("s_aux")
-        heads, width = value.shape[1], value.shape[3]
+        heads = value.shape[1]
         groups = query.shape[1] // heads
-        projection = None
-        if "weights" in self.passes.engine.policy.needs:
-            weight = output_weight(module, query.shape[1] * width)
-            projection = weight.detach().T.unflatten(0, (heads, groups, width))
+        asked = "weights" in self.passes.engine.policy.needs
         return LayerFacts(
             groups=groups,
             scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
             softcap=kwargs.get("softcap"),
             attention_sinks=None if sinks is None else sinks.detach().reshape(heads, -1),
-            output_projection=projection,
+            output_projection=output_projection(module, heads, groups, value) if asked else None,
         )
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:

@@ -89,9 +89,9 @@ def streaming_loss(model: PreTrainedModel, probe: Probe, sinks: int, recent: int
         near = (places < sinks) | (places > reading[:, None] - recent)
         streamed = weights * near
         streamed = streamed / streamed.sum(-1, keepdim=True).clamp(min=1e-30)
-        output = seen.output_weight()
+        output = seen.output_projection()
         whole, lost = (
-            torch.einsum("hgqn,hnd,mhgd->hqm", part, seen.values, output) for part in (weights, weights - streamed)
+            torch.einsum("hgqn,hnd,hgdm->hqm", part, seen.values, output) for part in (weights, weights - streamed)
         )
         size = torch.linalg.vector_norm(whole.sum(0), dim=-1).clamp(min=1e-30)
         found.append((torch.linalg.vector_norm(lost, dim=-1) / size).mean(1).cpu())

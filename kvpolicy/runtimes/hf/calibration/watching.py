@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach
-from kvpolicy.runtimes.hf.attention import attention_modules, output_weight
+from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.projection import output_projection
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Attended:
         softcap: soft cap of the logits, or None.
         sinks: learned sink logits `[H, G]`, or None.
         module: the attention module.
+        dtype: what the model computes in.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class Attended:
     softcap: float | None
     sinks: Tensor | None
     module: nn.Module
+    dtype: torch.dtype
 
     def weights(self, at: Tensor) -> Tensor:
         """Return the attention weights of the queries at some positions (int64 `[Q]`), fp32 `[H, G, Q, N]`."""
@@ -60,12 +63,10 @@ class Attended:
         )
         return weights[0]
 
-    def output_weight(self) -> Tensor:
-        """Return the output projection, fp32 `[M, H, G, Dv]`; raises UnsupportedError."""
+    def output_projection(self) -> Tensor:
+        """Return the output projection, fp32 `[H, G, Dv, M]`; raises UnsupportedError."""
         heads, groups = self.queries.shape[:2]
-        width = heads * groups * self.values.shape[-1]
-        weight: Tensor = output_weight(self.module, width).float().unflatten(1, (heads, groups, -1))
-        return weight
+        return output_projection(self.module, heads, groups, self.values[None].to(self.dtype)).float()
 
 
 class _WatchedLayer(DynamicLayer):
@@ -105,6 +106,7 @@ class _WatchedLayer(DynamicLayer):
                 softcap=kwargs.get("softcap"),
                 sinks=None if sinks is None else sinks.float().reshape(heads, -1),
                 module=module,
+                dtype=value.dtype,
             )
         )
         return function(module, query, key, value, mask, **kwargs)
