@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvpolicy.errors import TableError, UnknownComponentError
 from kvpolicy.loading import installed
+from kvpolicy.outputs import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,10 +223,7 @@ def save_table(table: Table, path: str | os.PathLike[str], dtype: torch.dtype = 
         **{name: str(number) for name, number in shape.items()},
     }
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in table.tensors.items()}
-    try:
-        target.write_bytes(save(tensors, metadata=metadata))  # save_file would make a file that only its owner reads
-    except OSError as error:
-        raise TableError(f"{target}: cannot be written ({error.strerror}).") from None
+    replace_file(target, save(tensors, metadata=metadata), error=TableError)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KVPolicyError as error:
         if options.debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        from kvpolicy.spec.odd_text import harmless
+
+        sys.stderr.write(f"error: {harmless(str(error))}\n")
         return 1
     finally:
         warnings.formatwarning = old_format

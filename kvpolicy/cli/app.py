@@ -105,6 +105,7 @@ def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help
     """Check policy files; a line for each, and exit code 1 if one is not valid."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.spec import PolicySpec
+    from kvpolicy.spec.odd_text import harmless
 
     bad = 0
     for file in files:
@@ -114,9 +115,9 @@ def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help
             if options.debug:
                 raise
             bad += 1
-            typer.echo(" ".join(str(error).split()), err=True)
+            typer.echo(harmless(" ".join(str(error).split())), err=True)
         else:
-            typer.echo(f"{file}: policy {spec.policy} is valid.")
+            typer.echo(harmless(f"{file}: policy {spec.policy} is valid."))
     raise typer.Exit(1 if bad else 0)
 
 
@@ -127,17 +128,14 @@ def schema(
     """Print the JSON schema of policy files, with all installed components, for editors."""
     from json import dumps
 
-    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.outputs import replace_file
     from kvpolicy.spec import json_schema
 
     text = dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     if out is None:
         typer.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise KVPolicyError(f"--out: {out} cannot be written ({error.strerror}); name another file.") from None
+    replace_file(out, text, "--out")
 
 
 @app.command()

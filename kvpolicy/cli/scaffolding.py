@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import keyword
 import re
+import secrets
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +37,7 @@ def plugin(
 def write_plugin(name: str, into: Path) -> Path:
     """Write the package and return its folder; raises KVPolicyError in one sentence and leaves nothing behind."""
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.outputs import replace_file
 
     check_name(name)
     folder = into / name
@@ -42,13 +45,18 @@ def write_plugin(name: str, into: Path) -> Path:
         raise KVPolicyError(f"NAME: {folder} exists already; choose another name or remove it first.")
     if not into.is_dir():
         raise KVPolicyError(f"--into: there is no folder {into}; make it first.")
+    beside = into / f".{name}.{secrets.token_hex(6)}.part"
     try:
+        beside.mkdir()
         for path, text in rendered(name).items():
-            target = folder / path
+            target = beside / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
+            replace_file(target, text, "NAME")
+        beside.rename(folder)  # refused if something has come to stand there
     except OSError as error:
         raise KVPolicyError(f"NAME: {folder} cannot be written ({error.strerror}); choose another folder.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A registered study, or a study file.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A small version, as the study's `quick` says.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="The results file; STUDY.sqlite if left out.")]
 
 

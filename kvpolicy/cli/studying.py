@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.study_options import Name, Out, Quick, read_study
+from kvpolicy.cli.study_options import Device, Name, Out, Quick, read_study
+from kvpolicy.cli.study_pruning import prune
 from kvpolicy.cli.study_reporting import report
+from kvpolicy.cli.study_source import Argument, find, make_plan
 from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvpolicy.study.estimate import Size
     from kvpolicy.study.executors import Executor
     from kvpolicy.study.plan import Plan
@@ -24,10 +28,10 @@ study = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-study.command()(report)
-
-Batch = Annotated[int | None, typer.Option(min=1, help="Rows that run together; does not change results.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows that run together; changes results by rounding at most, and in float64 not at all."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local processes, or tasks on Ray at the same time.")]
 
 
@@ -43,20 +47,27 @@ def plan(
     probe: Annotated[bool, typer.Option(help="Time a few tokens, to estimate how long it takes.")] = True,
 ) -> None:
     """Say how many variants, runs and tokens a study has, and about how long it takes; nothing is recorded."""
-    from kvpolicy.cli.terminal import messages, output
+    from kvpolicy.cli.terminal import messages, output, widen
+    from kvpolicy.study.asked import Asked
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.executors import cores, default_workers
     from kvpolicy.study.results import Results
 
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
-    made = _plan(spec, device)
+    made = make_plan(spec, device)
     count = workers or default_workers(device)
     note = messages().status("probing" if probe else "counting")
     with Results(path) if path.is_file() else nullcontext() as results, note:
         size = measure(made, results, probe=probe, threads=max(1, cores() // count))
+        older = "" if results is None else str(Asked.now(made, results).older(results))
     console = output()
-    console.print(_described(made))
-    console.print(_sized(size, count))
+    described = _described(made)
+    widen(console, [described])
+    console.print(described)
+    for model in made.models:
+        console.print(f"{model.name} runs in {model.dtype} on {model.device}.", markup=False, soft_wrap=True)
+    console.print(_sized(size, count), markup=False, soft_wrap=True)
+    _say_older(console, older, path)
 
 
 @study.command()
@@ -81,47 +92,61 @@ def run(
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
     executor = _executor(on, address, workers, device)
     with executor:
-        made = _plan(spec, device)
+        made = make_plan(spec, device)
         console = messages()
         with Results(path, spec.study) as results, Bar(console) as bar:
             try:
                 Runner(made, results, executor, bar, retry_failed=retry_failed).run()
             except KeyboardInterrupt:
                 bar.stop()
-                console.print(f"Stopped. {path} holds what is finished; the same command goes on from there.")
+                text = f"Stopped. {path} holds what is finished; the same command goes on from there."
+                console.print(text, markup=False, soft_wrap=True)
                 raise typer.Exit(130) from None
     _print_results(path, spec)
 
 
 @study.command()
-def status(study: Name, *, quick: Quick = False, out: Out = None, device: Device = "auto") -> None:
-    """Say how far a study is, and what failed."""
-    from kvpolicy.cli.terminal import output
+def status(study: Argument, *, quick: Quick = False, out: Out = None, device: Device = "auto") -> None:
+    """Say how far a study is, what failed, and what else is in its file."""
+    from kvpolicy.cli.terminal import messages, output
     from kvpolicy.study.analysis import failures, summarise
+    from kvpolicy.study.asked import Asked
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.results import Results
 
-    spec, path = read_study(study, quick=quick, out=out, batch=None)
-    with Results(path) as results:
-        size = measure(_plan(spec, device), results, probe=False)
-        rows = summarise(results, ())
+    source = find(study, quick=quick, out=out, device=device)
+    with Results(source.path) as results:
+        if source.spec is None:
+            asked, left = Asked.last(results), ""
+            done = len(results.records(asked.keys, outputs=False))
+            runs = len(asked.keys)
+        else:
+            made = make_plan(source.spec, device)
+            with messages().status("counting"):
+                size = measure(made, results, probe=False)
+            asked = Asked.now(made, results)
+            done, runs, left = size.done, size.runs, f"; about {size.tokens:,} tokens are left"
+        rows, older = summarise(results, (), asked.cells), str(asked.older(results))
     console = output()
-    failed = sum(row.failed for row in rows)
+    # Variants that come to the same policy share their runs.
+    failed = sum({(row.cell.model, row.cell.dataset, row.cell.digest): row.failed for row in rows}.values())
     console.print(
-        f"{path}: {size.done:,} of {size.runs:,} runs are recorded, {failed:,} of them failed; "
-        f"about {size.tokens:,} tokens are left."
+        f"{source.path}: {done:,} of {runs:,} runs are recorded, {failed:,} of them failed{left}.",
+        markup=False,
+        soft_wrap=True,
     )
     for reason, count in failures(rows).items():
-        console.print(f"{count} failed: {reason}", markup=False)
+        console.print(f"{count} failed: {reason}", markup=False, soft_wrap=True)
+    _say_older(console, older, source.path)
 
 
-def _plan(spec: StudySpec, device: str) -> Plan:
-    from kvpolicy.cli.terminal import messages
-    from kvpolicy.study.models import find_model
-    from kvpolicy.study.plan import Plan
+study.command()(report)
+study.command()(prune)
 
-    say = messages()
-    return Plan(spec, [find_model(name, spec.dtype, device, say.print) for name in spec.models])
+
+def _say_older(console: Console, older: str, path: Path) -> None:
+    if older:
+        console.print(f"{older}; `kvpolicy study prune {path}` removes them.", markup=False, soft_wrap=True)
 
 
 def _executor(on: str, address: str | None, workers: int | None, device: str) -> Executor:
@@ -137,11 +162,13 @@ def _executor(on: str, address: str | None, workers: int | None, device: str) ->
 
 
 def _described(plan: Plan) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("variant", "condition", "what differs", box=None, header_style="bold")
     for variant in plan.variants:
-        table.add_row(variant.name, variant.condition, ", ".join(f"{path}={value}" for path, value in variant.settings))
+        differs = ", ".join(f"{path}={value}" for path, value in variant.settings)
+        table.add_row(*map(escape, (variant.name, variant.condition, differs)))
     return table
 
 
@@ -151,7 +178,7 @@ def _sized(size: Size, workers: int) -> str:
         text += f", {size.done:,} of them recorded already"
     text += f"; about {size.tokens:,} tokens"
     if size.seconds is None:
-        return f"{text}."
+        return f"{text}; no time was estimated, for nothing was run."
     return f"{text}, about {duration(size.seconds / workers)} with {workers} worker{'s' if workers > 1 else ''}."
 
 
@@ -166,17 +193,21 @@ def duration(seconds: float) -> str:
 
 def _print_results(path: Path, spec: StudySpec) -> None:
     from kvpolicy.cli.study_tables import tables
-    from kvpolicy.cli.terminal import output, widen
+    from kvpolicy.cli.terminal import output
     from kvpolicy.study.analysis import failures, summarise
+    from kvpolicy.study.asked import Asked
     from kvpolicy.study.results import Results
 
     with Results(path) as results:
-        rows = summarise(results, spec.metrics)
+        asked = Asked.last(results)  # it has just run
+        rows, older = summarise(results, spec.metrics, asked.cells), str(asked.older(results))
     console = output()
-    made = list(tables(rows, spec))
-    widen(console, made)
-    for table in made:
+    for table, left_out in tables(rows, spec, console):
         console.print(table)
+        if left_out:
+            names = ", ".join(left_out)
+            console.print(f"Not shown for lack of room: {names}; a wider terminal or the report has them.")
     for reason, count in failures(rows).items():
-        console.print(f"{count} failed: {reason}", markup=False)
-    console.print(f"Recorded in {path}.", markup=False)
+        console.print(f"{count} failed: {reason}", markup=False, soft_wrap=True)
+    console.print(f"Recorded in {path}.", markup=False, soft_wrap=True)
+    _say_older(console, older, path)

@@ -102,6 +102,7 @@ def _run(request: Request, file: Path | None, out: Path, *, same_text: bool) -> 
     from kvpolicy.cli.generating import budget_of, check_sampling, described, load_model
     from kvpolicy.cli.terminal import messages, output
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.outputs import replace_file
 
     # What is wrong with a policy or a file is said before a model is loaded.
     specs = [_load(name, budget_of(request.budget)) for name in request.policies]
@@ -133,10 +134,7 @@ def _run(request: Request, file: Path | None, out: Path, *, same_text: bool) -> 
         shown.append(Shown(spec.policy, described(spec), texts, special, recording))
     name = Path(request.model).expanduser()
     page = trace_page(shown, name.resolve().name if name.is_dir() else request.model, same_text=given is not None)
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise KVPolicyError(f"--out: {out} cannot be written ({error.strerror}); name another file.") from None
+    replace_file(out, page, "--out")
     for one in shown:
         console.print(f"{one.policy}: {_summary(one.recording)}", soft_wrap=True)
     console.print(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser.", soft_wrap=True)

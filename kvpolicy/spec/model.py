@@ -25,6 +25,7 @@ from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog
 from kvpolicy.policy.policy import Backend, Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
+from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, from_pydantic
 from kvpolicy.spec.reference import ComponentRef, resolve
 
@@ -93,6 +94,7 @@ class PolicySpec(BaseModel):
 
     def _fill(self, data: dict[str, Any]) -> None:
         """Validate canonical data into this object; raises FieldError."""
+        check_texts(data)
         fields = _resolved(data, installed.catalog())
         try:
             super().__init__(**fields)

@@ -17,7 +17,8 @@ from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.plan import REFERENCE
-from kvpolicy.study.results import CellRecord, Record, Results
+from kvpolicy.study.records import CellRecord, Record
+from kvpolicy.study.results import Results
 
 RESAMPLES: Final = 9999
 CONFIDENCE: Final = 0.95
@@ -56,6 +57,11 @@ class Row:
     metrics: dict[str, Estimate]
     values: dict[str, Values]
 
+    @property
+    def missing(self) -> int:
+        """How many of the runs that the study asks for here are not there."""
+        return len(self.cell.keys) - self.runs - self.failed
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -85,17 +91,22 @@ class Comparison:
     p_holm: float
 
 
-def summarise(results: Results, metrics: Sequence[str] = tuple(METRICS)) -> list[Row]:
+def summarise(
+    results: Results, metrics: Sequence[str] = tuple(METRICS), cells: Sequence[CellRecord] | None = None
+) -> list[Row]:
     """Return one row per variant, condition, model and dataset, in the order of the study.
+
+    A row is made of the runs whose keys its cell asks for; other runs in the file do not count.
 
     Args:
         results: the results file.
         metrics: which to estimate.
+        cells: what the study asks for, of `Asked`; what it asked for when it ran last if None.
     """
-    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in results.records():
-        found[record.model, record.dataset, record.digest].append(record)
-    return [_row(cell, found[cell.model, cell.dataset, cell.digest], metrics) for cell in results.cells()]
+    cells = results.cells() if cells is None else cells
+    wanted = {key for cell in cells for key in cell.keys}
+    found = {record.key: record for record in results.records(wanted, outputs=False)}
+    return [_row(cell, [found[key] for key in cell.keys if key in found], metrics) for cell in cells]
 
 
 def _row(cell: CellRecord, records: Sequence[Record], metrics: Sequence[str]) -> Row:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvpolicy.study.asked import cells_so_far
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.plan import Plan, Run, tasks_of
 from kvpolicy.study.results import Results
-from kvpolicy.study.runner import cells_so_far, expected_tokens
+from kvpolicy.study.runner import expected_tokens
 from kvpolicy.study.work import execute
 
 PROBE_TOKENS: Final = 48
@@ -43,11 +44,13 @@ def all_runs(plan: Plan, results: Results | None) -> list[Run]:
     if results is None:
         traces = plan.traces(_guessed(reference))
         teachers = {run.key: (0,) * expected_tokens(run) for run in reference}
-        return [*reference, *plan.runs(plan.cells(traces), teachers)]
+        cells = plan.cells(traces)
+        return [*reference, *plan.beside_reference(cells, plan.asked(cells, teachers))]
     known = results.lengths(run.key for run in reference)
     if not known:
         return all_runs(plan, None)
-    return [*reference, *plan.runs(cells_so_far(plan, results), results.teachers())]
+    cells = cells_so_far(plan, results)
+    return [*reference, *plan.beside_reference(cells, plan.asked(cells, results.teachers()))]
 
 
 def _guessed(reference: Sequence[Run]) -> dict[tuple[str, str], list[int]]:

@@ -21,6 +21,7 @@ class Metric:
         binary: 0 or 1.
         quality: says how good a variant is, and is shown with its interval everywhere.
         digits: decimals in tables.
+        bounds: smallest and largest value that can be true; a share and a divergence may miss theirs by rounding.
     """
 
     title: str
@@ -29,20 +30,29 @@ class Metric:
     binary: bool = False
     quality: bool = False
     digits: int = 3
+    bounds: tuple[float, float] = (0.0, 1e15)
 
 
+_SHARE: Final = (-1e-6, 1 + 1e-6)
 _BOTH: Final[tuple[RunKind, ...]] = ("generate", "force")
 
 METRICS: Final[Mapping[str, Metric]] = {
     "exact": Metric("right answers", ("generate",), "more", binary=True, quality=True),
-    "progress": Metric("steps until the first error", ("generate",), "more", quality=True),
+    "progress": Metric("steps until the first error", ("generate",), "more", quality=True, bounds=_SHARE),
     "tokens": Metric("tokens generated", ("generate",), digits=1),
-    "kl": Metric("KL divergence to the full cache, nats per token", ("force",), "less", digits=4, quality=True),
-    "top1": Metric("same most likely token as the full cache", ("force",), "more", quality=True),
-    "attention_mass": Metric("attention mass kept", ("force",), "more", quality=True),
+    "kl": Metric(
+        "KL divergence to the full cache, nats per token",
+        ("force",),
+        "less",
+        digits=4,
+        quality=True,
+        bounds=(-0.01, 1e15),
+    ),
+    "top1": Metric("same most likely token as the full cache", ("force",), "more", quality=True, bounds=_SHARE),
+    "attention_mass": Metric("attention mass kept", ("force",), "more", quality=True, bounds=(-1e-6, 1.05)),
     "resident_mean": Metric("entries per head, mean", _BOTH, "less", digits=1),
     "resident_peak": Metric("entries per head, peak", _BOTH, "less", digits=1),
-    "retained_fraction": Metric("entries held of tokens seen", _BOTH, "less"),
+    "retained_fraction": Metric("entries held of tokens seen", _BOTH, "less", bounds=(0.0, 1.001)),
     "bytes_peak": Metric("bytes of keys and values, peak", _BOTH, "less", digits=0),
     "seconds": Metric("seconds of a row's share of its batch", _BOTH, "less"),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,9 @@ from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
 
 _SMALL_BYTES: Final = 200 << 20  # weights up to this size run in float64 on a CPU
 _WEIGHTS: Final = ("*.safetensors", "*.bin")
-_HEAD: Final = 1 << 20
+_OTHERS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # configuration, tokenizer, template, own code
+_PART: Final = 1 << 22
+_SLOW_BYTES: Final = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ModelRef:
         name: as in the study.
         place: folder, or id on the hub.
         revision: commit on the hub; None for a folder.
-        fingerprint: names weights, configuration and dtype, wherever the folder is.
+        fingerprint: names the content of weights, configuration, tokenizer and chat template, and the dtype, wherever
+            the folder is.
         dtype: what the model is loaded as.
         device: where it runs.
     """
@@ -48,6 +50,8 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
             on other devices.
         device: as torch names it, or "auto".
         say: called with a sentence when something takes long.
+
+    All weights are read, for their content is part of the key of every run.
 
     Raises:
         KVPolicyError: it is not there, or is not a model.
@@ -71,6 +75,8 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
     if dtype == "auto":
         small = sum(file.stat().st_size for file in files) <= _SMALL_BYTES
         dtype = "auto" if device != "cpu" else "float64" if small else "float32"
+    if say is not None and sum(file.stat().st_size for file in files) > _SLOW_BYTES:
+        say(f"models: reading the weights of {name}, whose content is part of what identifies a run.")
     return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
 
 
@@ -86,16 +92,16 @@ def _snapshot(identifier: str, name: str) -> Path:
         ) from error
 
 
-def _fingerprint(folder: Path, files: list[Path]) -> str:
-    """Return a hash of the configuration, and of the sizes and first and last MiB of the weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+def _fingerprint(folder: Path, weights: list[Path]) -> str:
+    """Return a hash of all files that a model is made of, each by name and content."""
+    others = {file for pattern in _OTHERS for file in folder.glob(pattern) if file.is_file()}
+    digest = hashlib.sha256()
+    for file in sorted({*weights, *others}):
+        content = hashlib.sha256()
         with file.open("rb") as stream:
-            digest.update(stream.read(_HEAD))
-            stream.seek(max(0, size - _HEAD), os.SEEK_SET)
-            digest.update(stream.read(_HEAD))
+            while part := stream.read(_PART):
+                content.update(part)
+        digest.update(f"{file.name} {content.hexdigest()}\n".encode())
     return digest.hexdigest()[:32]
 
 

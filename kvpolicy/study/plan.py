@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError, SpecError
 from kvpolicy.spec import PolicySpec
+from kvpolicy.study import keys
 from kvpolicy.study.design import Variant, identity
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.models import ModelRef
@@ -23,15 +25,13 @@ from kvpolicy.study.work import Item, Task
 REFERENCE: Final = "full"
 """Name of the variant that keeps everything; every study has it."""
 
-_RUN_VERSION: Final = 1  # another number makes every recorded run count as another one
-
 
 @dataclass(frozen=True)
 class Run:
     """One run: a policy on a problem with a seed.
 
     Attributes:
-        key: hash of all that its result depends on.
+        document: all that its result depends on, as `kvpolicy.study.keys` has it.
         kind: generate or force.
         model: which model.
         dataset: label of the dataset.
@@ -44,7 +44,7 @@ class Run:
         attention: also measure the attention mass kept.
     """
 
-    key: str
+    document: keys.Document
     kind: RunKind
     model: ModelRef
     dataset: str
@@ -55,6 +55,11 @@ class Run:
     sampling: Sampling
     teacher: tuple[int, ...] = ()
     attention: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of `document`."""
+        return keys.key_of(self.document)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Plan:
         self.reference = Variant(
             REFERENCE, "", PolicySpec(policy=REFERENCE, budget=1.0, trigger={"every": 1 << 20}, importance="none")
         )
+        self._codes = keys.Codes()
+        self._code_of: dict[str, str] = {}
         self.problems: dict[str, dict[int, list[Problem]]] = {}
         for source in spec.datasets:
             count = source.samples or spec.samples
@@ -172,25 +179,38 @@ class Plan:
             return Cell(variant, model, dataset, None, stands_for, str(error))
         return Cell(variant, model, dataset, policy, digest_of(policy))
 
-    def runs(self, cells: Sequence[Cell], teachers: Mapping[str, tuple[int, ...]]) -> list[Run]:
-        """Return all runs but those of `reference_runs`, without those of cells that are not possible.
+    def asked(self, cells: Sequence[Cell], teachers: Mapping[str, tuple[int, ...]]) -> list[list[Run]]:
+        """Return the runs that each cell's numbers are made of; none for cells that are not possible.
 
         Args:
             cells: what `cells` returned.
-            teachers: answers of the full cache by the key of the run that gave them.
+            teachers: answers of the full cache by the key of the run that gave them; what they are needed for and are
+                not among them is left out.
         """
         models = {model.name: model for model in self.models}
         sources = {source.label: source for source in self.spec.datasets}
-        found: dict[str, Run] = {}
+        asked: list[list[Run]] = []
         for cell in cells:
-            if cell.policy is None:
-                continue
-            for kind in kinds(sources[cell.dataset]):
-                if cell.variant is self.reference and (kind == "generate" or sources[cell.dataset].generates):
-                    continue
-                for run in self._runs(
-                    kind, models[cell.model], sources[cell.dataset], cell.policy, cell.digest, teachers
-                ):
+            source = sources[cell.dataset]
+            # Where the full cache answers on its own, its divergence from itself is not measured.
+            wanted = kinds(source)[:1] if cell.variant is self.reference else kinds(source)
+            asked.append(
+                []
+                if cell.policy is None
+                else [
+                    run
+                    for kind in wanted
+                    for run in self._runs(kind, models[cell.model], source, cell.policy, cell.digest, teachers)
+                ]
+            )
+        return asked
+
+    def beside_reference(self, cells: Sequence[Cell], asked: Sequence[Sequence[Run]]) -> list[Run]:
+        """Return the runs that `asked` returned for these cells, each once, without those of `reference_runs`."""
+        found: dict[str, Run] = {}
+        for cell, runs in zip(cells, asked, strict=True):
+            for run in runs:
+                if cell.variant is not self.reference or run.kind != "generate":
                     found[run.key] = run
         return list(found.values())
 
@@ -208,39 +228,32 @@ class Plan:
         varies = samples or has_seed(policy)
         attention = kind == "force" and "attention_mass" in self.spec.metrics
         of_seed = self.problems[source.label]
-        reference = digest_of(self.reference.policy)
+        full = self.reference.policy
+        reference = digest_of(full)
+        code, full_code = self._code(policy, digest), self._code(full, reference)
         for seed in self.spec.seeds if varies or source.fresh_by_seed else self.spec.seeds[:1]:
             seeded = with_seed(policy, seed)
             for problem in of_seed.get(seed) or of_seed[self.spec.seeds[0]]:
-                key = _Key(model.name, model.fingerprint, problem, seed if varies else None)
+                shared = keys.common(model, problem, seed if varies else None, policy, digest, code)
                 teacher: tuple[int, ...] = ()
                 if kind == "force" and source.generates:
-                    answered = replace(key, seed=seed if samples else None).generated(reference, sampling)
+                    read = keys.common(model, problem, seed if samples else None, full, reference, full_code)
+                    answered = keys.key_of(keys.generated(read, sampling))
                     if answered not in teachers:  # the full cache failed on it, which is recorded there
                         continue
                     teacher = teachers[answered]
-                name = key.generated(digest, sampling) if kind == "generate" else key.forced(digest, teacher, attention)
-                yield Run(name, kind, model, source.label, problem, seed, digest, seeded, sampling, teacher, attention)
+                generates = kind == "generate"
+                made_of = (
+                    keys.generated(shared, sampling) if generates else keys.forced(shared, teacher, attention=attention)
+                )
+                yield Run(
+                    made_of, kind, model, source.label, problem, seed, digest, seeded, sampling, teacher, attention
+                )
 
-
-@dataclass(frozen=True)
-class _Key:
-    """What a run's result depends on, whatever the kind."""
-
-    model: str
-    fingerprint: str
-    problem: Problem
-    seed: int | None
-
-    def _common(self) -> list[Any]:
-        where = [self.problem.dataset, self.problem.index, self.problem.digest]
-        return [_RUN_VERSION, self.model, self.fingerprint, where, self.seed]
-
-    def generated(self, policy: str, sampling: Sampling) -> str:
-        return _hash([*self._common(), "generate", policy, sampling.model_dump()])
-
-    def forced(self, policy: str, teacher: tuple[int, ...], attention: bool) -> str:
-        return _hash([*self._common(), "force", policy, list(teacher), attention])
+    def _code(self, policy: PolicySpec, digest: str) -> str:
+        if digest not in self._code_of:
+            self._code_of[digest] = self._codes.of(policy)
+        return self._code_of[digest]
 
 
 def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple[Task, list[Run]]]:

@@ -1,92 +1,56 @@
-"""The results of a study: one SQLite file, to which every run is appended as it finishes."""
+"""The results of a study: one SQLite file, to which every run is appended as it finishes.
+
+A file from elsewhere is input like any other: it is opened for reading only, its tables have to be those that are made
+here, every row has a checksum, and what rows hold is checked and bounded.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.study.plan import REFERENCE, Cell, Run
+from kvpolicy.study import records, sealing
+from kvpolicy.study.plan import REFERENCE, Run
+from kvpolicy.study.records import CELL_COLUMNS, RUN_COLUMNS, CellRecord, Record, StudyData
+from kvpolicy.study.sealing import DamagedError, Scalar
 from kvpolicy.study.work import Outcome
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of the file format."""
 
 _APPLICATION: Final = 0x6B767073  # "kvps"
-_SCHEMA: Final = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE environments (id INTEGER PRIMARY KEY, data TEXT NOT NULL UNIQUE);
-CREATE TABLE problems (dataset TEXT, number INTEGER, prompt TEXT NOT NULL, answer TEXT NOT NULL,
-    PRIMARY KEY (dataset, number)) WITHOUT ROWID;
-CREATE TABLE cells (position INTEGER PRIMARY KEY, name TEXT NOT NULL, condition TEXT NOT NULL, settings TEXT NOT NULL,
-    model TEXT NOT NULL, dataset TEXT NOT NULL, policy TEXT, digest TEXT NOT NULL, error TEXT);
-CREATE TABLE runs (key TEXT PRIMARY KEY, kind TEXT NOT NULL, model TEXT NOT NULL, dataset TEXT NOT NULL,
+_TABLES: Final = {
+    "meta": """CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL) WITHOUT ROWID""",
+    "environments": """CREATE TABLE environments (id INTEGER PRIMARY KEY, data TEXT NOT NULL,
+    checksum BLOB NOT NULL)""",
+    "problems": """CREATE TABLE problems (digest TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL,
+    checksum BLOB NOT NULL) WITHOUT ROWID""",
+    "cells": """CREATE TABLE cells (position INTEGER PRIMARY KEY, name TEXT NOT NULL, condition TEXT NOT NULL,
+    settings TEXT NOT NULL, model TEXT NOT NULL, dataset TEXT NOT NULL, policy TEXT, digest TEXT NOT NULL, error TEXT,
+    data TEXT NOT NULL, keys BLOB NOT NULL, checksum BLOB NOT NULL)""",
+    "runs": """CREATE TABLE runs (key TEXT PRIMARY KEY, kind TEXT NOT NULL, model TEXT NOT NULL, dataset TEXT NOT NULL,
     problem INTEGER NOT NULL, seed INTEGER NOT NULL, digest TEXT NOT NULL, error TEXT, metrics TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, output BLOB NOT NULL, tokens BLOB, rows INTEGER NOT NULL, environment INTEGER,
-    finished REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX runs_by_place ON runs (model, dataset, digest, kind);
-"""
+    prompt_tokens INTEGER NOT NULL, document TEXT NOT NULL, output BLOB NOT NULL, tokens BLOB, rows INTEGER NOT NULL,
+    environment INTEGER NOT NULL, finished REAL NOT NULL, checksum BLOB NOT NULL) WITHOUT ROWID""",
+}
+_COLUMNS: Final[Mapping[str, Sequence[str]]] = {  # the first one is the table's key
+    "meta": ("name", "value"),
+    "environments": ("id", "data"),
+    "problems": ("digest", "prompt", "answer"),
+    "cells": CELL_COLUMNS,
+    "runs": RUN_COLUMNS,
+}
 
 
 class ResultsError(KVPolicyError):
-    """A results file cannot be read or written; what was written before is safe."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished run, as it is in the file.
-
-    Attributes:
-        key, kind, model, dataset, problem, seed, digest: as in `Run`; `problem` is the number in the dataset.
-        error: why it failed, or None.
-        metrics: numbers by name.
-        prompt_tokens: tokens of the prompt.
-        output: the generated text.
-    """
-
-    key: str
-    kind: str
-    model: str
-    dataset: str
-    problem: int
-    seed: int
-    digest: str
-    error: str | None
-    metrics: dict[str, float]
-    prompt_tokens: int
-    output: str
-
-
-@dataclass(frozen=True)
-class CellRecord:
-    """A variant on a dataset with a model, as it is in the file.
-
-    Attributes:
-        name, condition: as in `Variant`.
-        settings: path -> value as text.
-        model, dataset: where.
-        policy: the policy in full, as YAML; None if it is not possible.
-        digest: names the policy in the runs.
-        error: why it is not possible.
-    """
-
-    name: str
-    condition: str
-    settings: dict[str, str]
-    model: str
-    dataset: str
-    policy: str | None
-    digest: str
-    error: str | None
+    """A results file cannot be read or written, or is damaged."""
 
 
 class Results:
@@ -94,18 +58,26 @@ class Results:
 
     Args:
         path: the file; made if it is not there and `study` is given.
-        study: name of the study that writes; None opens for reading.
+        study: name of the study that writes; None opens for reading only, and changes nothing.
 
     Raises:
-        ResultsError: there is no such file, it is of another version or another study, or cannot be opened.
+        ResultsError: there is no such file, it is of another version or another study, damaged, or cannot be opened.
     """
 
     def __init__(self, path: str | Path, study: str | None = None) -> None:
         self.path = Path(path)
+        self._writes = study is not None
         if study is None and not self.path.is_file():
             raise ResultsError(f"{self.path}: there is no such file; run the study first, or name its file with --out.")
+        if study is not None and self.path.is_symlink():
+            raise ResultsError(f"{self.path}: is a symbolic link; name the file itself with --out.")
         with self._said():
-            self._open(study)
+            self._db = self._connected()
+            try:
+                self._open(study)
+            except BaseException:
+                self._db.close()
+                raise
         found = self.meta("study")
         if study is not None and found not in (None, study):
             self.close()
@@ -113,33 +85,50 @@ class Results:
                 f"{self.path}: holds the results of study {found!r}, not of {study!r}; name another file with --out."
             )
 
+    def _connected(self) -> sqlite3.Connection:
+        # Writing is opened as "rwc" only where a study says so: a reader leaves no trace beside the file either.
+        mode = "rwc" if self._writes else "ro"
+        return sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
+
     def _open(self, study: str | None) -> None:
-        # A reader that may write tidies SQLite's side files away when it closes.
-        mode = "rwc" if study is not None else "rw" if os.access(self.path, os.W_OK) else "ro"
-        self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
+        self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, sealing.MOST_BYTES)
+        for guard in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0"):
+            self._db.execute(f"PRAGMA {guard}")
         application, version, tables = (
             self._db.execute(query).fetchone()[0]
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
         if not tables and study is not None:
             self._db.execute("PRAGMA journal_mode = WAL")
+            schema = ";\n".join(_TABLES.values())
             self._db.executescript(
-                f"BEGIN; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {VERSION}; {_SCHEMA} COMMIT;"
+                f"BEGIN; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {VERSION}; {schema}; COMMIT;"
             )
-            self.set_meta("study", study)
+            with self._db:
+                self._put("meta", [("study", study)])
         elif not tables and not application:
-            self._db.close()
             raise ResultsError(f"{self.path}: nothing is recorded in it yet; run the study first.")
         elif application != _APPLICATION:
-            self._db.close()
             raise ResultsError(f"{self.path}: is not a results file of kvpolicy; name another file with --out.")
         elif version != VERSION:
-            self._db.close()
             raise ResultsError(
                 f"{self.path}: is a results file of version {version}, and this kvpolicy reads version {VERSION}; "
                 "use the kvpolicy that wrote it, or name another file with --out."
             )
+        else:
+            self._check_whole()
+            if study is not None:
+                self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+
+    def _check_whole(self) -> None:
+        """Refuse a file whose pages or tables are not as they are made here, before anything in it is read."""
+        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_autoindex_%'"))
+        if found != _TABLES:
+            raise DamagedError("its tables are not those of a results file")
+        (problem,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if problem != "ok":
+            raise DamagedError("its pages do not fit together")
 
     def __enter__(self) -> Self:
         return self
@@ -150,52 +139,88 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what was written then lies in that file alone."""
+        if self._writes:
+            with suppress(sqlite3.Error):  # somebody reads it: then SQLite's side files stay for now
+                self._db.execute("PRAGMA busy_timeout = 0")
+                self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
 
     @contextmanager
     def _said(self) -> Iterator[None]:
-        """Say in one sentence what SQLite complains of."""
+        """Say in one sentence what is wrong with the file."""
         try:
             yield
-        except sqlite3.Error as error:
-            safe = "what was recorded before is safe, and the same command goes on from there"
-            if "full" in str(error):
-                raise ResultsError(f"{self.path}: the disk is full; make room ({safe}).") from error
-            if "not a database" in str(error):
+        except DamagedError as error:
+            raise self._damaged(str(error)) from error
+        except (sqlite3.Error, sqlite3.Warning, OverflowError) as error:
+            reason = str(error)
+            if "full" in reason:
+                raise ResultsError(
+                    f"{self.path}: the disk is full; make room (what was recorded before is safe, and the same command "
+                    "goes on from there)."
+                ) from error
+            if "not a database" in reason:
                 raise ResultsError(
                     f"{self.path}: is not a results file of kvpolicy; name another file with --out."
                 ) from error
-            raise ResultsError(f"{self.path}: cannot be read or written ({error}); {safe}.") from error
+            if any(word in reason for word in ("unable to open", "readonly", "locked", "I/O", "authoriz")):
+                raise ResultsError(
+                    f"{self.path}: cannot be read or written ({reason}); see to it, or name another file with --out."
+                ) from error
+            raise self._damaged(f"SQLite says: {' '.join(reason.split())[:120]}") from error
+
+    def _damaged(self, reason: str) -> ResultsError:
+        return ResultsError(
+            f"{self.path}: is damaged: {reason}; take a copy of the file as it was written, or run the study again "
+            "with another --out."
+        )
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def _put(self, table: str, rows: Iterable[Sequence[Scalar]], how: str = "INSERT OR REPLACE") -> None:
+        sealed = [(*row, sealing.seal(table, row)) for row in rows]
+        if sealed:
+            places = ", ".join("?" * len(sealed[0]))
+            self._db.executemany(f"{how} INTO {table} VALUES ({places})", sealed)
+
+    def _rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of a table in order of their key, each checked to be as it was written."""
+        names = ", ".join((*_COLUMNS[table], "checksum"))
+        with self._said():
+            query = f"SELECT {names} FROM {table} ORDER BY {_COLUMNS[table][0]}"  # noqa: S608 - our own names
+            for *row, checksum in self._db.execute(query):
+                sealing.check(table, row, checksum)
+                yield tuple(row)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def set_meta(self, name: str, value: str) -> None:
-        """Note something about the study."""
-        with self._said(), self._db:
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+    def set_study(
+        self, study: Mapping[str, Any], models: Sequence[Mapping[str, Any]], cells: Sequence[CellRecord]
+    ) -> None:
+        """Replace what the study asks for; runs stay.
 
-    def set_cells(self, cells: Sequence[Cell]) -> None:
-        """Replace what the study compares; runs stay."""
-        rows = [
-            (
-                *(i, cell.variant.name, cell.variant.condition, json.dumps(dict(cell.variant.settings))),
-                *(cell.model, cell.dataset, None if cell.policy is None else cell.policy.to_yaml()),
-                *(cell.digest, cell.error),
-            )
-            for i, cell in enumerate(cells)
-        ]
+        Args:
+            study: `StudySpec.to_data()`.
+            models: `records.model_data` of each.
+            cells: every variant in every place, with the keys of its runs.
+        """
+        rows = [records.cell_row(i, cell) for i, cell in enumerate(cells)]
+        meta = {"spec": json.dumps(study), "models": json.dumps(list(models)), "cells": _together(rows)}
         with self._said(), self._db:
             self._db.execute("DELETE FROM cells")
-            self._db.executemany("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._put("cells", rows)
+            self._put("meta", meta.items())
 
     def environment(self, data: Mapping[str, Any]) -> int:
         """Return the number under which versions and machine are noted."""
         text = json.dumps(data, sort_keys=True)
-        with self._said(), self._db:
-            self._db.execute("INSERT OR IGNORE INTO environments (data) VALUES (?)", (text,))
-            number: int = self._db.execute("SELECT id FROM environments WHERE data = ?", (text,)).fetchone()[0]
-        return number
+        known = {data: number for number, data in self._rows("environments")}
+        if text not in known:
+            known[text] = max(known.values(), default=0) + 1
+            with self._said(), self._db:
+                self._put("environments", [(known[text], text)])
+        return cast("int", known[text])
 
     def add(self, runs: Sequence[Run], outcomes: Sequence[Outcome], environment: int) -> None:
         """Append finished runs, all or none.
@@ -206,87 +231,120 @@ class Results:
         now = time.time()
         problems, rows = [], []
         for run, outcome in zip(runs, outcomes, strict=True):
-            problems.append(
-                (run.dataset, run.problem.index, run.problem.prompt or run.problem.text, run.problem.answer)
-            )
+            problem = run.problem
+            problems.append((problem.digest, problem.prompt or problem.text, problem.answer))
             # The tokens of the full cache's answers are the teachers of forced runs.
-            keep = run.policy.policy == REFERENCE and run.kind == "generate"
+            teacher = run.policy.policy == REFERENCE and run.kind == "generate"
             rows.append(
-                (
-                    *(run.key, run.kind, run.model.name, run.dataset, run.problem.index, run.seed, run.digest),
-                    *(outcome.error, json.dumps(outcome.metrics, sort_keys=True), outcome.prompt_tokens),
-                    *(_packed(outcome.output), _packed(json.dumps(outcome.tokens)) if keep else None),
-                    *(len(runs), environment, now),
-                )
+                records.run_row(run, outcome, teacher=teacher, rows=len(runs), environment=environment, now=now)
             )
         with self._said(), self._db:
-            self._db.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?, ?, ?)", problems)
-            self._db.executemany(
-                "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
-            )
+            self._put("problems", problems, "INSERT OR IGNORE")
+            self._put("runs", rows)
+
+    def remove(self, keys: Collection[str]) -> None:
+        """Remove runs, and the problems and environments that only they have; the file shrinks.
+
+        Args:
+            keys: of the runs that go.
+        """
+        left = [record for record in self._records() if record.key not in keys]
+        contents = {record.document.get("content") for record in left}
+        used = {record.environment for record in left}
+        with self._said():
+            with self._db:
+                self._db.executemany("DELETE FROM runs WHERE key = ?", [(key,) for key in keys])
+                gone = [digest for digest, *_ in self._rows("problems") if digest not in contents]
+                self._db.executemany("DELETE FROM problems WHERE digest = ?", [(digest,) for digest in gone])
+                numbers = [number for number, _ in self._rows("environments") if number not in used]
+                self._db.executemany("DELETE FROM environments WHERE id = ?", [(number,) for number in numbers])
+            self._db.execute("VACUUM")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def _query(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
-        with self._said():
-            return self._db.execute(query, tuple(values)).fetchall()
-
     def meta(self, name: str) -> str | None:
-        """Return what `set_meta` noted."""
-        found = self._query("SELECT value FROM meta WHERE name = ?", (name,))
-        return found[0][0] if found else None
+        """Return what is noted under a name: the name of the study, the study, the models."""
+        return dict(self._rows("meta")).get(name)
+
+    def study(self) -> StudyData:
+        """Return the fields of the study as it ran last; empty if it has not run."""
+        text = self.meta("spec")
+        with self._said():
+            return cast("StudyData", {} if text is None else sealing.read_json(records.STUDY, text, "the study"))
+
+    def models(self) -> list[dict[str, str | None]]:
+        """Return the models of the study as it ran last."""
+        text = self.meta("models")
+        with self._said():
+            found: list[dict[str, str | None]] = []
+            return found if text is None else sealing.read_json(records.MODELS, text, "the list of models")
+
+    def cells(self) -> list[CellRecord]:
+        """Return what the study asked for when it ran last, in the order of its file, the full cache first."""
+        noted = self.meta("cells") or _together([])
+        with self._said():
+            rows = list(self._rows("cells"))
+            if noted != _together(rows):
+                raise DamagedError("variants of the study are missing in it")
+            return [records.read_cell(row) for row in rows]
 
     def finished(self, *, failed: bool) -> set[str]:
         """Return the keys of runs that succeeded, or that failed."""
-        return {key for (key,) in self._query("SELECT key FROM runs WHERE (error IS NOT NULL) = ?", (failed,))}
+        return {record.key for record in self._records() if (record.error is not None) == failed}
 
     def teachers(self) -> dict[str, tuple[int, ...]]:
         """Return the answers of the full cache as tokens, by key."""
-        found = self._query("SELECT key, tokens FROM runs WHERE tokens IS NOT NULL AND error IS NULL")
-        return {key: tuple(json.loads(_unpacked(tokens))) for key, tokens in found}
+        found = {}
+        with self._said():
+            for row in self._rows("runs"):
+                key, error, tokens = (row[RUN_COLUMNS.index(name)] for name in ("key", "error", "tokens"))
+                if tokens is not None and error is None:
+                    found[key] = records.read_tokens(tokens)
+        return found
 
     def lengths(self, keys: Iterable[str]) -> dict[str, int]:
         """Return prompt and answer together, in tokens, of those runs that are there and did not fail."""
         wanted = set(keys)
-        found = self._query("SELECT key, prompt_tokens, metrics FROM runs WHERE kind = 'generate' AND error IS NULL")
-        return {key: prompt + int(json.loads(m)["tokens"]) for key, prompt, m in found if key in wanted}
+        found = {}
+        with self._said():
+            for record in self._records():
+                if record.key in wanted and record.error is None and record.kind == "generate":
+                    if "tokens" not in record.metrics:
+                        raise DamagedError("an answer of the full cache has no length")
+                    found[record.key] = record.prompt_tokens + int(record.metrics["tokens"])
+        return found
 
-    def cells(self) -> list[CellRecord]:
-        """Return what the study compares, in the order of its file, the full cache first."""
-        rows = self._query(
-            "SELECT name, condition, settings, model, dataset, policy, digest, error FROM cells ORDER BY position"
-        )
-        return [CellRecord(row[0], row[1], json.loads(row[2]), *row[3:8]) for row in rows]
+    def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[Record]:
+        """Return runs, ordered by what they are, not by when they finished.
 
-    def records(self) -> list[Record]:
-        """Return all runs, ordered by what they are, not by when they finished."""
-        rows = self._query(
-            "SELECT key, kind, model, dataset, problem, seed, digest, error, metrics, prompt_tokens, output FROM runs "
-            "ORDER BY model, dataset, digest, kind, seed, problem, key"
-        )
-        names = ("key", "kind", "model", "dataset", "problem", "seed", "digest", "error")
-        return [
-            Record(
-                **dict(zip(names, row[:8], strict=True)),
-                metrics=json.loads(row[8]),
-                prompt_tokens=row[9],
-                output=_unpacked(row[10]),
-            )
-            for row in rows
-        ]
+        Args:
+            keys: of which runs; all if None.
+            outputs: with the generated texts, which take memory.
+        """
+        found = [record for record in self._records(outputs=outputs) if keys is None or record.key in keys]
+        return sorted(found, key=lambda r: (r.model, r.dataset, r.digest, r.kind, r.seed, r.problem, r.key))
 
-    def problems(self) -> dict[tuple[str, int], tuple[str, str]]:
-        """Return (prompt, answer) by dataset and number."""
-        return {(row[0], row[1]): (row[2], row[3]) for row in self._query("SELECT * FROM problems")}
+    def _records(self, *, outputs: bool = False) -> Iterator[Record]:
+        with self._said():
+            for row in self._rows("runs"):
+                yield records.read_run(row, output=outputs)
 
-    def environments(self) -> list[dict[str, Any]]:
-        """Return versions and machines that runs were made with."""
-        return [json.loads(data) for (data,) in self._query("SELECT data FROM environments ORDER BY id")]
+    def problems(self) -> dict[str, tuple[str, str]]:
+        """Return (prompt, answer) by the digest of a problem's content."""
+        with self._said():
+            rows = list(self._rows("problems"))
+            records.require_texts("problems", rows)
+        return {digest: (prompt, answer) for digest, prompt, answer in rows}
+
+    def environments(self) -> dict[int, dict[str, str | None]]:
+        """Return versions and machines that runs were made with, by number."""
+        with self._said():
+            return {
+                number: sealing.read_json(records.ENVIRONMENT, data, "the versions")
+                for number, data in self._rows("environments")
+            }
 
 
-def _packed(text: str) -> bytes:
-    return zlib.compress(text.encode(), 6)
-
-
-def _unpacked(data: bytes) -> str:
-    return zlib.decompress(data).decode()
+def _together(cells: Sequence[Sequence[Scalar]]) -> str:
+    """Return what stands for all rows of the table of cells: none of them can go without a trace."""
+    return sealing.seal("all cells", [sealing.seal("cells", row) for row in cells]).hex()

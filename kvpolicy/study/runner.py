@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import asdict
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from kvpolicy.runtimes.opening import first_line
+from kvpolicy.study.asked import Asked, cells_so_far
 from kvpolicy.study.executors import Executor, Outcomes
-from kvpolicy.study.models import ModelRef
-from kvpolicy.study.plan import Cell, Plan, Run, tasks_of
+from kvpolicy.study.plan import Plan, Run, tasks_of
 from kvpolicy.study.results import Results, ResultsError
 from kvpolicy.study.work import Outcome, Task
 
@@ -68,28 +68,19 @@ class Runner:
         Raises:
             ResultsError: the file cannot be written, or another process is writing it.
         """
-        lock = FileLock(f"{self.results.path}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ResultsError(
-                f"{self.results.path}: another `kvpolicy study run` is writing it; wait for it, or name another file "
-                "with --out."
-            ) from None
-        try:
-            self.results.set_meta("spec", self.plan.spec.to_yaml())
-            self.results.set_meta("models", json.dumps([_noted(model) for model in self.plan.models]))
+        with writing(self.results.path):
             number = self.results.environment(environment())
+            self._note_study()  # what was asked for before is older from now on, also if this is stopped
             self._stage("full cache", self.plan.reference_runs(), number)
-            cells = self.cells()
-            self.results.set_cells(cells)
-            self._stage("variants", self.plan.runs(cells, self.results.teachers()), number)
-        finally:
-            lock.release()
+            self._stage("variants", self._note_study(), number)
 
-    def cells(self) -> list[Cell]:
-        """Return the variants with their budgets, as far as the full cache has run."""
-        return cells_so_far(self.plan, self.results)
+    def _note_study(self) -> list[Run]:
+        """Record what the study asks for, as far as it can be said, and return all runs but those of the full cache."""
+        cells = cells_so_far(self.plan, self.results)
+        runs = self.plan.asked(cells, self.results.teachers())
+        asked = Asked.of(self.plan, cells, runs)
+        self.results.set_study(asked.study, asked.models, asked.cells)
+        return self.plan.beside_reference(cells, runs)
 
     def _stage(self, name: str, runs: Sequence[Run], environment: int) -> None:
         done = self.results.finished(failed=False)
@@ -158,20 +149,33 @@ class Runner:
         self.progress.advance(runs, outcomes, sum(map(expected_tokens, runs)))
 
 
-def cells_so_far(plan: Plan, results: Results) -> list[Cell]:
-    """Return the variants with their budgets, as far as the full cache has run."""
-    reference = plan.reference_runs()
-    found = results.lengths(run.key for run in reference)
-    lengths: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for run in reference:
-        if run.key in found:
-            lengths[run.model.name, run.dataset].append(found[run.key])
-    return plan.cells(plan.traces(lengths))
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Be the only one that writes a results file, inside the block.
 
+    Args:
+        path: the results file; ``.lock`` beside it is what is locked.
 
-def _noted(model: ModelRef) -> dict[str, Any]:
-    """Return what identifies a model on any machine."""
-    return {field: value for field, value in asdict(model).items() if field != "place"}
+    Raises:
+        ResultsError: another process writes it, or the lock cannot be made.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        if Path(lock.lock_file).is_symlink():
+            raise ResultsError(f"{lock.lock_file}: is a symbolic link; remove it.")
+        lock.acquire()
+    except Timeout:
+        raise ResultsError(
+            f"{path}: another `kvpolicy study run` is writing it; wait for it, or name another file with --out."
+        ) from None
+    except OSError as error:
+        raise ResultsError(
+            f"{lock.lock_file}: cannot be made ({error.strerror}); name another file with --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def environment() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kvpolicy.errors import did_you_mean
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.spec import PolicySpec, files, yaml_text
+from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, dotted, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 from kvpolicy.study.design import POLICY, Axis, Design, Variant, expand
@@ -89,6 +90,7 @@ class StudySpec(BaseModel):
             raise problem.located() from None
 
     def _fill(self, data: dict[str, Any], marks: Mapping[KeyPath, Mark], found: files.Found | None) -> None:
+        check_texts(data)
         for field in data:
             if field not in FIELDS:
                 raise FieldError(

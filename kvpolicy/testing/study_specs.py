@@ -13,6 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import DrawFn, SearchStrategy  # noqa: E402
 
 from kvpolicy.errors import SpecError  # noqa: E402
+from kvpolicy.spec.odd_text import odd_character  # noqa: E402
 from kvpolicy.study.design import BUDGET, POLICY  # noqa: E402
 from kvpolicy.study.metrics import METRICS  # noqa: E402
 from kvpolicy.study.spec import StudySpec  # noqa: E402
@@ -76,7 +77,7 @@ def studies(draw: DrawFn, /, **fixed: Any) -> StudySpec:
     inside = draw(st.integers(0, 1 if design == "paired" else len(paths)))  # paired axes would need equal lengths
     fields: dict[str, Any] = {
         "study": draw(st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True)),
-        "description": draw(st.text(max_size=20)),
+        "description": draw(st.text(max_size=20).filter(lambda text: odd_character(text) is None)),
         "design": design,
         "axes": {path: lists[path] for path in paths[:inside]},
         "conditions": {path: lists[path] for path in paths[inside:]},

@@ -14,6 +14,7 @@ from kvpolicy import ComponentRef, ImportanceScorer, PolicySpec, SpecError
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.loading import installed
 from kvpolicy.spec import yaml_text
+from kvpolicy.spec.odd_text import odd_character
 
 # The file of the design document.
 RKV = """\
@@ -206,6 +207,7 @@ def test_marks_point_at_keys():
 
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+_SHOWN = _TEXT.filter(lambda text: odd_character(text) is None)  # what a policy may say
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3),
@@ -221,8 +223,8 @@ def test_what_is_written_is_read_back(data):
 
 
 @given(
-    description=_TEXT,
-    departures=st.lists(_TEXT, max_size=3),
+    description=_SHOWN,
+    departures=st.lists(_SHOWN, max_size=3),
     weight=st.floats(0, 1),
     threshold=st.floats(0, 1),
     observe=st.integers(1, 10**6),

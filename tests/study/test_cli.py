@@ -43,6 +43,7 @@ def run(capsys, monkeypatch, tmp_path, model_folder):
 def test_plan_run_status(run, tmp_path):
     code, out, _ = run("plan", "small.yaml", "--workers", 2)
     assert code == 0
+    assert re.search(r"tiny runs in float64 on cpu\.$", out, flags=re.MULTILINE)
     assert re.search(
         r"2 variants and the full cache, 12 runs; about 360 tokens, about \d+ (s|min) with 2 workers\.", out
     )
@@ -51,12 +52,15 @@ def test_plan_run_status(run, tmp_path):
     assert code == 0
     assert "variants: 8/8 runs" in err
     assert re.search(r"^ *rkv +4 +0\.000 \[0\.000, 0\.490\]", out, flags=re.MULTILINE)
-    assert re.search(r"p = 1 *$", out, flags=re.MULTILINE)
+    assert re.search(r"p \(Holm\) = 1 *$", out, flags=re.MULTILINE)
     assert out.rstrip().endswith("Recorded in small.sqlite.")
     assert run("status", "small.yaml")[1] == (
         "small.sqlite: 12 of 12 runs are recorded, 0 of them failed; about 0 tokens are left.\n"
     )
-    assert "12 runs, 12 of them recorded already; about 0 tokens." in run("plan", "small.yaml", "--no-probe")[1]
+    assert (
+        "12 runs, 12 of them recorded already; about 0 tokens; no time was estimated"
+        in run("plan", "small.yaml", "--no-probe")[1]
+    )
     code, again, err = run("run", "small.yaml")
     assert (code, err) == (0, "")
     assert again == out
@@ -74,9 +78,14 @@ def test_no_number_of_a_table_is_cut_short(run, monkeypatch, columns):
     assert code == 0
     assert "…" not in out
     if columns is None:
-        assert re.search(r"^ *random +4 .* 0\.000 \[0\.000, 0\.000\], p = 1 *$", out, flags=re.MULTILINE)
+        assert re.search(r"^ *random +4 .* 0\.000 \[0\.000, 0\.000\], p \(Holm\) = 1 *$", out, flags=re.MULTILINE)
     else:
         assert max(map(len, out.splitlines())) <= 72
+        words = " ".join(out.split())
+        assert "Not shown for lack of room: tokens, resident_mean, resident_peak, " in words
+        assert re.search(r"^ *random +4 +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", out, flags=re.MULTILINE), (
+            "every digit is there"
+        )
 
 
 def test_quick_has_a_file_of_its_own(run, tmp_path):

@@ -232,7 +232,7 @@ def test_cells_that_are_not_possible_are_said(made):
 
 def test_a_study_that_has_not_begun(tmp_path):
     with Results(tmp_path / "s.sqlite", "small") as results:
-        results.set_meta("spec", spec().to_yaml())
+        results.set_study(spec().to_data(), [], [])
         report = build(results, COMMANDS)
     for text in (page(report), markdown(report)):
         assert "No variant has been run yet" in text
@@ -240,12 +240,13 @@ def test_a_study_that_has_not_begun(tmp_path):
 
 def test_variants_that_have_not_run_yet(made, tmp_path):
     made()
-    with Results(tmp_path / "small.sqlite") as results:
-        results._query("DELETE FROM runs WHERE tokens IS NULL")
-        results._db.commit()
+    with Results(tmp_path / "small.sqlite", "small") as results:
+        full = results.cells()[0].keys
+        results.remove({record.key for record in results.records()} - set(full))
         report = build(results, COMMANDS)
     assert "Not run yet." in page(report)
     assert "not run yet" in markdown(report)
+    assert markdown(report).splitlines()[2].startswith("8 runs of the 40 that the study asks for")
 
 
 def test_several_models_and_datasets_have_their_own_sections(made):

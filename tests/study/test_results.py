@@ -18,7 +18,7 @@ def test_a_file_of_another_version_is_refused_and_left_alone(tmp_path, monkeypat
         with pytest.raises(ResultsError) as caught:
             Results(path, study)
         assert str(caught.value) == (
-            f"{path}: is a results file of version 7, and this kvpolicy reads version 1; use the kvpolicy that wrote "
+            f"{path}: is a results file of version 7, and this kvpolicy reads version 2; use the kvpolicy that wrote "
             "it, or name another file with --out."
         )
     assert path.read_bytes() == before

@@ -6,11 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
-from kvpolicy.study.results import CellRecord
+from kvpolicy.study.records import CellRecord
 
 PATHS: Final = ("budget", "budget.tokens", "budget.fraction")
 
@@ -59,7 +57,7 @@ def budget_of(cell: CellRecord) -> str | None:
     for path in PATHS:
         if path in cell.settings:
             return cell.settings[path]
-    budget = policy_data(cell).get("budget")
+    budget = cell.data.get("budget")
     if not isinstance(budget, dict) or len(budget) != 1:
         return None
     return json.dumps(next(iter(budget.values())))
@@ -71,12 +69,6 @@ def without_budget(text: str, cell: CellRecord) -> str:
         if path in cell.settings:
             text = re.sub(rf"(^|, ){re.escape(f'{path}={cell.settings[path]}')}(?=, |$)", "", text)
     return text.removeprefix(", ")
-
-
-def policy_data(cell: CellRecord) -> dict[str, Any]:
-    """Return a cell's policy as plain values; empty if it is not possible."""
-    data = yaml.safe_load(cell.policy) if cell.policy else None
-    return data if isinstance(data, dict) else {}
 
 
 def _read(text: str) -> tuple[str, float]:

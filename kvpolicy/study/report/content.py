@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Final
 
 from kvpolicy.study.analysis import Comparison, Row, compare, failures, summarise
+from kvpolicy.study.asked import Asked
 from kvpolicy.study.design import POLICY
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.plan import REFERENCE
-from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, policy_data, without_budget
-from kvpolicy.study.report.settings import Settings, read_study, settings
+from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, without_budget
+from kvpolicy.study.report.settings import Settings, settings
 from kvpolicy.study.results import Results
 
 BYTES: Final = "bytes_peak"
@@ -142,6 +143,8 @@ class Report:
         budgets: the study's budgets, if it compares several.
         places: every dataset with every model.
         runs, failed: how many runs of these variants are recorded, and how many of them failed.
+        asked: how many runs the study asks for.
+        older: what else the file holds, as a sentence; empty if nothing.
         failures: reason -> number of runs.
         settings: all that the numbers depend on.
     """
@@ -155,6 +158,8 @@ class Report:
     places: tuple[Place, ...]
     runs: int
     failed: int
+    asked: int
+    older: str
     failures: Mapping[str, int]
     settings: Settings
 
@@ -172,20 +177,22 @@ class Report:
                         yield from effects
 
 
-def build(results: Results, commands: Commands) -> Report:
+def build(results: Results, commands: Commands, asked: Asked | None = None) -> Report:
     """Return what a report says about a results file; the study's file, policies and data are not needed.
 
     Args:
         results: the results file.
         commands: how the report is made.
+        asked: what the study asks for; what it asked for when it ran last if None.
 
     Raises:
         KVPolicyError: the file cannot be read, or names a baseline that it does not have.
     """
-    study = read_study(results)
-    rows = summarise(results)
+    asked = asked or Asked.last(results)
+    study = asked.study
+    rows = summarise(results, cells=asked.cells)
     axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
-    made = settings(results, [row.cell for row in rows], study)
+    made = settings(results, asked)
     entries = [_entry(row, axis) for row in rows]
     wanted = tuple(name for name in study.get("metrics") or METRICS if name in METRICS)
     names = list(dict.fromkeys(row.cell.name for row in rows if row.cell.name != REFERENCE))
@@ -193,7 +200,7 @@ def build(results: Results, commands: Commands) -> Report:
     baseline = study.get("compare_to") or (names[0] if len(names) > 1 else REFERENCE)
     effects = {name: _effects(entries, name, baseline, made.axes) for name in _qualities(rows, wanted)}
     places = dict.fromkeys((row.cell.model, row.cell.dataset) for row in rows)
-    # Variants that come to the same policy share their runs; the file may also hold runs of variants that have gone.
+    # Variants that come to the same policy share their runs.
     apart = {(row.cell.model, row.cell.dataset, row.cell.digest): row for row in rows}.values()
     return Report(
         study=results.meta("study") or "study",
@@ -205,6 +212,8 @@ def build(results: Results, commands: Commands) -> Report:
         places=tuple(_place(*place, entries, wanted, effects) for place in places),
         runs=sum(row.runs + row.failed for row in apart),
         failed=sum(row.failed for row in apart),
+        asked=len(asked.keys),
+        older=str(asked.older(results)),
         failures=failures(rows),
         settings=made,
     )
@@ -215,7 +224,7 @@ def _entry(row: Row, axis: BudgetAxis | None) -> Entry:
     if cell.name == REFERENCE or axis is None:
         return Entry(row, cell.name, cell.condition, None)
     budget = budget_of(cell)
-    series = without_budget(cell.name, cell) or str(policy_data(cell).get("policy", cell.name))
+    series = without_budget(cell.name, cell) or str(cell.data.get("policy", cell.name))
     index = axis.texts.index(budget) if budget is not None and budget in axis.texts else None
     return Entry(row, series, without_budget(cell.condition, cell), index)
 
@@ -320,7 +329,7 @@ def _swapped(entry: Entry, base: Entry, axes: Sequence[str]) -> tuple[str, str]:
         return "the whole cache", mine.name
     paths = [path for path in axes if mine.settings.get(path) != its.settings.get(path)]
     if POLICY in paths:
-        a, b = policy_data(mine), policy_data(its)
+        a, b = mine.data, its.data
         parts = [field for field in {**b, **a} if field not in _TEXTS and a.get(field) != b.get(field)]
         if len(paths) == 1 and 0 < len(parts) <= _MOST_PARTS:
             return " + ".join(parts), mine.name

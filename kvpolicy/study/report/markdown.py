@@ -27,7 +27,8 @@ def markdown(report: Report) -> str:
     if report.description:
         lines += [_text(report.description), ""]
     lines += [
-        f"{phrases.count(report.runs, 'run')}; differences are to {_text(report.baseline)}.",
+        f"{phrases.count(report.runs, 'run')}{_unfinished(report)}; differences are to {_text(report.baseline)}.",
+        *([f"{_text(report.older)}."] if report.older else []),
         "Intervals are at 95 % and about problems: Wilson's for shares of right answers, a bootstrap for other means.",
         "",
     ]
@@ -43,6 +44,10 @@ def markdown(report: Report) -> str:
             lines += _measure(report, place, measure)
     lines += _settings(report)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _unfinished(report: Report) -> str:
+    return f" of the {report.asked:,} that the study asks for" if report.runs < report.asked else ""
 
 
 def _overview(place: Place) -> Iterator[str]:
@@ -61,6 +66,7 @@ def _row(entry: Entry, metrics: Sequence[str]) -> list[str]:
         reason = f"failed: {row.error}" if row.failed else f"not possible: {row.error}" if row.error else "not run yet"
         return [_text(row.cell.name), _text(reason), *(_DASH for _ in metrics)]
     runs = f"{row.runs:,}" + (f" ({row.failed} failed)" if row.failed else "")
+    runs += f" of {row.runs + row.failed + row.missing:,}" if row.missing else ""
     return [_text(row.cell.name), runs, *(_estimate(row.metrics.get(name), name) for name in metrics)]
 
 

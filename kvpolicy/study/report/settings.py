@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 import kvpolicy
-from kvpolicy.study.results import CellRecord, Results, ResultsError
+from kvpolicy.spec import yaml_text
+from kvpolicy.spec.odd_text import harmless
+from kvpolicy.study.asked import Asked
+from kvpolicy.study.records import CellRecord, Record
+from kvpolicy.study.results import Results
 
 _EXCERPT: Final = 160
 _FACTS: Final = (
@@ -68,7 +70,7 @@ class Settings:
         facts: its most important fields, name -> value as text.
         axes: the paths that are compared.
         models: name, fingerprint, revision, dtype and device of each model, as far as they are recorded.
-        environments: name -> value for each set of versions that runs were made with.
+        environments: name -> value for each set of versions that counted runs were made with; `runs` says how many.
         policies: variant -> its policies, one for each budget and condition in which they differ.
         problems: dataset -> its problems.
         version: of the kvpolicy that made the report.
@@ -84,42 +86,41 @@ class Settings:
     version: str
 
 
-def read_study(results: Results) -> dict[str, Any]:
-    """Return the fields of the study that is recorded, as plain values; policies and datasets need not be installed.
-
-    Raises:
-        ResultsError: what is recorded is not YAML.
-    """
-    try:
-        data = yaml.safe_load(results.meta("spec") or "")
-    except yaml.YAMLError:
-        raise ResultsError(f"{results.path}: the study in it is not YAML; run the study again.") from None
-    return data if isinstance(data, dict) else {}
-
-
-def settings(results: Results, cells: Sequence[CellRecord], data: Mapping[str, Any]) -> Settings:
+def settings(results: Results, asked: Asked) -> Settings:
     """Return the settings of a study.
 
     Args:
         results: the results file.
-        cells: what the study compares.
-        data: what `read_study` returned.
+        asked: what the study asks for.
     """
-    problems: dict[str, list[Problem]] = defaultdict(list)
-    for (dataset, number), (prompt, answer) in results.problems().items():
-        problems[dataset].append(Problem(number, _excerpt(prompt), answer))
+    data = asked.study
+    counted = results.records(asked.keys, outputs=False)
+    made, versions = Counter(record.environment for record in counted), results.environments()
+    models = asked.models or [{"name": name} for name in data.get("models", ())]
+    # What a study file leaves out is left out here too.
+    text = yaml_text.write({name: value for name, value in data.items() if value not in (None, "", [], {})})
     return Settings(
-        study=_portable(results.meta("spec") or "", data),
+        study=_portable(text, data) if data else "",
         facts={name: _portable(_text(data[name]), data) for name in _FACTS if data.get(name) not in (None, [])},
         axes=tuple(data.get("axes") or ()),
-        models=tuple(
-            json.loads(results.meta("models") or "null") or ({"name": name} for name in data.get("models", ()))
+        models=tuple(models),
+        environments=tuple(
+            {**versions.get(number, {}), "runs": f"{count:,}"} for number, count in sorted(made.items())
         ),
-        environments=tuple(results.environments()),
-        policies=_policies(cells),
-        problems={dataset: tuple(found) for dataset, found in problems.items()},
+        policies=_policies(asked.cells),
+        problems=_problems(counted, results),
         version=kvpolicy.__version__,
     )
+
+
+def _problems(counted: Sequence[Record], results: Results) -> dict[str, tuple[Problem, ...]]:
+    """Return what the counted runs were given, dataset by dataset."""
+    known = results.problems()
+    found: dict[str, dict[int, Problem]] = defaultdict(dict)
+    for record in counted:
+        prompt, answer = known.get(str(record.document.get("content")), ("", ""))
+        found[record.dataset][record.problem] = Problem(record.problem, _excerpt(prompt), harmless(answer))
+    return {dataset: tuple(each for _, each in sorted(of.items())) for dataset, of in sorted(found.items())}
 
 
 def _portable(text: str, data: Mapping[str, Any]) -> str:
@@ -154,5 +155,5 @@ def _text(value: Any) -> str:
 
 
 def _excerpt(prompt: str) -> str:
-    line = " ".join(prompt.split())
+    line = harmless(" ".join(prompt.split()))
     return line if len(line) <= _EXCERPT else f"{line[: _EXCERPT - 1]}…"
