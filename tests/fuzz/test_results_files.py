@@ -15,6 +15,7 @@ import time
 import zlib
 
 import pytest
+from kvpolicy.testing.scripted import scripted_study
 
 from kvpolicy import KVPolicyError
 from kvpolicy.cli import main
@@ -24,7 +25,6 @@ from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.results import _COLUMNS, Results
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
-from kvpolicy.testing.scripted import scripted_study
 
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")

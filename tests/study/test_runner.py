@@ -266,7 +266,7 @@ def test_killed_three_times_the_table_is_that_of_an_unbroken_run(study, table, t
     def recorded():
         try:
             with Results(path) as results:
-                return dict(results._query("SELECT key, finished FROM runs"))
+                return dict(results._db.execute("SELECT key, finished FROM runs"))
         except ResultsError:  # not there, or just being made
             return {}
 
