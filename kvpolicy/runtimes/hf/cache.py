@@ -22,9 +22,10 @@ from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
-from kvpolicy.runtimes.hf.model_facts import head_shape, image_tokens
+from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
 from kvpolicy.runtimes.hf.passes import KINDS, Kind, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
+from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
 from kvpolicy.tables import check_fit
 
@@ -70,7 +71,8 @@ class PolicyCache(Cache):
             unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
             what = unseen or "it has no layer to evict from"
             raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
-        check_fit(self.policy.components, len(layers), *head_shape(model))
+        for shape in dict.fromkeys(head_shapes(model, evictable)):
+            check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
         groups: dict[object, list[int]] = {}
         for i in evictable:
@@ -79,11 +81,15 @@ class PolicyCache(Cache):
             groups.setdefault(key, []).append(i)
         engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
         self._passes = Passes(engine, has_images=bool(image_tokens(model)))
+        shared = readers(model, modules)
         for i in evictable:
-            layers[i] = EvictingLayer(self._passes, i)
+            layers[i] = EvictingLayer(self._passes, i, shared.get(i, ()))
         self.model = model
         super().__init__(layers=layers)
-        self._detach = weakref.finalize(self, attach(model, {i: modules[i] for i in evictable}))
+        undo = [attach(model, {i: modules[i] for i in evictable})]
+        if shared:
+            undo.append(compute_whole_prompts(model))
+        self._detach = weakref.finalize(self, _call_all, undo)
 
     @staticmethod
     def _refuse_others(layers: list[Any], model: str) -> None:
@@ -101,6 +107,11 @@ class PolicyCache(Cache):
     def engine(self) -> Engine:
         """The engine behind this cache."""
         return self._passes.engine
+
+    @property
+    def looks_at_queries(self) -> bool:
+        """Whether the policy looks at queries, so that every layer has to compute those of every token."""
+        return self.engine.log.active
 
     def __enter__(self) -> Self:
         if not self._detach.alive:
@@ -320,6 +331,11 @@ class PolicyCache(Cache):
         slots = store.read(layer, self.engine.held(slice(row, row + 1)))
         positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
         return positions
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def refuse_implementation(name: str | None, place: str) -> None:

@@ -16,6 +16,7 @@ from kvpolicy.runtimes.hf.attention import additive, packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
 from kvpolicy.runtimes.hf.passes import Passes
 from kvpolicy.runtimes.hf.projection import output_projection
+from kvpolicy.runtimes.hf.sharing import SharedFacts, joined_facts, joined_queries, reader
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -28,9 +29,10 @@ class EvictingLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, passes: Passes, layer_idx: int) -> None:
+    def __init__(self, passes: Passes, layer_idx: int, readers: tuple[int, ...] = ()) -> None:
         self.passes = passes
         self.layer_idx = layer_idx
+        self.readers = readers or (layer_idx,)  # whose attention reads these keys, this layer's own first
 
     @property
     def is_initialized(self) -> bool:
@@ -88,7 +90,7 @@ class EvictingLayer(CacheLayerMixin):
             raise CacheStateError("attention was called outside of a forward pass of this cache.")
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
-        facts = engine.facts.get(self.layer_idx) or self._facts(module, query, value, kwargs)
+        facts = self._known(module) or self._facts(module, query, value, kwargs)
         if mask is not None and mask.shape[-1] != key.shape[2]:
             raise UnsupportedError(
                 "this model asks for a mask that is not simply causal, after padding or an eviction; "
@@ -97,20 +99,42 @@ class EvictingLayer(CacheLayerMixin):
         base_entries = engine.ragged_base(self.layer_idx)
         if base_entries is not None:
             attended = self._attend_ragged(base_entries, query, key, value, mask, facts)
-            engine.record(self.layer_idx, query, facts)
-            current.unattended = None
+            self._record(module, query, facts, key.shape[1])
             return attended, None
         turned = engine.turn_queries(self.layer_idx, query)
         if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
             output: tuple[Tensor, Tensor | None] = packed_attention(turned, key, value, facts.scale), None
         else:
             if mask is None:
-                allowed = forward.mask_on(key.device, explicit=base == "eager")
+                allowed = _last(forward.mask_on(key.device, explicit=base == "eager"), query)
                 mask = additive(allowed, query.dtype) if base == "eager" else allowed
             output = function(module, turned, key, value, mask, **kwargs)
-        engine.record(self.layer_idx, query, facts)
-        current.unattended = None
+        self._record(module, query, facts, key.shape[1])
         return output
+
+    def _known(self, module: nn.Module) -> LayerFacts | None:
+        """Return what is known of the attention of one of the readers."""
+        facts = self.passes.engine.facts.get(self.layer_idx)
+        return facts.parts.get(reader(module, self.layer_idx)) if isinstance(facts, SharedFacts) else facts
+
+    def _record(self, module: nn.Module, query: Tensor, facts: LayerFacts, heads: int) -> None:
+        """Keep what the policy needs of an attention call, once the last reader of these keys has come by."""
+        engine, current = self.passes.engine, self.passes.current
+        assert current is not None
+        current.unattended = None
+        if len(self.readers) == 1:
+            engine.record(self.layer_idx, query, facts)
+            return
+        calls = current.readings.setdefault(self.layer_idx, {})
+        calls[reader(module, self.layer_idx)] = query, facts
+        if not set(self.readers) <= set(calls):
+            return
+        del current.readings[self.layer_idx]
+        known = engine.facts.get(self.layer_idx)
+        if not isinstance(known, SharedFacts):
+            known = joined_facts({i: calls[i][1] for i in self.readers}, self.layer_idx)
+        queries = joined_queries([calls[i][0] for i in self.readers], heads) if engine.log.active else query
+        engine.record(self.layer_idx, queries, known)
 
     def _attend_ragged(
         self, base: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, facts: LayerFacts
@@ -124,7 +148,7 @@ class EvictingLayer(CacheLayerMixin):
         with ops.using_backend(engine.policy.backend):
             output = ops.ragged_attention(
                 engine.turn_queries(self.layer_idx, query), base.blocks, key, value,
-                forward.mask_on(key.device, explicit=True) if masked else None,
+                _last(forward.mask_on(key.device, explicit=True), query) if masked else None,
                 scale=facts.scale, softcap=facts.softcap, attention_sinks=facts.attention_sinks,
             )  # fmt: skip
         return output.transpose(1, 2).contiguous()
@@ -172,3 +196,8 @@ class EvictingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `reset`."""
+
+
+def _last(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return the lines of a mask for the last tokens of a pass: a layer without keys of its own may skip the others."""
+    return mask if mask is None or mask.shape[2] == query.shape[2] else mask[:, :, -query.shape[2] :]

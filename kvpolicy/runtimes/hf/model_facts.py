@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from kvpolicy.runtimes.shapes import FIELDS, head_shape, layer_fields
 
-def head_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of KV heads and their size, as the model's configuration says."""
+
+def head_shapes(model: PreTrainedModel, layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the number of KV heads and their size for each of some layers, as the model's configuration says."""
     config: Any = model.config.get_text_config(decoder=True)
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return heads, int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    said = config.to_dict()
+    # Names of transformers that a configuration has under names of its own (GPT-2's `n_head`) are attributes only.
+    text = {name: said[name] if name in said else getattr(config, name, None) for name in FIELDS}
+    return [head_shape(layer_fields(text, layer)) for layer in layers]
 
 
 def image_tokens(model: PreTrainedModel) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.caller import generation_loop
 from kvpolicy.runtimes.hf.handover import MaskFunction
@@ -31,6 +32,8 @@ class Pass:
         kind: part of a prompt, a decode step, or candidates that may be taken back.
         arrived: a layer has come by, so that the engine has opened the pass.
         unattended: the layer whose keys have been stored and whose attention is still to come.
+        readings: layer whose keys several layers read -> reader -> its queries and what its call told, until all have
+            come by.
     """
 
     columns: int
@@ -38,6 +41,7 @@ class Pass:
     kind: Kind
     arrived: bool = False
     unattended: int | None = None
+    readings: dict[int, dict[int, tuple[Tensor, LayerFacts]]] = field(default_factory=dict)
 
 
 class Passes:
@@ -82,6 +86,7 @@ class Passes:
         Returns:
             None if layers can make their own masks, else the mask for all of them.
         """
+        self._check_readings()
         seen, mask = self.engine.columns, kwargs.get("attention_mask")
         columns = kwargs["kv_length"] - seen
         kind = self._kind(columns)
@@ -181,11 +186,19 @@ class Passes:
         if known is not None and known.shape[0] != rows:
             raise CacheStateError(f"set_modality: the mask has {known.shape[0]} rows but the forward pass has {rows}.")
 
+    def _check_readings(self) -> None:
+        for own, calls in ({} if self.current is None else self.current.readings).items():
+            raise CacheStateError(
+                f"the last forward pass stopped after layer {max(calls)}, before other layers had read the keys of "
+                f"layer {own}, so the cache is incomplete; call reset() or use a new cache."
+            )
+
     # -- reading and rollback -----------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Check the last pass and run the compactions that are due; what reads the cache calls it first."""
         self._check_decode_masks()
+        self._check_readings()
         self.engine.settle()
 
     def crop(self, columns: int) -> None:

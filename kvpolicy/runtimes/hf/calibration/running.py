@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import KVPolicyError, did_you_mean
+from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean
 from kvpolicy.runtimes.hf.calibration.curves import OBSERVE, best_splits, loss_curves
 from kvpolicy.runtimes.hf.calibration.probes import NEEDLE, copy_probes, copying, streaming_loss
 from kvpolicy.runtimes.hf.calibration.statistics import query_filters, query_frequencies
 from kvpolicy.runtimes.hf.calibration.watching import check
+from kvpolicy.runtimes.hf.model_facts import head_shapes
 from kvpolicy.tables import Table
 
 Progress = Callable[[int], object]
@@ -163,7 +164,13 @@ def calibrate(
     layers = check(model)
     begins = tokenizer("")["input_ids"]  # what the tokenizer puts before every text
     prefix = torch.tensor(begins if begins == [tokenizer.bos_token_id] else [], dtype=torch.int64)
-    config: Any = model.config.get_text_config(decoder=True)
+    shapes = sorted(set(head_shapes(model, range(layers))))
+    if len(shapes) > 1:
+        raise UnsupportedError(
+            f"{type(model).__name__}: its layers have different heads ({shapes[0][0]} of size {shapes[0][1]}, "
+            f"{shapes[-1][0]} of size {shapes[-1][1]}), and a table has one shape; calibrate a model whose layers are "
+            "alike."
+        )
     found = METHODS[method]
     tensors = found.measure(model, tokens, prefix, settings, progress)
     return Table(
@@ -171,8 +178,8 @@ def calibrate(
         model=name,
         method=method,
         num_layers=layers,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        num_kv_heads=shapes[0][0],
+        head_dim=shapes[0][1],
         tensors=tensors,
         command=command,
         notes={

@@ -1,0 +1,47 @@
+"""Heads of a model's layers, as its configuration says: the one place where their numbers and sizes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FIELDS = (
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_types",
+    "per_layer_config", "global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "num_kv_shared_layers",
+)  # fmt: skip
+"""What is read of a configuration."""
+
+_LISTED = ("num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def layer_fields(text: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Return what a text configuration says of one layer.
+
+    Overrides by layer (`per_layer_config`), lists with a number for each layer, and the fields that Gemma-4 has for
+    layers of full attention take the place of what holds for all layers.
+
+    Args:
+        text: fields of the configuration, as in a config.json; what is missing or None is not said.
+        layer: index of the layer.
+    """
+    found = {name: text.get(name) for name in FIELDS if name != "per_layer_config"}
+    kinds, overrides = text.get("layer_types"), text.get("per_layer_config")
+    if isinstance(overrides, Mapping):
+        found |= overrides.get(layer, overrides.get(str(layer))) or {}
+    elif isinstance(kinds, list | tuple) and layer < len(kinds) and kinds[layer] == "full_attention":
+        found["head_dim"] = text.get("global_head_dim") or found["head_dim"]
+        if text.get("attention_k_eq_v", True):
+            found["num_key_value_heads"] = text.get("num_global_key_value_heads") or found["num_key_value_heads"]
+    for name in _LISTED:
+        value = found[name]
+        if isinstance(value, list | tuple):
+            found[name] = value[layer] if layer < len(value) else None
+    return found
+
+
+def head_shape(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of KV heads and their size, of what `layer_fields` returned."""
+    query_heads = int(fields["num_attention_heads"])
+    return int(fields["num_key_value_heads"] or query_heads), int(
+        fields["head_dim"] or fields["hidden_size"] // query_heads
+    )
