@@ -16,8 +16,8 @@ from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
     from kvpolicy.study.asked import Asked
-    from kvpolicy.study.plan import Plan
     from kvpolicy.study.results import Results
+    from kvpolicy.study.runs import Plan
     from kvpolicy.study.spec import StudySpec
 
 SUFFIXES: Final = (".sqlite", ".sqlite3", ".db")
@@ -98,7 +98,7 @@ def make_plan(spec: StudySpec, device: str) -> Plan:
     """Return the runs of a study; raises KVPolicyError if its models or data sets are not here."""
     from kvpolicy.cli.terminal import messages
     from kvpolicy.study.models import find_model
-    from kvpolicy.study.plan import Plan
+    from kvpolicy.study.runs import Plan
 
     say = messages()
     return Plan(spec, [find_model(name, spec.dtype, device, say.print) for name in spec.models])

@@ -30,7 +30,7 @@ _QUERIES = 16  # queries whose weights over the whole text are in memory at once
 
 
 @dataclass
-class Text:
+class ForcedText:
     """A row: token ids, and how many of them are given as a prompt."""
 
     tokens: list[int]
@@ -38,7 +38,7 @@ class Text:
 
 
 @dataclass
-class Comparison:
+class Divergence:
     """What one row showed.
 
     Attributes:
@@ -88,7 +88,7 @@ def full_policy(*, watch: bool = False) -> Policy:
     return Policy(name="full", budget=Budget(fraction=1.0), importance=_Watch(), **parts)
 
 
-def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: bool = False) -> list[Comparison]:
+def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, attention: bool = False) -> list[Divergence]:
     """Read texts under a policy and compare every next-token distribution with the full cache's.
 
     The text is read in blocks that end where the policy's trigger may fire, so that every compaction happens between
@@ -104,7 +104,7 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: 
         KVPolicyError: the policy does not fit the model or the texts.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) - rows[i].prompt)
-    results = [Comparison() for _ in rows]
+    results = [Divergence() for _ in rows]
     with (
         torch.inference_mode(),
         PolicyCache(full_policy(watch=attention), model) as reference,
@@ -179,7 +179,7 @@ def room(cache: PolicyCache) -> int:
 
 
 def _compare(
-    results: list[Comparison], order: Sequence[int], full: Float[Tensor, "B q V"], ours: Float[Tensor, "B q V"]
+    results: list[Divergence], order: Sequence[int], full: Float[Tensor, "B q V"], ours: Float[Tensor, "B q V"]
 ) -> None:
     wide = torch.promote_types(full.dtype, torch.float32)
     p, q = full.to(wide).log_softmax(-1), ours.to(wide).log_softmax(-1)
@@ -194,7 +194,7 @@ def _compare(
 
 
 def _weigh(
-    results: list[Comparison], order: Sequence[int], reference: PolicyCache, cache: PolicyCache, count: int
+    results: list[Divergence], order: Sequence[int], reference: PolicyCache, cache: PolicyCache, count: int
 ) -> None:
     """Add the share of the full cache's attention of the last `count` queries that falls on what `cache` holds."""
     everyone = slice(0, len(order))

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from kvpolicy.runtimes.opening import first_line
 from kvpolicy.study.asked import Asked, cells_so_far
 from kvpolicy.study.executors import Executor, Outcomes
-from kvpolicy.study.plan import Plan, Run, tasks_of
 from kvpolicy.study.results import Results, ResultsError
+from kvpolicy.study.runs import Plan, Run, tasks_of
 from kvpolicy.study.work import Outcome, Task
 
 Job = tuple[Task, list[Run]]
@@ -75,7 +75,7 @@ class Runner:
             self._stage("variants", self._note_study(), number)
 
     def _note_study(self) -> list[Run]:
-        """Record what the study asks for, as far as it can be said, and return all runs but those of the full cache."""
+        """RunRecord what the study asks for, as far as it can be said, and return all runs but those of the full cache."""
         cells = cells_so_far(self.plan, self.results)
         runs = self.plan.asked(cells, self.results.teachers())
         asked = Asked.of(self.plan, cells, runs)

@@ -68,7 +68,7 @@ class _Noted:
     kept: list[list[Tensor]]
 
 
-class _Watched(Policy):
+class _Noting(Policy):
     """A policy that notes its decisions by row, and follows those of an earlier run if it is given them."""
 
     rows: range
@@ -141,14 +141,14 @@ class _Watched(Policy):
         return float((unit @ unit.T - p.threshold).abs().min())
 
 
-def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Watched:
-    twin = _Watched(**{f.name: getattr(policy, f.name) for f in fields(policy)})
+def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Noting:
+    twin = _Noting(**{f.name: getattr(policy, f.name) for f in fields(policy)})
     for name, value in (("made", {}), ("report", report), ("reference", reference), ("rows", range(0))):
         object.__setattr__(twin, name, value)
     return twin
 
 
-def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
+def _tell_rows(cache: PolicyCache, policy: _Noting) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
     decide: Callable[..., Any] = engine._decide
