@@ -10,7 +10,7 @@ import torch
 
 import kvpolicy
 from kvpolicy.cache.engine import Engine
-from kvpolicy.cache.store import dense
+from kvpolicy.cache.store import arena
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
@@ -96,7 +96,7 @@ def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
 
     for module in (window, similarity, selection, compaction):
         monkeypatch.setattr(module, "launch", counted)
-    monkeypatch.setitem(dense._TOGETHER, "cpu", 1 << 20)  # as on an accelerator
+    monkeypatch.setitem(arena._TOGETHER, "cpu", 1 << 20)  # as on an accelerator
     spec = kvpolicy.load("rkv", budget=24, backend="triton").replace("trigger", {"every": 8})
     engine = Engine(spec.build(), [(0, 1, 2)], 3)
     for start, count in ((0, 31), (31, 1)):
