@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvpolicy.policy.policy import Policy
-from kvsupport.events import Pass, Trace
+from kvsupport.events import PassEvent, Trace
 from kvsupport.oracle import Oracle
 from kvsupport.oracle_rows import OracleReport, OracleRow, Sets
 
@@ -39,7 +39,7 @@ class _Auditor(Oracle):
             self.report.mismatches.append(f"{where}: {total} entries are kept over all heads, {expected} expected")
         self._adopt(row, recorded)
 
-    def _check_outputs(self, row: OracleRow, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         """Only where entries are as they came: nothing else is known of them here."""
         if not self.policy.post:
             super()._check_outputs(row, b, event, valid)

@@ -18,7 +18,7 @@ from kvpolicy.policy.policy import Policy
 from kvsupport import oracle_memory as memory
 from kvsupport import oracle_scores as scores
 from kvsupport import oracle_statistics as statistics
-from kvsupport.events import Crop, Pass, Rows, Settled, Trace
+from kvsupport.events import Crop, PassEvent, RowsTaken, Settled, Trace
 from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
@@ -71,12 +71,12 @@ class Oracle:
     def run(self) -> OracleReport:
         """Replay every event."""
         for number, event in enumerate(self.trace.events):
-            if isinstance(event, Pass):
+            if isinstance(event, PassEvent):
                 self._forward(event, f"event {number}")
             elif isinstance(event, Settled):
                 for b, row in enumerate(self.rows):
                     self._compact_if_due(row, 1, {i: event.held[i][b] for i in self.layers}, f"event {number}, row {b}")
-            elif isinstance(event, Rows):
+            elif isinstance(event, RowsTaken):
                 self.rows = [self.rows[b].copy() for b in event.index]
             elif isinstance(event, Crop):
                 for row in self.rows:
@@ -89,7 +89,7 @@ class Oracle:
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
-    def _forward(self, event: Pass, where: str) -> None:
+    def _forward(self, event: PassEvent, where: str) -> None:
         valid = event.valid.tolist()
         if not self.rows:
             self.rows = [OracleRow.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
@@ -107,7 +107,7 @@ class Oracle:
             self._check_outputs(row, b, event, valid[b])
         self.prefill = event.prefill
 
-    def _append(self, row: OracleRow, b: int, event: Pass, valid: list[bool]) -> None:
+    def _append(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         for column, real in enumerate(valid):
             if not real:
                 continue
@@ -322,7 +322,7 @@ class Oracle:
 
     # -- attention outputs --------------------------------------------------------------------------------------------
 
-    def _check_outputs(self, row: OracleRow, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         """Recompute what the attention must return over the entries that are held."""
         for i in self.layers:
             output, info = event.layers[i].output, self.trace.layers[i]
