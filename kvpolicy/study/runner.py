@@ -75,7 +75,7 @@ class Runner:
             self._stage("variants", self._note_study(), number)
 
     def _note_study(self) -> list[Run]:
-        """RunRecord what the study asks for, as far as it can be said, and return all runs but those of the full cache."""
+        """Record what the study asks for, as far as it can be said, and return all runs but those of the full cache."""
         cells = cells_so_far(self.plan, self.results)
         runs = self.plan.asked(cells, self.results.teachers())
         asked = Asked.of(self.plan, cells, runs)

@@ -198,7 +198,7 @@ def key_cosine(p: Any, head: HeadView) -> Tensor:
             similar = [0]
         for j in similar[-p.beta :] if p.beta else []:
             left[i, j] = 0.0
-    # RowsTaken pick. The mean over the pickers spares the newest twin, the mean over a row spares the picker itself.
+    # Rows pick. The mean over the pickers spares the newest twin, the mean over a row spares the picker itself.
     mean = left.sum(0 if p.spare == "newest" else 1) / count
     result[:count] = torch.softmax(mean, 0)
     return result
