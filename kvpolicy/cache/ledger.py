@@ -6,9 +6,9 @@ every count and position without telling each other anything.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.trigger import Counters, Trigger
@@ -17,7 +17,7 @@ from kvpolicy.errors import CacheStateError
 Kind = Literal["prompt", "decode", "verify"]
 """What a row's incoming tokens are: more of a prompt, a decode step, or candidates that decoding may take back."""
 
-RowId = Hashable
+RowId = TypeVar("RowId", bound=Hashable)
 """What names a row: its number in a batch, or a request's id."""
 
 
@@ -81,11 +81,11 @@ class RowCounts:
         return self.last is not None and self.last != "prompt"
 
 
-class Ledger:
+class Ledger(Generic[RowId]):
     """Counts the entries and tokens of rows under one policy, and says which rows are due for a compaction.
 
     A step is `due` (which rows must be compacted before these tokens?), `compacted` for each of those, then `advance`.
-    A row comes into being with its first tokens.
+    A row comes into being with `enter` or with its first tokens.
 
     Args:
         schedule: budget, trigger and phase: a policy.
@@ -148,8 +148,13 @@ class Ledger:
         """Note that a row's entries have been moved together without losing one: it cannot be cropped behind that."""
         self.rows[row].floor = self.rows[row].seen
 
+    def enter(self, rows: Iterable[RowId]) -> None:
+        """Begin to count new rows, which hold nothing yet."""
+        for row in rows:
+            self.rows.setdefault(row, RowCounts())
+
     def advance(self, step: Mapping[RowId, Incoming]) -> None:
-        """Count tokens that have been appended.
+        """Count tokens that are appended; a row that is new comes into being.
 
         Raises:
             CacheStateError: a row that was due has not been compacted.
@@ -160,9 +165,11 @@ class Ledger:
                 "it before more tokens are appended."
             )
         for row, incoming in step.items():
-            if not incoming.tokens and row in self.rows:
-                continue
-            counts = self.rows.setdefault(row, RowCounts())
+            if row not in self.rows:
+                self.enter([row])
+            if not incoming.tokens:
+                continue  # a row that sits a step out is as it was
+            counts = self.rows[row]
             counts.resident += incoming.tokens
             counts.seen += incoming.tokens
             counts.peak = max(counts.peak, counts.resident)
@@ -243,13 +250,13 @@ class Ledger:
         self.rows.pop(row, None)
         self._owed.discard(row)
 
-    def take(self, rows: Sequence[RowId]) -> None:
-        """Go on with copies of these rows, numbered from 0: a batch that is reordered, repeated or thinned out."""
-        self.rows = {new: replace(self.rows[old]) for new, old in enumerate(rows)}
+    def take(self, rows: Mapping[RowId, RowId]) -> None:
+        """Go on with copies of rows under new names, new -> old: a batch that is reordered, repeated or thinned out."""
+        self.rows = {new: replace(self.rows[old]) for new, old in rows.items()}
         self._owed.clear()
 
-    def clone(self) -> Ledger:
+    def clone(self) -> Ledger[RowId]:
         """Return an independent copy."""
-        twin = Ledger(self.schedule, re_rotates=self.re_rotates)
+        twin: Ledger[RowId] = Ledger(self.schedule, re_rotates=self.re_rotates)
         twin.rows = {row: replace(counts) for row, counts in self.rows.items()}
         return twin

@@ -51,6 +51,19 @@ class Layout:
         sizes = keys.shape[1], keys.shape[-1], values.shape[-1]
         return Layout(tuple(layers), *sizes, keys.dtype, keys.device, tuple(states), re_rotates)
 
+    def check(self, layer: int, keys: Tensor) -> None:
+        """Raise UnsupportedError unless new keys `[B, H, q, D]` of a layer are like those that came first."""
+        if self.dtype != keys.dtype or self.device != keys.device:
+            raise UnsupportedError(
+                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {self.dtype} on "
+                f"{self.device}; keep dtype and device of a model while a cache is in use."
+            )
+        if keys.shape[1] != self.heads or keys.shape[3] != self.key_dim:
+            raise UnsupportedError(
+                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
+                "that it is grouped with."
+            )
+
     @property
     def bytes_per_entry(self) -> int:
         """Bytes of one key and one value of one KV head."""

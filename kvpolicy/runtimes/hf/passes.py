@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.caller import generation_loop
 from kvpolicy.runtimes.hf.handover import MaskFunction
 from kvpolicy.runtimes.hf.masks import beyond_causal
 
-Kind = Literal["prompt", "decode", "verify"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _UNCHECKED_MOST = 64  # decode masks on a GPU are read back together, once in so many steps
@@ -167,11 +167,7 @@ class Passes:
             self._check_modality(keys.shape[0])
             if current.columns != keys.shape[2]:
                 raise UnsupportedError(f"the mask was made for {current.columns} tokens but {keys.shape[2]} arrived.")
-            if current.kind != "prompt" and current.columns > 1:
-                self.engine.crop(0)  # the engine takes what follows a crop for a verification
-            self.engine.open(
-                keys.shape[0], current.columns, current.valid, keys.device, prefill=current.kind == "prompt"
-            )
+            self.engine.open(keys.shape[0], current.columns, current.valid, keys.device, kind=current.kind)
             self._retracted, self.expected = False, None
             current.arrived = True
         return current

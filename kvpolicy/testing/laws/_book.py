@@ -12,6 +12,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.components import Counters, SlotState, Trigger
 from kvpolicy.contracts.view import CacheView, Rope
@@ -132,6 +133,7 @@ class Book:
         self.changes = {post.changes for post in policy.post}
         self.rows: list[_ExpectedRow] = []
         self.cropped = 0  # columns taken back since the queries that the policy looks at were last complete
+        self.taken_back = False  # the last thing that happened was a crop
         self.fresh = 0  # tokens that every row has had since the last crop
 
     def apply(self, step: Step) -> None:
@@ -158,7 +160,10 @@ class Book:
         columns = max(counts)
         valid = torch.tensor([[False] * (columns - n) + [True] * n for n in counts])
         whole = None if bool(valid.all()) else valid
-        if self._refused(lambda: self.engine.open(len(self.rows), columns, whole, torch.device("cpu"), prefill=prompt)):
+        # Several tokens at once are another turn; after a crop they are a check of candidates.
+        taken_back, self.taken_back = self.taken_back, False
+        kind: Kind = "prompt" if prompt or (columns > 1 and not taken_back) else "verify" if columns > 1 else "decode"
+        if self._refused(lambda: self.engine.open(len(self.rows), columns, whole, torch.device("cpu"), kind=kind)):
             return
         self.fresh += min(counts)
         for row, count in zip(self.rows, counts, strict=True):
@@ -206,6 +211,7 @@ class Book:
             return
         if behind or observed:
             raise broken(f"a crop by {columns} goes back behind {'a compaction' if behind else 'what was observed'}.")
+        self.taken_back = True
         self.cropped, self.fresh = self.cropped + columns, 0
         for row, lost in zip(self.rows, losses, strict=True):
             row.columns = row.columns[: len(row.columns) - columns]
