@@ -348,14 +348,14 @@ class Engine:
             past: bool `[B, columns]` on the CPU, the mask of everything seen so far.
 
         Raises:
-            CacheStateError: padding has become real, or the row has been compacted since.
+            CacheStateError: padding has become real, the row has been compacted since, or an accumulating scorer has
+                observed the queries of hidden tokens and cannot forget them.
         """
         known = self._columns.valid(len(self._used))
         if torch.equal(known, past):
             return
-        hidden = slots_to_keep(self.rows, self._used, known, past)
-        if hidden:
-            self.observe()  # what waits has seen the tokens that go
+        observed = self.columns - self.log.unobserved if self.observation.active else 0
+        hidden = slots_to_keep(self.rows, self._used, known, past, observed=observed, policy=self.policy.name)
         for row, (slots, visible) in hidden.items():
             self._drop(row, slots)
             prompt = self.rows[row].prompt

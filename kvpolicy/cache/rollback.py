@@ -45,7 +45,7 @@ def tokens_to_crop(
 
 
 def slots_to_keep(
-    rows: Sequence[RowCounts], used: Sequence[int], known: Tensor, past: Tensor
+    rows: Sequence[RowCounts], used: Sequence[int], known: Tensor, past: Tensor, *, observed: int, policy: str
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Return what is left of rows some of whose tokens have become padding, by row.
 
@@ -54,12 +54,14 @@ def slots_to_keep(
         used: slots of the store in use, per row.
         known: bool `[B, columns]` on the CPU, which columns were tokens when they came.
         past: bool `[B, columns]`, which are tokens by a later mask.
+        observed: columns whose queries an accumulating scorer has observed, from the first one on.
+        policy: name of the policy, for messages.
 
     Returns:
         The slots int64 `[n]` that stay, and which tokens these are: bool `[seen]`, by position.
 
     Raises:
-        CacheStateError: padding has become real, or such a row has been compacted since.
+        CacheStateError: padding has become real, or such a row has been compacted, or its queries observed, since.
     """
     if bool((past & ~known).any()):
         raise CacheStateError("attention_mask shows tokens that were padding before; keep the mask of earlier turns.")
@@ -72,6 +74,11 @@ def slots_to_keep(
             raise CacheStateError(
                 f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted "
                 "since; give rows that end at different times a cache each."
+            )
+        if not torch.equal(known[b, :observed], past[b, :observed]):
+            raise CacheStateError(
+                f"attention_mask hides tokens of row {b} whose queries policy {policy!r} has observed and cannot forget; give "
+                "rows that end at different times a cache each."
             )
         visible = past[b][known[b]]
         kept[b] = visible.nonzero()[:, 0], visible

@@ -9,7 +9,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.contracts.components import Counters
+from kvpolicy.cache.ledger import Incoming, Ledger
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.policy.policy import Policy
 
@@ -75,32 +75,35 @@ def simulate(policy: Policy, length: int, prompt: int) -> Course:
         length: tokens seen at the end, the prompt included.
         prompt: tokens of the prompt.
     """
-    resident = seen = peak = compactions = 0
-    phase = ""
-    for incoming, next_phase in chain(_passes(policy, prompt), repeat((1, "decode"), length - prompt), [(1, "")]):
-        known = min(seen, prompt)
-        entries = policy.entries(seen, known) if seen else 0
-        counters = Counters(resident, entries, incoming, seen, known)
-        if policy.phase in ("both", phase) and resident > entries and policy.trigger.fires(counters):
-            if policy.reserved(known) > entries:
-                raise BudgetError(
-                    f"budget: {entries} entries per head are fewer than the {policy.reserved(known)} that are "
-                    f"protected with a prompt of {prompt} tokens; raise the budget or give a shorter --prompt."
-                )
-            resident, compactions = entries, compactions + 1
-        if next_phase:
-            resident, seen, phase = resident + incoming, seen + incoming, next_phase
-            peak = max(peak, resident)
-    return Course(seen, resident, peak, compactions)
+    ledger: Ledger[int] = Ledger(policy)
+    steps: Iterator[Incoming] = chain(_passes(policy, prompt), repeat(Incoming(1), length - prompt))
+    for step in steps:
+        _compact(policy, ledger, step, prompt)
+        ledger.advance({0: step})
+    _compact(policy, ledger, Incoming(1), prompt)
+    row = ledger.rows[0]
+    return Course(row.seen, row.resident, row.peak, row.compactions)
 
 
-def _passes(policy: Policy, prompt: int) -> Iterator[tuple[int, str]]:
+def _compact(policy: Policy, ledger: Ledger[int], step: Incoming, prompt: int) -> None:
+    """Compact the row if it is due before these tokens."""
+    for row in ledger.due({0: step}):
+        entries, protected = ledger.entries(row), policy.reserved(ledger.rows[row].prompt)
+        if protected > entries:
+            raise BudgetError(
+                f"budget: {entries} entries per head are fewer than the {protected} that are "
+                f"protected with a prompt of {prompt} tokens; raise the budget or give a shorter --prompt."
+            )
+        ledger.compacted(row)
+
+
+def _passes(policy: Policy, prompt: int) -> Iterator[Incoming]:
     """Yield the forward passes that a prompt comes in, counted from its end as `PolicyCache.prefill` does."""
     size = policy.prefill_chunk or prompt
     first = prompt - (prompt - 1) // size * size
-    yield first, "prefill"
+    yield Incoming(first, "prompt")
     for _ in range(first, prompt, size):
-        yield size, "prefill"
+        yield Incoming(size, "prompt")
 
 
 def shape_from_config(place: str, dtype: str | None) -> ModelShape:

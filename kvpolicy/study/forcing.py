@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.contracts.budget import Budget
-from kvpolicy.contracts.components import Counters, ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy.policy import Policy
@@ -157,24 +157,10 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, atten
 
 def room(cache: PolicyCache) -> int:
     """Run what is due and return how many tokens can come at once before the next compaction, at most `BLOCK`."""
-    engine, policy = cache.engine, cache.policy
-    engine.settle()
-    asked_now = policy.phase in ("both", "decode" if engine.decoding else "prefill")
-    asked_later = policy.phase != "prefill"
-
-    def fires(resident: int, seen: int, prompt: int, incoming: int) -> bool:
-        entries = policy.entries(seen, prompt)
-        return resident > entries and policy.trigger.fires(Counters(resident, entries, incoming, seen, prompt))
-
-    least = BLOCK
-    for row in engine.rows:
-        n = 1
-        while n < least and not (asked_later and fires(row.resident + n, row.seen + n, row.prompt, 1)):
-            n += 1
-        # A trigger may look at how many tokens come; a compaction that one token would not cause must not happen.
-        while n > 1 and asked_now and fires(row.resident, row.seen, row.prompt, n):
-            n -= 1
-        least = n
+    cache.engine.settle()
+    ledger, least = cache.engine.ledger, BLOCK
+    for row in ledger.rows:
+        least = ledger.room(row, least)
     return least
 
 

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
@@ -23,7 +24,7 @@ from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
-from kvpolicy.runtimes.hf.passes import KINDS, Kind, Passes
+from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
