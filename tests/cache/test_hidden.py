@@ -144,5 +144,7 @@ def test_what_an_accumulating_scorer_has_observed_cannot_be_hidden(model):
     with PolicyCache(kvpolicy.load("h2o", budget=500), model) as cache:
         hide_later(model, cache, 100, 3, slice(90, 95))
     with PolicyCache(kvpolicy.load("h2o", budget=500), model) as cache:  # noqa: SIM117
-        with pytest.raises(kvpolicy.CacheStateError, match="whose queries policy 'h2o' has observed and cannot forget"):
+        with pytest.raises(
+            kvpolicy.CacheStateError, match="what policy 'h2o' has observed of their queries cannot be forgotten"
+        ):
             hide_later(model, cache, 100, 3, slice(10, 15))

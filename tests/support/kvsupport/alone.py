@@ -151,13 +151,13 @@ def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] 
 def _tell_rows(cache: PolicyCache, policy: _Noting) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
-    decide: Callable[..., Any] = engine._decide
+    views: Callable[..., Any] = engine.views
 
-    def decide_rows(part: slice, *rest: Any) -> Any:
-        object.__setattr__(policy, "rows", range(len(engine.rows))[part])
-        return decide(part, *rest)
+    def views_of(rows: Sequence[int], budget: Sequence[int]) -> Any:
+        object.__setattr__(policy, "rows", rows)
+        return views(rows, budget)
 
-    engine._decide = decide_rows
+    engine.views = views_of
 
 
 @torch.no_grad()
