@@ -77,8 +77,8 @@ def slots_to_keep(
             )
         if not torch.equal(known[b, :observed], past[b, :observed]):
             raise CacheStateError(
-                f"attention_mask hides tokens of row {b}, and what policy {policy!r} has observed of their queries cannot "
-                "be forgotten; give rows that end at different times a cache each."
+                f"attention_mask hides tokens of row {b}, and what policy {policy!r} has observed of their queries "
+                "cannot be forgotten; give rows that end at different times a cache each."
             )
         visible = past[b][known[b]]
         kept[b] = visible.nonzero()[:, 0], visible
