@@ -81,7 +81,7 @@ class PolicyCache(Cache):
             key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
             groups.setdefault(key, []).append(i)
         engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
-        self._passes = Passes(engine, has_images=bool(image_tokens(model)))
+        self._passes = Passes(engine, model, modules, has_images=bool(image_tokens(model)))
         shared = readers(model, modules)
         for i in evictable:
             layers[i] = EvictingLayer(self._passes, i, shared.get(i, ()))
@@ -123,6 +123,8 @@ class PolicyCache(Cache):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if kind is None:
+            self._passes.check(at_exit=True)
 
     def close(self) -> None:
         """Detach from the model, which behaves as before from now on; what was kept can still be read."""
@@ -147,6 +149,19 @@ class PolicyCache(Cache):
             if not isinstance(layer, EvictingLayer):
                 twin.layers[i] = copy.deepcopy(layer)
         return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
+        """Return a `fork`: an independent cache on the same model, which is not copied."""
+        return self.fork()
+
+    def __copy__(self) -> PolicyCache:
+        raise UnsupportedError("a shallow copy of a PolicyCache would share what it holds; fork() the cache instead.")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        raise UnsupportedError(
+            "a PolicyCache belongs to its model in this process and cannot be pickled or saved; keep the text and feed "
+            "it to a new cache, or fork() the cache to go on from it several times."
+        )
 
     # -- what transformers calls --------------------------------------------------------------------------------------
 
@@ -197,7 +212,7 @@ class PolicyCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (int64 `[B']`, or bool `[B]`)."""
-        if indices.dtype == torch.bool and indices.shape != (len(self.engine.rows),):
+        if indices.dtype == torch.bool and self.engine.rows and indices.shape != (len(self.engine.rows),):
             raise CacheStateError(
                 f"batch_select_indices: a mask of shape {list(indices.shape)} does not fit the "
                 f"{len(self.engine.rows)} rows of the cache; give one boolean per row."
@@ -243,7 +258,7 @@ class PolicyCache(Cache):
         self._passes.crop(columns)
 
     def _take_rows(self, index: Tensor) -> None:
-        self.engine.take_rows(index)
+        self._passes.take_rows(index)
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
                 # The one of the three that layers with a linear state have, and that moves all that a layer holds.
@@ -310,6 +325,15 @@ class PolicyCache(Cache):
                 "[batch, prompt tokens], True for image tokens."
             )
         self.engine.modality = images.to("cpu")
+
+    def check(self) -> None:
+        """Make sure that the last forward pass was seen as a whole; leaving the `with` block, and reading, do it too.
+
+        Raises:
+            UnsupportedError: the model's attention went another way.
+            CacheStateError: the model did not use the cache, the pass was interrupted, or its mask hid an old token.
+        """
+        self._passes.check()
 
     def stats(self) -> CacheStats:
         """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""
