@@ -6,10 +6,10 @@ by the one place that counts them; a store that counts for itself (a paged one) 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from kvpolicy.contracts.components import SlotState
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
 
-RowId = Hashable
-"""Name of a row: its index in a batch, or the identifier of a request."""
+RowId: TypeAlias = Any
+"""Name of a row, anything hashable: its index in a batch, or the identifier of a request."""
 
 
 @dataclass(frozen=True)
