@@ -13,7 +13,7 @@ import kvpolicy
 from kvpolicy.spec import yaml_text
 from kvpolicy.spec.odd_text import harmless
 from kvpolicy.study.asked import Asked
-from kvpolicy.study.records import CellRecord, RunRecord
+from kvpolicy.study.records import CellRecord, Record
 from kvpolicy.study.results import Results
 
 _EXCERPT: Final = 160
@@ -47,7 +47,7 @@ class PolicyFile:
 
 
 @dataclass(frozen=True)
-class ShownProblem:
+class Problem:
     """What the model was given.
 
     Attributes:
@@ -62,7 +62,7 @@ class ShownProblem:
 
 
 @dataclass(frozen=True)
-class StudySettings:
+class Settings:
     """Everything that a study's numbers depend on.
 
     Attributes:
@@ -82,11 +82,11 @@ class StudySettings:
     models: tuple[Mapping[str, Any], ...]
     environments: tuple[Mapping[str, Any], ...]
     policies: Mapping[str, tuple[PolicyFile, ...]]
-    problems: Mapping[str, tuple[ShownProblem, ...]]
+    problems: Mapping[str, tuple[Problem, ...]]
     version: str
 
 
-def settings(results: Results, asked: Asked) -> StudySettings:
+def settings(results: Results, asked: Asked) -> Settings:
     """Return the settings of a study.
 
     Args:
@@ -99,7 +99,7 @@ def settings(results: Results, asked: Asked) -> StudySettings:
     models = asked.models or [{"name": name} for name in data.get("models", ())]
     # What a study file leaves out is left out here too.
     text = yaml_text.write({name: value for name, value in data.items() if value not in (None, "", [], {})})
-    return StudySettings(
+    return Settings(
         study=_portable(text, data) if data else "",
         facts={name: _portable(_text(data[name]), data) for name in _FACTS if data.get(name) not in (None, [])},
         axes=tuple(data.get("axes") or ()),
@@ -113,13 +113,13 @@ def settings(results: Results, asked: Asked) -> StudySettings:
     )
 
 
-def _problems(counted: Sequence[RunRecord], results: Results) -> dict[str, tuple[ShownProblem, ...]]:
+def _problems(counted: Sequence[Record], results: Results) -> dict[str, tuple[Problem, ...]]:
     """Return what the counted runs were given, dataset by dataset."""
     known = results.problems()
-    found: dict[str, dict[int, ShownProblem]] = defaultdict(dict)
+    found: dict[str, dict[int, Problem]] = defaultdict(dict)
     for record in counted:
         prompt, answer = known.get(str(record.document.get("content")), ("", ""))
-        found[record.dataset][record.problem] = ShownProblem(record.problem, _excerpt(prompt), harmless(answer))
+        found[record.dataset][record.problem] = Problem(record.problem, _excerpt(prompt), harmless(answer))
     return {dataset: tuple(each for _, each in sorted(of.items())) for dataset, of in sorted(found.items())}
 
 

@@ -68,7 +68,7 @@ class _Noted:
     kept: list[list[Tensor]]
 
 
-class _Noting(Policy):
+class _Watched(Policy):
     """A policy that notes its decisions by row, and follows those of an earlier run if it is given them."""
 
     rows: range
@@ -141,23 +141,23 @@ class _Noting(Policy):
         return float((unit @ unit.T - p.threshold).abs().min())
 
 
-def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Noting:
-    twin = _Noting(**{f.name: getattr(policy, f.name) for f in fields(policy)})
+def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Watched:
+    twin = _Watched(**{f.name: getattr(policy, f.name) for f in fields(policy)})
     for name, value in (("made", {}), ("report", report), ("reference", reference), ("rows", range(0))):
         object.__setattr__(twin, name, value)
     return twin
 
 
-def _tell_rows(cache: PolicyCache, policy: _Noting) -> None:
+def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
-    views: Callable[..., Any] = engine.views
+    decide: Callable[..., Any] = engine._decide
 
-    def views_of(rows: Sequence[int], budget: Sequence[int]) -> Any:
-        object.__setattr__(policy, "rows", rows)
-        return views(rows, budget)
+    def decide_rows(part: slice, *rest: Any) -> Any:
+        object.__setattr__(policy, "rows", range(len(engine.rows))[part])
+        return decide(part, *rest)
 
-    engine.views = views_of
+    engine._decide = decide_rows
 
 
 @torch.no_grad()

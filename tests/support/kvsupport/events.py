@@ -27,7 +27,7 @@ class LayerPass:
 
 
 @dataclass
-class PassEvent:
+class Pass:
     """One forward pass.
 
     Attributes:
@@ -56,13 +56,13 @@ class Crop:
 
 
 @dataclass
-class RowsTaken:
+class Rows:
     """Rows were reordered, repeated or selected: new row `i` is the old row `index[i]`."""
 
     index: list[int]
 
 
-Event = PassEvent | Settled | Crop | RowsTaken
+Event = Pass | Settled | Crop | Rows
 
 
 @dataclass
@@ -104,6 +104,6 @@ class Trace:
     layers: dict[int, LayerInfo] = field(default_factory=dict)
 
     @property
-    def passes(self) -> list[PassEvent]:
+    def passes(self) -> list[Pass]:
         """The forward passes."""
-        return [event for event in self.events if isinstance(event, PassEvent)]
+        return [event for event in self.events if isinstance(event, Pass)]

@@ -15,7 +15,7 @@ Sets = list[list[int]]
 
 
 @dataclass
-class OracleReport:
+class Report:
     """What a comparison found.
 
     Attributes:
@@ -48,7 +48,7 @@ class OracleReport:
 
 
 @dataclass
-class OracleRow:
+class Row:
     """One row. Lists are indexed by position, `held` and the like by layer and head."""
 
     keys: dict[int, list[Tensor]]
@@ -70,9 +70,9 @@ class OracleRow:
         return sum(self.columns)
 
     @staticmethod
-    def empty(heads: dict[int, int]) -> OracleRow:
+    def empty(heads: dict[int, int]) -> Row:
         """Return a row that has seen nothing; `heads` says how many each layer has."""
-        return OracleRow(
+        return Row(
             keys={i: [] for i in heads},
             values={i: [] for i in heads},
             queries={i: [] for i in heads},
@@ -81,13 +81,13 @@ class OracleRow:
             memory={i: [{} for _ in range(count)] for i, count in heads.items()},
         )
 
-    def copy(self) -> OracleRow:
+    def copy(self) -> Row:
         """Return a row that changes apart from this one; tensors are shared."""
 
         def each(table: dict[int, Any]) -> dict[int, Any]:
             return {layer: [x if isinstance(x, Tensor) else x.copy() for x in row] for layer, row in table.items()}
 
-        return OracleRow(
+        return Row(
             each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
             each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
             self.decoded,
