@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["kvpolicy", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_registry"]
+
+
+def sources(*packages):
+    """Return the source files of installed packages, whose folders need not be imported for that."""
+    folders = [Path(spec.origin).parent for package in packages if (spec := find_spec(package)) and spec.origin]
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
 
 
 def loaded_by(statement: str, cwd: Path) -> set[str]:
@@ -67,3 +75,18 @@ def test_packages_are_typed(package):
     assert spec is not None
     assert spec.origin is not None
     assert Path(spec.origin).with_name("py.typed").is_file()
+
+
+def test_no_class_name_means_two_things():
+    homes = defaultdict(list)
+    for path in sources(*PACKAGES, "kvsupport"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name.strip("_")].append(path.name)
+    assert len(homes) > 200
+    assert not {name: files for name, files in homes.items() if len(files) > 1}
+
+
+def test_no_file_is_too_long_to_read():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*PACKAGES)}
+    assert not {name: lines for name, lines in lengths.items() if lines >= 400}

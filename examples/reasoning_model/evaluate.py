@@ -20,7 +20,7 @@ import kvpolicy
 from kvpolicy.runtimes.hf import generate
 from kvpolicy.runtimes.opening import REASONER, locate
 from kvpolicy.spec import PolicySpec
-from kvpolicy.study.tasks import Grade, Level, Problem, grade, problems
+from kvpolicy.study.tasks import Grade, Level, SolvedProblem, grade, problems
 from kvpolicy.study.wording import Family
 
 
@@ -31,12 +31,12 @@ def load(name: str) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def length(problem: Problem) -> int:
+def length(problem: SolvedProblem) -> int:
     """Return the tokens of prompt and solution, ``<bos>`` and ``<eos>`` included."""
     return len(problem.prompt.split()) + len(problem.solution.split()) + 2
 
 
-def policy_at(name: str, chosen: Sequence[Problem], share: float, interval: int) -> PolicySpec:
+def policy_at(name: str, chosen: Sequence[SolvedProblem], share: float, interval: int) -> PolicySpec:
     """Return a policy whose budget is a share of the mean length of some problems."""
     if name == "full":
         return kvpolicy.load(name)
@@ -44,7 +44,9 @@ def policy_at(name: str, chosen: Sequence[Problem], share: float, interval: int)
     return kvpolicy.load(name, budget=budget).replace("trigger", {"every": interval})
 
 
-def grades(model: Any, tokenizer: Any, chosen: Sequence[Problem], spec: PolicySpec, batch_size: int) -> list[Grade]:
+def grades(
+    model: Any, tokenizer: Any, chosen: Sequence[SolvedProblem], spec: PolicySpec, batch_size: int
+) -> list[Grade]:
     """Return the grades of greedy answers, in order of the problems; a text may be a tenth longer than the solution."""
     found = []
     for first in range(0, len(chosen), batch_size):

@@ -27,7 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from kvpolicy.study.tasks import Problem, Size, draw
+from kvpolicy.study.tasks import Size, SolvedProblem, draw
 from kvpolicy.study.wording import NAMES, Family, Form, vocabulary
 
 TOKENS_PER_STEP: Final = 2600
@@ -177,7 +177,7 @@ def batch(step: int, seed: int, stage: Stage, encode: dict[str, int]) -> tuple[P
     return part, tokens, labels
 
 
-def _problem(rng: random.Random, family: Family, form: Form, steps: int, *, alike: bool) -> Problem:
+def _problem(rng: random.Random, family: Family, form: Form, steps: int, *, alike: bool) -> SolvedProblem:
     digits = tuple(rng.sample(range(1, 10), rng.randint(1, 2))) if alike else tuple(range(1, 10))
     if family == "prompt-recall":
         size = Size(steps, distractors=rng.randint(0, 3))

@@ -1,25 +1,27 @@
-"""The eviction engine: counters, when to compact, and what the components get to see. The only mutable state."""
+"""The cache of one batch: rows of equal rank in time, tokens in columns, as transformers calls a model.
+
+What is counted lies in the ledger, what is stored in the stores, what was asked in the query log; the engine leads a
+forward pass past them in the right order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpolicy import ops
+from kvpolicy.cache.columns import Columns
+from kvpolicy.cache.compactor import Compactor, Decided
+from kvpolicy.cache.ledger import Incoming, Kind, Ledger, RowCounts
 from kvpolicy.cache.picture import LayerFacts, Observed, make_view, marked
 from kvpolicy.cache.plan import Forward, check_forward, plan_forward
 from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
-from kvpolicy.cache.rows import Columns, Row
 from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Rows
 from kvpolicy.cache.store.group import Stores
-from kvpolicy.contracts.components import Component, Counters
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
@@ -51,13 +53,11 @@ class Engine:
         self.ropes = dict(ropes or {})
         self.layers = sorted(layer for group in self.groups for layer in group)
         self._re_rotates = any(p.changes == "positions" for p in policy.post)
-        self._fixed = policy.budget.tokens
-        self._remembering = [c for c in policy.components if type(c).remember is not Component.remember]
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next forward pass starts a new sequence."""
-        self.rows: list[Row] = []
+        self.ledger: Ledger[int] = Ledger(self.policy, re_rotates=self._re_rotates)
         self.stores = Stores(
             self.groups,
             ragged=self.policy.counts != "equal",
@@ -65,15 +65,25 @@ class Engine:
             states=self.policy.slot_states,
             re_rotates=self._re_rotates,
         )
+        self._compactor = Compactor(self.policy, self.ledger, self)
+        self._used: list[int] = []  # slots of the stores in use, per row; of a ragged store, those behind its base
         self._last_held: Rows | None = None
         self.facts: dict[int, LayerFacts] = {}
         self.observation = Observation(self.policy, self.ropes)
         self.log = QueryLog(self.policy.observed_queries, feeds_attention=self.observation.active)
         self.modality: Tensor | None = None
         self._columns = Columns()
-        self.decoding = False
         self.forward: Forward | None = None
-        self._cropped = False
+
+    @property
+    def rows(self) -> list[RowCounts]:
+        """The counters of the rows, in order."""
+        return list(self.ledger.rows.values())
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the last tokens were decoded, rather than read as a prompt."""
+        return any(row.decoding for row in self.ledger.rows.values())
 
     @property
     def columns(self) -> int:
@@ -82,7 +92,7 @@ class Engine:
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
-    def open(self, batch: int, columns: int, valid: Tensor | None, device: torch.device, *, prefill: bool) -> Forward:
+    def open(self, batch: int, columns: int, valid: Tensor | None, device: torch.device, *, kind: Kind) -> Forward:
         """Begin a forward pass: compact the rows that are due, make room, and plan the write.
 
         Args:
@@ -90,51 +100,49 @@ class Engine:
             columns: tokens per row, padding included.
             valid: bool `[B, columns]` on any device, or None when no token is padding.
             device: device of the first layer.
-            prefill: the runtime knows that this pass belongs to a prompt.
+            kind: what the tokens are; the runtime knows.
 
         Raises:
             CacheStateError: the batch size changed, or the last forward pass did not finish.
             BudgetError, ScoreError: from the policy.
         """
-        check_forward(self.forward, len(self.rows), batch, valid)
-        is_prefill = prefill or self.columns == 0 or (columns > 1 and not self._cropped)
+        check_forward(self.forward, len(self.ledger.rows), batch, valid)
         chunk = self.policy.prefill_chunk
-        if is_prefill and chunk is not None and columns > chunk and self.policy.phase != "decode":
+        if kind == "prompt" and chunk is not None and columns > chunk and self.policy.phase != "decode":
             raise UnsupportedError(
                 f"policy {self.policy.name!r} compresses the prompt in chunks of {chunk} tokens, but {columns} came at "
                 "once; call cache.prefill(input_ids, attention_mask) before generate(), or leave out prefill_chunk."
             )
-        if not self.rows:
-            self.rows = [Row() for _ in range(batch)]
         host = None if valid is None or bool(valid.all()) else valid.to("cpu")
         counts = [columns] * batch if host is None else [int(n) for n in host.sum(1).tolist()]
-        self.compact_due(counts)
+        step = {b: Incoming(count, kind) for b, count in enumerate(counts)}
+        if self.ledger.rows:
+            self._compact_due(step)
+        else:
+            self.ledger.enter(step)
+            self._used = [0] * batch
+        # A pass longer than the log can take back ends what may be cropped: what waits is observed now, while the
+        # entries that it saw are still what the views show.
         if self.log.unobserved > _UNOBSERVED_MOST or columns > self.log.rollback:
             self.observe(leave=0 if columns > self.log.rollback else _UNOBSERVED_MOST // 3)
-        self.decoding = not is_prefill
-        self._cropped = False
-        forward = plan_forward(self.rows, columns, counts, host, device)
-        for row, count in zip(self.rows, counts, strict=True):
-            row.resident += count
-            row.seen += count
-            row.peak = max(row.peak, row.resident)
-            row.decoded = row.decoded or not is_prefill
-            if not row.decoded:
-                row.prompt = row.seen
+        forward = plan_forward(self.rows, self._used, columns, counts, host, device)
+        before = max(self._used)
+        self.ledger.advance(step)
+        self._used = [used + count for used, count in zip(self._used, counts, strict=True)]
         self._columns.add(columns, host, batch)
         if self.log.active:
             self.log.open(forward.query_positions, forward.query_valid, counts, ragged=host is not None)
         forward.pending = set(self.layers)
+        forward.kind = kind
         self.forward = forward
         for store in self.stores.distinct():
-            self._make_room(store)
+            self._make_room(store, before)
         return forward
 
-    def _make_room(self, store: ArenaStore) -> None:
+    def _make_room(self, store: ArenaStore, used: int) -> None:
         assert self.forward is not None
         plan = self.forward.plan_on(store.layout.device)
-        used = max(row.tail for row in self.rows) if store.capacity else 0
-        self.stores.reserve(store, plan.end, used, decoding=self.decoding)
+        self.stores.reserve(store, plan.end, used if store.capacity else 0, decoding=self.forward.kind != "prompt")
         store.append_slots(plan)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,22 +157,12 @@ class Engine:
         if store is None:
             ops.choose_backend(self.policy.backend, keys)  # refuses now, rather than at the first compaction
             store = self.stores.make(layer, keys, values)
-            self._make_room(store)
-        layout = store.layout
-        if layout.dtype != keys.dtype or layout.device != keys.device:
-            raise UnsupportedError(
-                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {layout.dtype} on "
-                f"{layout.device}; keep dtype and device of a model while a cache is in use."
-            )
-        if keys.shape[1] != layout.heads or keys.shape[3] != layout.key_dim:
-            raise UnsupportedError(
-                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
-                "that it is grouped with."
-            )
+            self._make_room(store, 0)
+        store.layout.check(layer, keys)
         if forward.shifted:
             keys = ops.rotate(keys, self.ropes[layer], -self._shifts(keys.device)[:, None, None])
         forward.pending.discard(layer)
-        return store.append(layer, keys, values, forward.plan_on(layout.device))
+        return store.append(layer, keys, values, forward.plan_on(store.layout.device))
 
     def ragged_base(self, layer: int) -> Base | None:
         """Return the ragged entries that a layer's attention reads beside the slots that `append` returned."""
@@ -173,7 +171,7 @@ class Engine:
 
     def turn_queries(self, layer: int, queries: Tensor) -> Tensor:
         """Rotate queries `[B, Hq, q, D]` to the positions that the cached keys are rotated to."""
-        if not self._re_rotates or not any(row.shift for row in self.rows):
+        if not self._re_rotates or not any(row.shift for row in self.ledger.rows.values()):
             return queries
         return ops.rotate(queries, self.ropes[layer], -self._shifts(queries.device)[:, None, None])
 
@@ -195,93 +193,73 @@ class Engine:
     def settle(self) -> None:
         """Run the compactions that are due now, as the next decode step would."""
         if self.forward is not None and not self.forward.pending:
-            self.compact_due([1] * len(self.rows))
+            self._compact_due(dict.fromkeys(self.ledger.rows, Incoming(1)))
 
-    def compact_due(self, incoming: Sequence[int]) -> None:
-        """Compact every row whose trigger fires before `incoming` more tokens."""
-        if self.forward is None or self.policy.phase not in ("both", "decode" if self.decoding else "prefill"):
-            return
-        due = [b for b, (row, new) in enumerate(zip(self.rows, incoming, strict=True)) if new and self._fires(row, new)]
+    def _compact_due(self, step: Mapping[int, Incoming]) -> None:
+        """Compact every row that is due before these tokens."""
+        due = self.ledger.due(step)
         if not due:
             return
-        left = self.log.left_after(0, len(self.rows))
+        left = self.log.left_after(0, len(self._used))
         check_window(self.rows, due, left, self.policy.observed_queries, self.policy.name)
         if self.observation.active:
             self.observe()
-        parts = [slice(0, len(self.rows))] if len(due) == len(self.rows) else [slice(b, b + 1) for b in due]
+        self._compactor.run(due)
+        self.stores.shrink(max(self._used), max(incoming.tokens for incoming in step.values()))
+
+    def together(self, rows: Sequence[int]) -> list[list[list[int]]]:
+        """Return all rows in one part if all are due, else one by one: a part of a batch is a slice without a copy.
+
+        A ragged base is packed for the whole batch, so its parts move together.
+        """
+        everyone = len(self._used)
+        parts = [list(range(everyone))] if len(rows) == everyone else [[b] for b in rows]
+        return [parts] if self.stores.ragged else [[part] for part in parts]
+
+    def views(self, rows: Sequence[int], budget: Sequence[int]) -> Sequence[CacheView]:
+        """Return what components may see of neighbouring rows in a compaction, one view per layer."""
+        window, part = self.log.window(), slice(rows[0], rows[-1] + 1)
+
+        def make(layer: int) -> CacheView:
+            return self.view(layer, part, window, budget)
+
+        return LazyViews(make, self.layers) if self.stores.ragged else [make(layer) for layer in self.layers]
+
+    def keep(self, decided: Sequence[Decided[int]]) -> dict[int, int]:
+        """Move what was decided for a part, or for all parts of a ragged cache; return what the rows hold now."""
         if self.stores.ragged:
-            self._compact_ragged(parts)
-            return
-        with ops.using_backend(self.policy.backend):
-            for part in parts:
-                self._compact(part)
-        self.stores.shrink(max(row.resident for row in self.rows), max(incoming))
+            return self._repack(decided)
+        (one,) = decided
+        rows = self.held(slice(one.rows[0], one.rows[-1] + 1), [self.ledger.entries(row) for row in one.rows])
+        for i, layer in enumerate(self.layers):
+            self.stores[layer].write(layer, rows, one.changes(i))
+        left = self.stores.keep(rows, dict(zip(self.layers, one.kept, strict=True)))
+        for row, length in zip(one.rows, left.lengths, strict=True):
+            self._used[row] = length
+        return dict(zip(one.rows, left.lengths, strict=True))
 
-    def _fires(self, row: Row, incoming: int) -> bool:
-        entries = self._fixed or self.policy.entries(row.seen, row.prompt)
-        return row.resident > entries and self.policy.trigger.fires(
-            Counters(row.resident, entries, incoming, row.seen, row.prompt)
-        )
-
-    def _decide(self, part: slice, window: Window | None) -> tuple[list[int], Sequence[CacheView], list[KeepIndices]]:
-        """Return the budgets of some rows, the views of all layers, and what the policy keeps of them."""
-        budget = [self.policy.entries(row.seen, row.prompt) for row in self.rows[part]]
-        make = partial(self.view, part=part, window=window, budget=budget)
-        views = LazyViews(make, self.layers) if self.stores.ragged else [make(layer) for layer in self.layers]
-        return budget, views, self.policy.decide(views, budget).kept
-
-    def _compact(self, part: slice) -> None:
-        window = self.log.window()
-        budget, views, keeps = self._decide(part, window)
-        rows = self.held(part, budget)
-        for i, (layer, kept) in enumerate(zip(self.layers, keeps, strict=True)):
-            self.stores[layer].write(layer, rows, self._changes(views, i, kept))
-        left = self.stores.keep(rows, dict(zip(self.layers, keeps, strict=True)))
-        for row, entries in zip(self.rows[part], left.lengths, strict=True):
-            row.resident = entries
-            self._note(row)
-
-    def _compact_ragged(self, parts: Sequence[slice]) -> None:
-        """Decide for the rows that are due, then move all rows' entries to new bases and empty the tails."""
-        window = self.log.window()
-        decided = [(part, *self._decide(part, window)) for part in parts]
+    def _repack(self, decided: Sequence[Decided[int]]) -> dict[int, int]:
+        """Move all rows' entries to new bases and empty the tails; rows that are not due keep everything."""
+        everyone = self.held(slice(None))
         for i, layer in enumerate(self.layers):
             store = self.stores[layer]
             assert isinstance(store, RaggedStore)
-            made = [(part, keeps[i], self._changes(views, i, keeps[i])) for part, _, views, keeps in decided]
-            store.repack(layer, self.held(slice(None)), made)
+            made = [(slice(d.rows[0], d.rows[-1] + 1), d.kept[i], d.changes(i)) for d in decided]
+            store.repack(layer, everyone, made)
         for store in self.stores.distinct():
             store.resize(0, 0)
-        counts = [self.stores[layer].entries(layer, [0] * len(self.rows)) for layer in self.layers]
+        self._used = [0] * len(self._used)
+        counts = [self.stores[layer].entries(layer, self._used) for layer in self.layers]
         heads = sum(self.stores[layer].layout.heads for layer in self.layers)
-        for row, total in zip(self.rows, zip(*counts, strict=True), strict=True):
-            row.base = row.resident = -(-sum(total) // heads)
-            row.floor = row.seen
-        for part in parts:
-            for row in self.rows[part]:
-                self._note(row)
-
-    def _changes(self, views: Sequence[CacheView], index: int, kept: KeepIndices) -> dict[str, Tensor]:
-        """Return what is replaced in a layer before its entries move: remembered slot state, and post-operations."""
-        if not (self._remembering or self.policy.post):
-            return {}
-        view = views[index]
-        changes = {f"state.{name}": t for c in self._remembering for name, t in c.remember(view).items()}
-        for post in self.policy.post:
-            made: Any = post.apply(view, kept)
-            view = replace(view, **made)
-            changes |= made
-        return changes
-
-    def _note(self, row: Row) -> None:
-        row.compactions += 1
-        row.floor = row.seen
-        if self._re_rotates:
-            row.shift = row.seen - row.resident
+        totals = [-(-sum(total) // heads) for total in zip(*counts, strict=True)]
+        due = {row for d in decided for row in d.rows}
+        for row in set(range(len(totals))) - due:
+            self.ledger.repacked(row)
+        return {row: totals[row] for row in due}
 
     def held(self, part: slice, budget: Sequence[int] | None = None) -> Rows:
         """Return what stores and views are told of some rows; one object, and its tensors, while nothing changes."""
-        some = self.rows[part]
+        some, used = self.rows[part], self._used[part]
         numbers = {
             "prompt_length": [row.prompt for row in some],
             "seen": [row.seen for row in some],
@@ -289,7 +267,7 @@ class Engine:
         }
         if budget is not None:
             numbers["budget"] = list(budget)
-        rows = Rows.of(range(len(self.rows))[part], [row.tail for row in some], **numbers)
+        rows = Rows.of(range(len(self._used))[part], used, **numbers)
         if rows != self._last_held:
             self._last_held = rows
         assert self._last_held is not None
@@ -307,7 +285,7 @@ class Engine:
             observed = Observed(queries.unflatten(1, (slots.keys.shape[1], facts.groups)), window, part)
         extras = self.observation.extras(layer, part)
         if self.modality is not None:
-            extras["modality"] = marked(self._columns.by_position(self.modality, len(self.rows))[part], slots)
+            extras["modality"] = marked(self._columns.by_position(self.modality, len(self._used))[part], slots)
         return make_view(
             slots, rows, facts,
             layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer), observed=observed, extras=extras,
@@ -330,7 +308,7 @@ class Engine:
 
     def _feed(self, layer: int, queries: Tensor, positions: Tensor, valid: Tensor) -> None:
         store, shape = self.stores[layer], (self.stores[layer].layout.heads, self.facts[layer].groups)
-        everyone = slice(0, len(self.rows))
+        everyone = slice(0, len(self._used))
         self.observation.feed(
             layer,
             queries.unflatten(1, shape),
@@ -354,51 +332,62 @@ class Engine:
 
     def crop(self, columns: int) -> None:
         """Forget the last `columns` columns; possible back to the last compaction. Raises as `check_crop`."""
-        for row, count in zip(self.rows, self.check_crop(columns), strict=True):
-            row.resident -= count
-            row.seen -= count
-            row.prompt = min(row.prompt, row.seen)
-        if all(row.seen == row.prompt for row in self.rows):
-            self.decoding = False
-            for row in self.rows:
-                row.decoded = False
+        for row, count in enumerate(self.check_crop(columns)):
+            self.ledger.retract(row, count)
+            self._used[row] -= count
         self._columns.cut(columns)
         self.log.crop(columns)
-        self._cropped = True
 
     def hide(self, past: Tensor) -> None:
         """Drop tokens that were real when they came and are padding in the mask of a later turn.
+
+        The tokens behind them move down in position, as the model's own position ids do. Their keys keep the rotation
+        that they have: from then on it is stored apart from their position.
 
         Args:
             past: bool `[B, columns]` on the CPU, the mask of everything seen so far.
 
         Raises:
-            CacheStateError: padding has become real, or the row has been compacted since.
+            CacheStateError: padding has become real, the row has been compacted since, or an accumulating scorer has
+                observed the queries of hidden tokens and cannot forget them.
         """
-        known = self._columns.valid(len(self.rows))
+        known = self._columns.valid(len(self._used))
         if torch.equal(known, past):
             return
-        for b, slots in slots_to_keep(self.rows, known, past).items():
-            self.observe()
-            for store in self.stores.distinct():
-                index = slots.to(store.layout.device).expand(1, store.layout.heads, -1)
-                lengths = torch.full(index.shape[:2], slots.numel(), device=index.device)
-                with ops.using_backend(self.policy.backend):
-                    for layer in store.layers:
-                        store.compact(layer, slice(b, b + 1), KeepIndices(index, lengths))
-            row = self.rows[b]
-            row.resident, row.floor = slots.numel(), row.seen
+        observed = self.columns - self.log.unobserved if self.observation.active else 0
+        hidden = slots_to_keep(self.rows, self._used, known, past, observed=observed, policy=self.policy.name)
+        for row, (slots, visible) in hidden.items():
+            self._drop(row, slots)
+            prompt = self.rows[row].prompt
+            self.ledger.hide(row, int((~visible).sum()), int((~visible[:prompt]).sum()))
+            self._used[row] = slots.numel()
+            self.log.hide(row, visible)
         self._columns.replace(past)
+
+    def _drop(self, row: int, slots: Tensor) -> None:
+        """Keep only some slots of a row, int64 `[n]` on the CPU, and number them anew."""
+        count = slots.numel()
+        for store in self.stores.distinct():
+            index = slots.to(store.layout.device).expand(1, store.layout.heads, -1)
+            lengths = torch.full(index.shape[:2], count, device=index.device)
+            with ops.using_backend(self.policy.backend):
+                for layer in store.layers:
+                    store.compact(layer, slice(row, row + 1), KeepIndices(index, lengths))
+            if count and int(slots[-1]) >= count:  # something stands behind a hidden token
+                store.renumber(row, count)
 
     def take_rows(self, index: Tensor) -> None:
         """Reorder, repeat or select rows; `index` int64 `[B']`. Raises CacheStateError for rows that there are not."""
         chosen = index.tolist() if index.dim() == 1 else []
-        if self.rows and not (chosen and all(0 <= b < len(self.rows) for b in chosen)):
+        if not self._used:
+            return  # nothing has come yet
+        if not (chosen and all(0 <= b < len(self._used) for b in chosen)):
             raise CacheStateError(
-                f"the cache holds {len(self.rows)} rows and cannot go on with rows {str(chosen)[:60]}; "
-                f"name at least one from 0 to {len(self.rows) - 1}."
+                f"the cache holds {len(self._used)} rows and cannot go on with rows {str(chosen)[:60]}; "
+                f"name at least one from 0 to {len(self._used) - 1}."
             )
-        self.rows = [replace(self.rows[b]) for b in chosen]
+        self.ledger.take(dict(enumerate(chosen)))
+        self._used = [self._used[b] for b in chosen]
         self.stores.take(index)
         self.log.rows(index)
         self.observation.take(index)
@@ -410,11 +399,12 @@ class Engine:
         """Return an independent copy."""
         twin = object.__new__(Engine)
         twin.__dict__.update(self.__dict__)
+        twin.ledger, twin._used = self.ledger.clone(), list(self._used)
         twin.stores, twin.facts = self.stores.clone(), dict(self.facts)
-        twin.rows = [replace(row) for row in self.rows]
+        twin._compactor = Compactor(self.policy, twin.ledger, twin)
         twin.log, twin._columns = self.log.clone(), self._columns.clone()
-        twin.observation = self.observation.clone(torch.arange(len(self.rows)))
+        twin.observation = self.observation.clone(torch.arange(len(self._used)))
         return twin
 
     def _shifts(self, device: torch.device) -> Tensor:
-        return torch.tensor([row.shift for row in self.rows], device=device)
+        return torch.tensor([row.shift for row in self.ledger.rows.values()], device=device)

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.rows import Row
+from kvpolicy.cache.ledger import Kind, RowCounts
 from kvpolicy.cache.store.arena import WritePlan
 from kvpolicy.errors import CacheStateError
 
@@ -27,6 +27,7 @@ class Forward:
             alike and the past is empty or one token comes in, so that no mask is needed beyond causality.
         shifted: some row's new keys must be rotated before they are stored.
         pending: layers that have not been updated yet.
+        kind: what the tokens are.
     """
 
     plan: WritePlan
@@ -36,6 +37,7 @@ class Forward:
     visible: Tensor | None
     shifted: bool
     pending: set[int] = field(default_factory=set)
+    kind: Kind = "prompt"
     _plans: dict[torch.device, WritePlan] = field(default_factory=dict)
     _masks: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -105,22 +107,30 @@ def _true(device: torch.device) -> Tensor:
 
 
 def plan_forward(
-    rows: Sequence[Row], columns: int, counts: Sequence[int], valid: Tensor | None, device: torch.device
+    rows: Sequence[RowCounts],
+    used: Sequence[int],
+    columns: int,
+    counts: Sequence[int],
+    valid: Tensor | None,
+    device: torch.device,
 ) -> Forward:
     """Plan the write of `columns` tokens per row behind what each row holds.
 
     Args:
         rows: the counters before the pass.
+        used: slots of the store in use, per row.
         columns: tokens per row, padding included.
         counts: valid tokens per row.
         valid: bool `[B, columns]` on the CPU, or None when no token is padding.
         device: device of the first layer.
     """
-    before = [row.tail for row in rows]
-    end = max(b + n for b, n in zip(before, counts, strict=True))
-    first = rows[0]
-    if valid is None and all(r.tail == first.tail and r.seen == first.seen for r in rows):
-        past = first.tail
+    end = max(b + n for b, n in zip(used, counts, strict=True))
+    first, past = rows[0], used[0]
+    # Rows that are alike need one write and no mask, which is what a step of a few microseconds hangs on. The shift is
+    # compared too: rows that hid tokens or were compacted at other times turn their keys by different angles.
+    if valid is None and all(
+        n == past and row.seen == first.seen and row.shift == first.shift for n, row in zip(used, rows, strict=True)
+    ):
         positions = torch.arange(first.seen, first.seen + columns, dtype=torch.int32, device=device)
         plan = WritePlan(past, columns, end, positions, positions - first.shift if first.shift else positions)
         visible = torch.arange(past + 1, past + columns + 1)[None] if past and columns > 1 else None
@@ -135,7 +145,7 @@ def plan_forward(
     if valid is None:
         valid = torch.ones(len(rows), columns, dtype=torch.bool)
     rank = valid.to(torch.int64).cumsum(1)
-    start = torch.tensor(before)[:, None]
+    start = torch.tensor(list(used))[:, None]
     row, column = valid.nonzero(as_tuple=True)
     offset = rank[row, column] - 1
     positions = (seen[row] + offset).to(torch.int32)

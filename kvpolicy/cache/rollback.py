@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.rows import Columns, Row
+from kvpolicy.cache.columns import Columns
+from kvpolicy.cache.ledger import RowCounts
 from kvpolicy.errors import CacheStateError
 
 
 def tokens_to_crop(
-    rows: Sequence[Row], columns: Columns, count: int, *, unobserved: int | None, policy: str
+    rows: Sequence[RowCounts], columns: Columns, count: int, *, unobserved: int | None, policy: str
 ) -> list[int]:
     """Return how many tokens each row would lose with the last `count` columns.
 
@@ -43,33 +44,48 @@ def tokens_to_crop(
     return lost
 
 
-def slots_to_keep(rows: Sequence[Row], known: Tensor, past: Tensor) -> dict[int, Tensor]:
-    """Return the slots that are left of rows some of whose tokens have become padding, by row.
+def slots_to_keep(
+    rows: Sequence[RowCounts], used: Sequence[int], known: Tensor, past: Tensor, *, observed: int, policy: str
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return what is left of rows some of whose tokens have become padding, by row.
 
     Args:
         rows: the counters.
+        used: slots of the store in use, per row.
         known: bool `[B, columns]` on the CPU, which columns were tokens when they came.
         past: bool `[B, columns]`, which are tokens by a later mask.
+        observed: columns whose queries an accumulating scorer has observed, from the first one on.
+        policy: name of the policy, for messages.
+
+    Returns:
+        The slots int64 `[n]` that stay, and which tokens these are: bool `[seen]`, by position.
 
     Raises:
-        CacheStateError: padding has become real, or such a row has been compacted since.
+        CacheStateError: padding has become real, or such a row has been compacted, or its queries observed, since.
     """
     if bool((past & ~known).any()):
         raise CacheStateError("attention_mask shows tokens that were padding before; keep the mask of earlier turns.")
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
     for b, row in enumerate(rows):
         if torch.equal(known[b], past[b]):
             continue
-        if row.compactions or row.base or row.resident != int(known[b].sum()):
+        # Every entry must still be there, in slots and in order of position, or nobody knows which one is meant.
+        if row.compactions or used[b] != row.resident or row.resident != int(known[b].sum()):
             raise CacheStateError(
                 f"attention_mask hides tokens of row {b} that were real before, and the row has been compacted "
                 "since; give rows that end at different times a cache each."
             )
-        kept[b] = past[b][known[b]].nonzero()[:, 0]
+        if not torch.equal(known[b, :observed], past[b, :observed]):
+            raise CacheStateError(
+                f"attention_mask hides tokens of row {b}, and what policy {policy!r} has observed of their queries "
+                "cannot be forgotten; give rows that end at different times a cache each."
+            )
+        visible = past[b][known[b]]
+        kept[b] = visible.nonzero()[:, 0], visible
     return kept
 
 
-def check_window(rows: Sequence[Row], due: Sequence[int], left: Sequence[int], wanted: int, policy: str) -> None:
+def check_window(rows: Sequence[RowCounts], due: Sequence[int], left: Sequence[int], wanted: int, policy: str) -> None:
     """Refuse to score with fewer queries than a policy looks at, which a deep crop may have left for some steps.
 
     Args:
@@ -85,6 +101,7 @@ def check_window(rows: Sequence[Row], due: Sequence[int], left: Sequence[int], w
     for b in due:
         if left[b] < min(wanted, rows[b].seen):
             raise CacheStateError(
-                f"policy {policy!r} looks at the last {wanted} queries, but a crop has left only {left[b]} of them; "
-                f"decode {wanted - left[b]} more tokens one by one before giving many at once, or crop less."
+                f"policy {policy!r} looks at the last {wanted} queries, but a crop, or a mask that hides tokens, has "
+                f"left only {left[b]} of them; decode {wanted - left[b]} more tokens one by one before giving many at "
+                "once, or crop less."
             )

@@ -117,7 +117,10 @@ def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: i
     course = simulate(policy, length, prompt)
     each = shape.bytes_per_token
     full, held, peak = (n * each * batch for n in (course.seen, course.resident, course.peak))
-    what = f"{shape.layers} layers x {shape.kv_heads} KV heads x (key {shape.head_dim} + value {shape.head_dim})"
+    what = " and ".join(
+        f"{layers} layer{'s' * (layers > 1)} x {heads} KV heads x (key {dim} + value {dim})"
+        for layers, heads, dim in shape.groups
+    )
     yield "model", f"{shape.source}: {what}, {shape.dtype}."
     if shape.others:
         yield "", f"{shape.others} further layers keep a window or a state of their own and are not counted."

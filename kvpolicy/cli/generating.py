@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import kvpolicy
-from kvpolicy.cli.report import Run, table
+from kvpolicy.cli.generated import Generation, table
 from kvpolicy.cli.terminal import messages, output
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.runtimes.opening import encode
@@ -118,7 +118,9 @@ def generation_options(tokenizer: Any, request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _generate(model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console) -> Run:
+def _generate(
+    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console
+) -> Generation:
     from kvpolicy.cli.streaming import TextStream
     from kvpolicy.runtimes.hf import PolicyCache, generate
 
@@ -127,4 +129,4 @@ def _generate(model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request
         start = time.perf_counter()
         generate(model, inputs, cache, streamer=stream, **options)
         seconds = time.perf_counter() - start
-        return Run(spec.policy, stream.tokens, seconds, cache.stats())
+        return Generation(spec.policy, stream.tokens, seconds, cache.stats())

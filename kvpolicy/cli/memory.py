@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.contracts.components import Counters
+from kvpolicy.cache.ledger import Incoming, Ledger
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.policy.policy import Policy
+from kvpolicy.runtimes.shapes import head_shape, layer_fields
 
 DTYPES: Final = {
     **dict.fromkeys(("float32", "fp32"), ("float32", 4)),
@@ -21,7 +23,7 @@ DTYPES: Final = {
 """What people call a dtype -> its name and its bytes."""
 
 # Caches of these models are not layers x heads x head dim, so the arithmetic below would be wrong.
-_UNUSUAL: Final = ("kv_lora_rank", "num_kv_shared_layers", "num_global_key_value_heads", "global_head_dim")
+_UNUSUAL: Final = ("kv_lora_rank", "block_configs")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ModelShape:
         dtype: its name.
         others: layers that keep a window or a state of their own, which no policy touches.
         source: where the numbers come from.
+        unlike: further layers that a policy works on, `(layers, KV heads, head dim)` for each other shape of heads.
     """
 
     layers: int
@@ -43,11 +46,17 @@ class ModelShape:
     dtype: str
     others: int = 0
     source: str = ""
+    unlike: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """All layers that a policy works on, as `(layers, KV heads, head dim)` for each shape of heads."""
+        return ((self.layers, self.kv_heads, self.head_dim), *self.unlike)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of one row, over all these layers."""
-        return self.layers * self.kv_heads * 2 * self.head_dim * DTYPES[self.dtype][1]
+        return sum(layers * heads * 2 * dim for layers, heads, dim in self.groups) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
@@ -75,32 +84,35 @@ def simulate(policy: Policy, length: int, prompt: int) -> Course:
         length: tokens seen at the end, the prompt included.
         prompt: tokens of the prompt.
     """
-    resident = seen = peak = compactions = 0
-    phase = ""
-    for incoming, next_phase in chain(_passes(policy, prompt), repeat((1, "decode"), length - prompt), [(1, "")]):
-        known = min(seen, prompt)
-        entries = policy.entries(seen, known) if seen else 0
-        counters = Counters(resident, entries, incoming, seen, known)
-        if policy.phase in ("both", phase) and resident > entries and policy.trigger.fires(counters):
-            if policy.reserved(known) > entries:
-                raise BudgetError(
-                    f"budget: {entries} entries per head are fewer than the {policy.reserved(known)} that are "
-                    f"protected with a prompt of {prompt} tokens; raise the budget or give a shorter --prompt."
-                )
-            resident, compactions = entries, compactions + 1
-        if next_phase:
-            resident, seen, phase = resident + incoming, seen + incoming, next_phase
-            peak = max(peak, resident)
-    return Course(seen, resident, peak, compactions)
+    ledger: Ledger[int] = Ledger(policy)
+    steps: Iterator[Incoming] = chain(_passes(policy, prompt), repeat(Incoming(1), length - prompt))
+    for step in steps:
+        _compact(policy, ledger, step, prompt)
+        ledger.advance({0: step})
+    _compact(policy, ledger, Incoming(1), prompt)
+    row = ledger.rows[0]
+    return Course(row.seen, row.resident, row.peak, row.compactions)
 
 
-def _passes(policy: Policy, prompt: int) -> Iterator[tuple[int, str]]:
+def _compact(policy: Policy, ledger: Ledger[int], step: Incoming, prompt: int) -> None:
+    """Compact the row if it is due before these tokens."""
+    for row in ledger.due({0: step}):
+        entries, protected = ledger.entries(row), policy.reserved(ledger.rows[row].prompt)
+        if protected > entries:
+            raise BudgetError(
+                f"budget: {entries} entries per head are fewer than the {protected} that are "
+                f"protected with a prompt of {prompt} tokens; raise the budget or give a shorter --prompt."
+            )
+        ledger.compacted(row)
+
+
+def _passes(policy: Policy, prompt: int) -> Iterator[Incoming]:
     """Yield the forward passes that a prompt comes in, counted from its end as `PolicyCache.prefill` does."""
     size = policy.prefill_chunk or prompt
     first = prompt - (prompt - 1) // size * size
-    yield first, "prefill"
+    yield Incoming(first, "prompt")
     for _ in range(first, prompt, size):
-        yield size, "prefill"
+        yield Incoming(size, "prompt")
 
 
 def shape_from_config(place: str, dtype: str | None) -> ModelShape:
@@ -121,23 +133,51 @@ def shape_from_config(place: str, dtype: str | None) -> ModelShape:
             )
     if config.get("is_encoder_decoder"):
         raise KVPolicyError(f"--model-config: {place} is an encoder-decoder model; only decoders are supported.")
-    layers, heads = _number(text, place, "num_hidden_layers"), _number(text, place, "num_attention_heads")
-    kv_heads = heads if text.get("num_key_value_heads") is None else _number(text, place, "num_key_value_heads")
-    if text.get("head_dim") is None:
-        hidden = _number(text, place, "hidden_size")
-        if hidden % heads:
-            raise KVPolicyError(f"--model-config: {place} has hidden_size {hidden} for {heads} heads; add head_dim.")
-        head_dim = hidden // heads
-    else:
-        head_dim = _number(text, place, "head_dim")
-    evictable = _full_attention(text, layers)
+    layers = _number(text, place, "num_hidden_layers")
+    keeping = _layers_with_keys(text, place, layers)
+    evictable = [layer for layer in keeping if _has_full_attention(text, layer)]
     if not evictable:
         raise KVPolicyError(f"--model-config: {place} has no full-attention layer, so there is nothing to evict from.")
+    shapes = Counter(_heads(text, place, layer) for layer in evictable)
+    value_dim = text.get("v_head_dim")
+    if value_dim and any(dim != value_dim for _, dim in shapes):
+        raise KVPolicyError(
+            f"--model-config: {place} has values of size {value_dim} beside keys of another size, so its cache is not "
+            "layers x heads x head dim; give --layers, --kv-heads and the mean of both as --head-dim instead."
+        )
+    (first, count), *unlike = shapes.items()
     named = dtype or text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     return ModelShape(
-        evictable, kv_heads, head_dim, dtype_name(str(named or "float32").removeprefix("torch.")), layers - evictable,
-        str(config.get("model_type") or place),
+        count, *first, dtype_name(str(named or "float32").removeprefix("torch.")), len(keeping) - len(evictable),
+        str(config.get("model_type") or place), tuple((number, *shape) for shape, number in unlike),
     )  # fmt: skip
+
+
+def _layers_with_keys(text: dict[str, Any], place: str, layers: int) -> range:
+    """Return the layers that keep keys of their own: the last ones may read those of others (Gemma-3n, Gemma-4)."""
+    shared = text.get("num_kv_shared_layers")
+    if not shared:
+        return range(layers)
+    count = _number(text, place, "num_kv_shared_layers")
+    if count >= layers:
+        raise KVPolicyError(
+            f"--model-config: `num_kv_shared_layers` of {place} is {count} of {layers} layers; some have to keep keys."
+        )
+    return range(layers - count)
+
+
+def _heads(text: dict[str, Any], place: str, layer: int) -> tuple[int, int]:
+    """Return the KV heads of a layer and their size, checked."""
+    said = layer_fields(text, layer)
+    heads = _number(said, place, "num_attention_heads")
+    for field in ("num_key_value_heads", "head_dim"):
+        if said[field] is not None:
+            _number(said, place, field)
+    if said["head_dim"] is None:
+        hidden = _number(said, place, "hidden_size")
+        if hidden % heads:
+            raise KVPolicyError(f"--model-config: {place} has hidden_size {hidden} for {heads} heads; add head_dim.")
+    return head_shape(said)
 
 
 def dtype_name(dtype: str) -> str:
@@ -195,12 +235,14 @@ def _through_transformers(place: str, path: Path | None, plain: dict[str, Any] |
     return {**found, **{key: value for key, value in kept.items() if not found.get("dtype")}}
 
 
-def _full_attention(text: dict[str, Any], layers: int) -> int:
+def _has_full_attention(text: dict[str, Any], layer: int) -> bool:
     kinds = text.get("layer_types")
     if isinstance(kinds, list):
-        return sum(kind == "full_attention" for kind in kinds)
-    window = text.get("sliding_window")
-    return 0 if window and text.get("use_sliding_window", True) else layers
+        return layer < len(kinds) and kinds[layer] == "full_attention"
+    said = {**text, **layer_fields(text, layer)}
+    if any("att" in part for part in said.get("skip") or ()):
+        return False
+    return not (said.get("sliding_window") and said.get("use_sliding_window", True))
 
 
 def _number(text: dict[str, Any], place: str, field: str) -> int:

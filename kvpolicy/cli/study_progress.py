@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvpolicy.study.plan import Run
+    from kvpolicy.study.runs import Run
     from kvpolicy.study.work import Outcome
 
 _LINE_SECONDS = 30.0

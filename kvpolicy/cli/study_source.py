@@ -16,8 +16,8 @@ from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
     from kvpolicy.study.asked import Asked
-    from kvpolicy.study.plan import Plan
     from kvpolicy.study.results import Results
+    from kvpolicy.study.runs import Plan
     from kvpolicy.study.spec import StudySpec
 
 SUFFIXES: Final = (".sqlite", ".sqlite3", ".db")
@@ -28,7 +28,7 @@ Argument = Annotated[
 
 
 @dataclass(frozen=True)
-class Source:
+class StudySource:
     """What a command was given.
 
     Attributes:
@@ -75,15 +75,15 @@ class Source:
         return command("run", f"{results.meta('study')}.yaml", quick=False, options={"--out": self.path})
 
 
-def find(given: str, *, quick: bool, out: Path | None, device: str = "auto") -> Source:
+def find(given: str, *, quick: bool, out: Path | None, device: str = "auto") -> StudySource:
     """Return what an argument names; raises KVPolicyError."""
     if not given.endswith(SUFFIXES):
         spec, path = read_study(given, quick=quick, out=out)
-        return Source(given, path, spec, device, quick, out)
+        return StudySource(given, path, spec, device, quick, out)
     if quick or out is not None:
         option = "--quick" if quick else "--out"
         raise KVPolicyError(f"{option}: {given} is a results file already; leave {option} out.")
-    return Source(given, Path(given), None, device, quick, out)
+    return StudySource(given, Path(given), None, device, quick, out)
 
 
 def command(name: str, study: str, *, quick: bool, options: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def make_plan(spec: StudySpec, device: str) -> Plan:
     """Return the runs of a study; raises KVPolicyError if its models or data sets are not here."""
     from kvpolicy.cli.terminal import messages
     from kvpolicy.study.models import find_model
-    from kvpolicy.study.plan import Plan
+    from kvpolicy.study.runs import Plan
 
     say = messages()
     return Plan(spec, [find_model(name, spec.dtype, device, say.print) for name in spec.models])

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from kvpolicy.study.analysis import Comparison, Estimate, Row, compare, shown
+from kvpolicy.study.analysis import Comparison, Estimate, VariantSummary, compare, shown
 from kvpolicy.study.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _BOUNDLESS: Final = 10_000
 
 
-def tables(rows: Sequence[Row], spec: StudySpec, console: Console) -> Iterator[tuple[Table, list[str]]]:
+def tables(rows: Sequence[VariantSummary], spec: StudySpec, console: Console) -> Iterator[tuple[Table, list[str]]]:
     """Yield a table per model and dataset, and the names of the metrics for which there is no room.
 
     A table has intervals and the difference to the study's baseline. A metric is shown with all its digits or not at
@@ -63,7 +63,7 @@ def _width(console: Console, table: Table) -> int:
 
 
 def _table(
-    place: tuple[str, str], here: Sequence[Row], names: Sequence[str], differences: Mapping[int, Comparison]
+    place: tuple[str, str], here: Sequence[VariantSummary], names: Sequence[str], differences: Mapping[int, Comparison]
 ) -> Table:
     table = Table(title=escape(f"{place[1]} · {place[0]}"), title_justify="left", header_style="bold", box=None)
     # Where not even the least fits, a text goes on in the next line.

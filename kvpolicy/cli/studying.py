@@ -17,9 +17,9 @@ from kvpolicy.errors import KVPolicyError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvpolicy.study.estimate import Size
+    from kvpolicy.study.estimate import StudySize
     from kvpolicy.study.executors import Executor
-    from kvpolicy.study.plan import Plan
+    from kvpolicy.study.runs import Plan
     from kvpolicy.study.spec import StudySpec
 
 study = typer.Typer(
@@ -172,7 +172,7 @@ def _described(plan: Plan) -> Any:
     return table
 
 
-def _sized(size: Size, workers: int) -> str:
+def _sized(size: StudySize, workers: int) -> str:
     text = f"{size.variants:,} variants and the full cache, {size.runs:,} runs"
     if size.done:
         text += f", {size.done:,} of them recorded already"

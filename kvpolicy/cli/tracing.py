@@ -20,7 +20,7 @@ _NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class _Text:
+class _TracedText:
     """Token ids, how many of them are the prompt, and how many went into the cache."""
 
     tokens: list[int]
@@ -127,7 +127,7 @@ def _run(request: Request, file: Path | None, out: Path, *, same_text: bool) -> 
             tokens, recording = _generate(model, tokenizer, inputs, spec, request, console)
             console.print()
             if same_text:
-                given = _Text(tokens, recording.prompt, recording.seen)
+                given = _TracedText(tokens, recording.prompt, recording.seen)
         else:
             tokens, recording = given.tokens, _reading(model, given, spec, note)
         texts, special = pieces(tokenizer, tokens)
@@ -161,7 +161,7 @@ def _read(file: Path) -> str:
     return text
 
 
-def _given(tokenizer: Any, request: Request, text: str) -> _Text:
+def _given(tokenizer: Any, request: Request, text: str) -> _TracedText:
     """Return the prompt's tokens and those of the text behind it; without a prompt the first token is the prompt."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.runtimes.opening import encode
@@ -170,10 +170,10 @@ def _given(tokenizer: Any, request: Request, text: str) -> _Text:
         if request.chat:
             raise KVPolicyError("--chat: there is no PROMPT to put into the chat template; write one or leave it out.")
         tokens: list[int] = tokenizer(text)["input_ids"]
-        return _Text(tokens, 1, len(tokens))
+        return _TracedText(tokens, 1, len(tokens))
     prompt: list[int] = encode(tokenizer, request.prompt, request.chat)["input_ids"][0].tolist()
     tokens = prompt + tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _Text(tokens, len(prompt), len(tokens))
+    return _TracedText(tokens, len(prompt), len(tokens))
 
 
 def _generate(
@@ -189,7 +189,7 @@ def _generate(
     )
 
 
-def _reading(model: Any, text: _Text, spec: PolicySpec, note: Console) -> Recording:
+def _reading(model: Any, text: _TracedText, spec: PolicySpec, note: Console) -> Recording:
     from kvpolicy.trace.running import record_reading
 
     with note.status(f"reading under {spec.policy}") as status:

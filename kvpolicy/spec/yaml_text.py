@@ -64,7 +64,7 @@ _SCALARS: Final[list[tuple[str, str, str]]] = [
 _PLAIN_TAGS: Final = {f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq", "bool", "null", "int", "float")}
 
 
-class _Reader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """Composes nodes of YAML 1.2 scalars within the limits above; nothing is constructed by tag."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
@@ -99,10 +99,10 @@ class _Reader(yaml.SafeLoader):
 
 
 for _tag, _pattern, _first in _SCALARS:
-    _Reader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [c if c != "\0" else "" for c in _first])
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [c if c != "\0" else "" for c in _first])
 
 
-class _Writer(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or 1.2 would read as something else than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -110,16 +110,16 @@ class _Writer(yaml.SafeDumper):
 
 
 for _tag, _pattern, _first in _SCALARS:
-    _Writer.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [c if c != "\0" else "" for c in _first])
+    _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [c if c != "\0" else "" for c in _first])
 
 
-def _represent_text(writer: _Writer, text: str) -> yaml.ScalarNode:
+def _represent_text(writer: _Dumper, text: str) -> yaml.ScalarNode:
     # Only double quotes keep line breaks other than \n.
     odd = any(mark in text for mark in "\r\x85\u2028\u2029\ufeff")
     return writer.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
 
 
-_Writer.add_representer(str, _represent_text)
+_Dumper.add_representer(str, _represent_text)
 
 
 def read_file(path: Path, what: What = "policy") -> str:
@@ -162,7 +162,7 @@ def parse(text: str, source: str, what: What = "policy") -> Document:
         raise SpecError(f"{source}: is larger than {MAX_BYTES >> 10} KiB; that is not a {what} file.")
     reader = None
     try:
-        reader = _Reader(text, source, what)
+        reader = _Loader(text, source, what)
         node = reader.get_single_node()
     except yaml.reader.ReaderError as error:
         raise SpecError(
@@ -199,7 +199,7 @@ def _field(key: str, value: Any) -> str:
 
 def _dump(value: Any, *, flow: bool, width: float) -> str:
     text: str = yaml.dump(
-        value, Dumper=_Writer, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=width
+        value, Dumper=_Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=width
     )
     return text
 

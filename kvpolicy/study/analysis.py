@@ -16,14 +16,14 @@ from typing import Any, Final
 from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
-from kvpolicy.study.plan import REFERENCE
-from kvpolicy.study.records import CellRecord, Record
+from kvpolicy.study.records import CellRecord, RunRecord
 from kvpolicy.study.results import Results
+from kvpolicy.study.runs import REFERENCE
 
 RESAMPLES: Final = 9999
 CONFIDENCE: Final = 0.95
 
-Values = dict[int, float]
+ByProblem = dict[int, float]
 """Mean over seeds by problem."""
 
 
@@ -38,7 +38,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantSummary:
     """A variant on a dataset with a model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Row:
     failed: int
     error: str | None
     metrics: dict[str, Estimate]
-    values: dict[str, Values]
+    values: dict[str, ByProblem]
 
     @property
     def missing(self) -> int:
@@ -93,7 +93,7 @@ class Comparison:
 
 def summarise(
     results: Results, metrics: Sequence[str] = tuple(METRICS), cells: Sequence[CellRecord] | None = None
-) -> list[Row]:
+) -> list[VariantSummary]:
     """Return one row per variant, condition, model and dataset, in the order of the study.
 
     A row is made of the runs whose keys its cell asks for; other runs in the file do not count.
@@ -109,7 +109,7 @@ def summarise(
     return [_row(cell, [found[key] for key in cell.keys if key in found], metrics) for cell in cells]
 
 
-def _row(cell: CellRecord, records: Sequence[Record], metrics: Sequence[str]) -> Row:
+def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str]) -> VariantSummary:
     good = [record for record in records if record.error is None]
     failures = [record.error for record in records if record.error is not None]
     values = {name: _values(good, name) for name in metrics}
@@ -118,10 +118,10 @@ def _row(cell: CellRecord, records: Sequence[Record], metrics: Sequence[str]) ->
         name: estimate(list(of_problem.values()), proportion=METRICS[name].binary)
         for name, of_problem in values.items()
     }
-    return Row(cell, len(good), len(failures), cell.error or next(iter(failures), None), estimates, values)
+    return VariantSummary(cell, len(good), len(failures), cell.error or next(iter(failures), None), estimates, values)
 
 
-def _values(records: Sequence[Record], metric: str) -> Values:
+def _values(records: Sequence[RunRecord], metric: str) -> ByProblem:
     of_problem: dict[int, list[float]] = defaultdict(list)
     for record in records:
         # Where runs of both kinds give it, it is the run on its own that counts.
@@ -130,12 +130,12 @@ def _values(records: Sequence[Record], metric: str) -> Values:
     return {problem: math.fsum(values) / len(values) for problem, values in sorted(of_problem.items())}
 
 
-def _generated(records: Sequence[Record]) -> bool:
+def _generated(records: Sequence[RunRecord]) -> bool:
     return any(record.kind == "generate" for record in records)
 
 
 def compare(
-    rows: Sequence[Row], metric: str, baseline: str | None = None, *, resamples: int = RESAMPLES
+    rows: Sequence[VariantSummary], metric: str, baseline: str | None = None, *, resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Compare every variant with one of them, condition by condition, on the problems that both have.
 
@@ -285,7 +285,7 @@ def shown(estimate: Estimate, metric: str) -> str:
     return f"{value} [{estimate.low:,.{digits}f}, {estimate.high:,.{digits}f}]"
 
 
-def failures(rows: Sequence[Row]) -> Mapping[str, int]:
+def failures(rows: Sequence[VariantSummary]) -> Mapping[str, int]:
     """Return the reasons why runs failed, with the number of runs."""
     counts: dict[str, int] = defaultdict(int)
     for row in rows:

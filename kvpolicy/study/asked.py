@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any, Final, Self
 
 from kvpolicy.study import keys
-from kvpolicy.study.plan import Cell, Plan, Run
 from kvpolicy.study.records import CellRecord, cell_record, model_data
 from kvpolicy.study.results import Results
+from kvpolicy.study.runs import Cell, Plan, Run
 
 _NAMED: Final = 4  # reasons that a sentence names
 _LOOKED_AT: Final = 20  # runs that an older one is compared with, to say why it is older

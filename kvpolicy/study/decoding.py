@@ -19,7 +19,7 @@ _DROP_SHARE = 4  # finished rows leave the batch when they are a quarter of it
 
 
 @dataclass
-class Row:
+class PromptRow:
     """One row of a batch.
 
     Attributes:
@@ -122,7 +122,7 @@ def bytes_per_entry(cache: PolicyCache) -> int:
 
 
 def generate_batch(
-    model: Any, policy: Policy, rows: Sequence[Row], sampling: Sampling, ends: Collection[int]
+    model: Any, policy: Policy, rows: Sequence[PromptRow], sampling: Sampling, ends: Collection[int]
 ) -> list[Answer]:
     """Generate until an end token or `sampling.max_new_tokens`; return one answer per row.
 

@@ -10,9 +10,9 @@ from typing import Final
 
 from kvpolicy.study.asked import cells_so_far
 from kvpolicy.study.metrics import RunKind
-from kvpolicy.study.plan import Plan, Run, tasks_of
 from kvpolicy.study.results import Results
 from kvpolicy.study.runner import expected_tokens
+from kvpolicy.study.runs import Plan, Run, tasks_of
 from kvpolicy.study.work import execute
 
 PROBE_TOKENS: Final = 48
@@ -20,7 +20,7 @@ PROBE_TOKENS: Final = 48
 
 
 @dataclass(frozen=True)
-class Size:
+class StudySize:
     """How large a study is.
 
     Attributes:
@@ -60,7 +60,7 @@ def _guessed(reference: Sequence[Run]) -> dict[tuple[str, str], list[int]]:
     return lengths
 
 
-def measure(plan: Plan, results: Results | None = None, *, probe: bool = True, threads: int | None = None) -> Size:
+def measure(plan: Plan, results: Results | None = None, *, probe: bool = True, threads: int | None = None) -> StudySize:
     """Count runs and tokens, and estimate the time.
 
     Args:
@@ -76,7 +76,9 @@ def measure(plan: Plan, results: Results | None = None, *, probe: bool = True, t
     recorded = set() if results is None else results.finished(failed=False) | results.finished(failed=True)
     pending = [run for run in runs if run.key not in recorded]
     seconds = _seconds(plan, pending, threads) if probe else None
-    return Size(len(plan.variants), len(runs), len(runs) - len(pending), sum(map(expected_tokens, pending)), seconds)
+    return StudySize(
+        len(plan.variants), len(runs), len(runs) - len(pending), sum(map(expected_tokens, pending)), seconds
+    )
 
 
 def _seconds(plan: Plan, pending: Sequence[Run], threads: int | None) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.contracts.budget import Budget
-from kvpolicy.contracts.components import Counters, ImportanceScorer
+from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy.policy import Policy
@@ -30,7 +30,7 @@ _QUERIES = 16  # queries whose weights over the whole text are in memory at once
 
 
 @dataclass
-class Text:
+class ForcedText:
     """A row: token ids, and how many of them are given as a prompt."""
 
     tokens: list[int]
@@ -38,7 +38,7 @@ class Text:
 
 
 @dataclass
-class Comparison:
+class Divergence:
     """What one row showed.
 
     Attributes:
@@ -88,7 +88,7 @@ def full_policy(*, watch: bool = False) -> Policy:
     return Policy(name="full", budget=Budget(fraction=1.0), importance=_Watch(), **parts)
 
 
-def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: bool = False) -> list[Comparison]:
+def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, attention: bool = False) -> list[Divergence]:
     """Read texts under a policy and compare every next-token distribution with the full cache's.
 
     The text is read in blocks that end where the policy's trigger may fire, so that every compaction happens between
@@ -104,7 +104,7 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: 
         KVPolicyError: the policy does not fit the model or the texts.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) - rows[i].prompt)
-    results = [Comparison() for _ in rows]
+    results = [Divergence() for _ in rows]
     with (
         torch.inference_mode(),
         PolicyCache(full_policy(watch=attention), model) as reference,
@@ -157,29 +157,15 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[Text], *, attention: 
 
 def room(cache: PolicyCache) -> int:
     """Run what is due and return how many tokens can come at once before the next compaction, at most `BLOCK`."""
-    engine, policy = cache.engine, cache.policy
-    engine.settle()
-    asked_now = policy.phase in ("both", "decode" if engine.decoding else "prefill")
-    asked_later = policy.phase != "prefill"
-
-    def fires(resident: int, seen: int, prompt: int, incoming: int) -> bool:
-        entries = policy.entries(seen, prompt)
-        return resident > entries and policy.trigger.fires(Counters(resident, entries, incoming, seen, prompt))
-
-    least = BLOCK
-    for row in engine.rows:
-        n = 1
-        while n < least and not (asked_later and fires(row.resident + n, row.seen + n, row.prompt, 1)):
-            n += 1
-        # A trigger may look at how many tokens come; a compaction that one token would not cause must not happen.
-        while n > 1 and asked_now and fires(row.resident, row.seen, row.prompt, n):
-            n -= 1
-        least = n
+    cache.engine.settle()
+    ledger, least = cache.engine.ledger, BLOCK
+    for row in ledger.rows:
+        least = ledger.room(row, least)
     return least
 
 
 def _compare(
-    results: list[Comparison], order: Sequence[int], full: Float[Tensor, "B q V"], ours: Float[Tensor, "B q V"]
+    results: list[Divergence], order: Sequence[int], full: Float[Tensor, "B q V"], ours: Float[Tensor, "B q V"]
 ) -> None:
     wide = torch.promote_types(full.dtype, torch.float32)
     p, q = full.to(wide).log_softmax(-1), ours.to(wide).log_softmax(-1)
@@ -194,7 +180,7 @@ def _compare(
 
 
 def _weigh(
-    results: list[Comparison], order: Sequence[int], reference: PolicyCache, cache: PolicyCache, count: int
+    results: list[Divergence], order: Sequence[int], reference: PolicyCache, cache: PolicyCache, count: int
 ) -> None:
     """Add the share of the full cache's attention of the last `count` queries that falls on what `cache` holds."""
     everyone = slice(0, len(order))

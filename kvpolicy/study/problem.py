@@ -62,7 +62,7 @@ def grade(problem: Problem, output: str) -> dict[str, float]:
     """
     if problem.grader == "generator":
         assert problem.family is not None
-        known = tasks.Problem(problem.family, problem.prompt, problem.solution, problem.answer)
+        known = tasks.SolvedProblem(problem.family, problem.prompt, problem.solution, problem.answer)
         given = tasks.grade(known, output)
         return {"exact": float(given.exact), "progress": given.progress}
     if problem.grader == "math":

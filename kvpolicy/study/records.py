@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from kvpolicy.spec.odd_text import odd_character
 from kvpolicy.study import keys, sealing
 from kvpolicy.study.metrics import METRICS, RunKind
-from kvpolicy.study.plan import Cell, Run
+from kvpolicy.study.runs import Cell, Run
 from kvpolicy.study.sealing import DamagedError, Scalar
 from kvpolicy.study.work import Outcome
 
@@ -62,7 +62,7 @@ _DOCUMENT: Final = TypeAdapter(dict[str, _Text | _Natural | float | bool | None]
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A finished run, as it is in the file.
 
     Attributes:
@@ -186,7 +186,7 @@ def run_row(
     )
 
 
-def read_run(row: Sequence[Any], *, output: bool) -> Record:
+def read_run(row: Sequence[Any], *, output: bool) -> RunRecord:
     """Return the run of a row whose checksum is right, with its text if `output`; raises DamagedError."""
     fields = dict(zip(RUN_COLUMNS, row, strict=True))
     for column in ("key", "kind", "model", "dataset", "digest", "metrics", "document"):
@@ -207,7 +207,7 @@ def read_run(row: Sequence[Any], *, output: bool) -> Record:
     told = {"kind": "kind", "model": "model", "dataset": "dataset", "number": "problem", "policy": "digest"}
     for name, column in told.items():
         _require(document.get(name) == fields[column], "runs", column)
-    return Record(
+    return RunRecord(
         **{name: fields[name] for name in RUN_COLUMNS[:8]},
         metrics=metrics,
         prompt_tokens=fields["prompt_tokens"],

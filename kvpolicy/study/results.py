@@ -17,8 +17,8 @@ from typing import Any, Final, Self, cast
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.study import records, sealing
-from kvpolicy.study.plan import REFERENCE, Run
-from kvpolicy.study.records import CELL_COLUMNS, RUN_COLUMNS, CellRecord, Record, StudyData
+from kvpolicy.study.records import CELL_COLUMNS, RUN_COLUMNS, CellRecord, RunRecord, StudyData
+from kvpolicy.study.runs import REFERENCE, Run
 from kvpolicy.study.sealing import DamagedError, Scalar
 from kvpolicy.study.work import Outcome
 
@@ -314,7 +314,7 @@ class Results:
                     found[record.key] = record.prompt_tokens + int(record.metrics["tokens"])
         return found
 
-    def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[Record]:
+    def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[RunRecord]:
         """Return runs, ordered by what they are, not by when they finished.
 
         Args:
@@ -324,7 +324,7 @@ class Results:
         found = [record for record in self._records(outputs=outputs) if keys is None or record.key in keys]
         return sorted(found, key=lambda r: (r.model, r.dataset, r.digest, r.kind, r.seed, r.problem, r.key))
 
-    def _records(self, *, outputs: bool = False) -> Iterator[Record]:
+    def _records(self, *, outputs: bool = False) -> Iterator[RunRecord]:
         with self._said():
             for row in self._rows("runs"):
                 yield records.read_run(row, output=outputs)

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from kvpolicy.runtimes.opening import first_line
 from kvpolicy.study.asked import Asked, cells_so_far
 from kvpolicy.study.executors import Executor, Outcomes
-from kvpolicy.study.plan import Plan, Run, tasks_of
 from kvpolicy.study.results import Results, ResultsError
+from kvpolicy.study.runs import Plan, Run, tasks_of
 from kvpolicy.study.work import Outcome, Task
 
 Job = tuple[Task, list[Run]]

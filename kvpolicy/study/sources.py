@@ -15,9 +15,9 @@ from kvpolicy.errors import did_you_mean
 from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 from kvpolicy.study import tasks
+from kvpolicy.study.dataset_rows import column, existing, json_lines, load_rows, require_fields
 from kvpolicy.study.needles import needle
 from kvpolicy.study.problem import Grader, Problem
-from kvpolicy.study.rows import column, existing, json_lines, load_rows, require_fields
 from kvpolicy.study.wording import Family
 
 BOXED: Final = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."

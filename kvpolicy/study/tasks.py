@@ -62,7 +62,7 @@ _CONCLUSION: Final[Mapping[Family, str]] = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class SolvedProblem:
     """A problem with its one right solution.
 
     Attributes:
@@ -91,7 +91,7 @@ class Grade:
     progress: float
 
 
-def problems(family: Family, level: Level, split: Split, count: int, *, first: int = 0) -> Iterator[Problem]:
+def problems(family: Family, level: Level, split: Split, count: int, *, first: int = 0) -> Iterator[SolvedProblem]:
     """Yield the published problems ``first`` to ``first + count - 1`` of a level.
 
     Args:
@@ -127,7 +127,7 @@ def draw(
     split: Split = "train",
     form: Form = "full",
     digits: tuple[int, ...] = tuple(range(1, 10)),
-) -> Problem:
+) -> SolvedProblem:
     """Return a problem of the split, drawn from ``rng``.
 
     Args:
@@ -150,7 +150,7 @@ def draw(
             return problem
 
 
-def grade(problem: Problem, text: str) -> Grade:
+def grade(problem: SolvedProblem, text: str) -> Grade:
     """Return what ``text``, a generated continuation of ``problem.prompt``, is worth."""
     given = re.search(r"</think> the answer is ([^.]*?) \.", text)
     pattern = _CONCLUSION[problem.family]
@@ -166,7 +166,7 @@ def _split_of(identity: str) -> Split:
     return "development" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
-def _prompt_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, Problem]:
+def _prompt_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, SolvedProblem]:
     names = rng.sample(NAMES, size.steps + size.distractors)
     path = [*names[: size.steps], STOP]
     links = [(n, rng.choice(digits), m) for n, m in pairwise(path)]
@@ -183,10 +183,10 @@ def _prompt_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int
         after = (total + d) % 100
         text.append(step("prompt-recall", form, n=n, d=str(d), m=m, t=_two(total), u=_two(after)))
         total = after
-    return identity, Problem("prompt-recall", prompt, _finish(text, form, _two(total)), _two(total))
+    return identity, SolvedProblem("prompt-recall", prompt, _finish(text, form, _two(total)), _two(total))
 
 
-def _trace_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, Problem]:
+def _trace_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, SolvedProblem]:
     root, *names = rng.sample(NAMES, size.steps + 1)
     value = {root: rng.randrange(10)}
     text, lines = [], []
@@ -208,7 +208,7 @@ def _trace_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int,
         asked=" , ".join(asked),
     )
     answer = " , ".join(f"{n} is {value[n]}" for n in asked)
-    return identity, Problem("trace-recall", prompt, _finish(text, form, answer), answer)
+    return identity, SolvedProblem("trace-recall", prompt, _finish(text, form, answer), answer)
 
 
 def _finish(text: list[str], form: Form, answer: str) -> str:

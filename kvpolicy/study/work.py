@@ -102,9 +102,9 @@ def _outcomes(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> 
 
 def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
     from kvpolicy.study.choosing import row_key
-    from kvpolicy.study.decoding import Row, generate_batch
+    from kvpolicy.study.decoding import PromptRow, generate_batch
 
-    rows = [Row(_prompt(tokenizer, item.problem), item.seed, row_key(item.problem.digest)) for item in items]
+    rows = [PromptRow(_prompt(tokenizer, item.problem), item.seed, row_key(item.problem.digest)) for item in items]
     policy = PolicySpec(**task.policy).build()
     answers = generate_batch(model, policy, rows, task.sampling, end_tokens(model, tokenizer))
     outcomes = []
@@ -135,18 +135,18 @@ def _prompt(tokenizer: Any, problem: Problem) -> list[int]:
 
 
 def _text(tokenizer: Any, item: Item) -> Any:
-    from kvpolicy.study.forcing import Text
+    from kvpolicy.study.forcing import ForcedText
 
     problem = item.problem
     if not problem.text:
         prompt = _prompt(tokenizer, problem)
         if len(item.teacher) < 2:
             raise KVPolicyError(f"the full cache's answer has {len(item.teacher)} tokens; at least 2 are needed.")
-        return Text([*prompt, *item.teacher], len(prompt))
+        return ForcedText([*prompt, *item.teacher], len(prompt))
     prompt_tokens, wanted = problem.cut
     tokens = tokenizer(problem.text)["input_ids"][:wanted]
     if len(tokens) < wanted:
         raise KVPolicyError(
             f"text {problem.index} has {len(tokens)} tokens, but {wanted} are asked for; write fewer `tokens`."
         )
-    return Text(tokens, prompt_tokens)
+    return ForcedText(tokens, prompt_tokens)

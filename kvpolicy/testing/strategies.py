@@ -28,9 +28,9 @@ from kvpolicy.loading.installed import catalog  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.spec.reference import ComponentRef, resolve  # noqa: E402
 from kvpolicy.testing import poison  # noqa: E402
-from kvpolicy.testing.drawing import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 from kvpolicy.testing.parameters import components  # noqa: E402
 from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
+from kvpolicy.testing.tensors import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 
 __all__ = ["MAX_SLOTS", "budgets", "cache_views", "components", "policy_specs", "scores"]
 

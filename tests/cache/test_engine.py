@@ -9,6 +9,7 @@ import torch
 
 from kvpolicy import PolicySpec, Rope
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.components import Counters
 from kvpolicy.errors import BudgetError, CacheStateError, UnsupportedError
@@ -49,11 +50,12 @@ class Driver:
         self.texts = [Text(seed, self.heads) for seed in texts]
         self.at = [0] * len(texts)
 
-    def feed(self, *mask: str, prefill: bool = False) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def feed(self, *mask: str, kind: Kind | None = None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """One forward pass; a row's mask has `x` for a token and `.` for padding."""
         valid = torch.tensor([[letter == "x" for letter in row] for row in mask])
         columns = valid.shape[1]
-        forward = self.engine.open(len(mask), columns, valid, CPU, prefill=prefill)
+        kind = kind or ("prompt" if columns > 1 or not self.engine.columns else "decode")
+        forward = self.engine.open(len(mask), columns, valid, CPU, kind=kind)
         returned = {}
         for layer in self.engine.layers:
             made = []
@@ -200,7 +202,7 @@ def test_an_unbounded_policy_grows_geometrically(fields):
 def test_the_bound_holds_for_chunks_of_the_prompt(chunk):
     driver = Driver([1, 2], phase="both", prefill_chunk=chunk)
     for _ in range(60 // chunk):
-        driver.feed("x" * chunk, "." * (chunk // 2) + "x" * (chunk - chunk // 2), prefill=True)
+        driver.feed("x" * chunk, "." * (chunk // 2) + "x" * (chunk - chunk // 2), kind="prompt")
         assert max(row.resident for row in driver.engine.rows) <= 16 + max(4, chunk) == driver.engine.policy.bound
     driver.steps(20)
     assert driver.engine.rows[0].peak <= 16 + max(4, chunk)
@@ -370,24 +372,35 @@ def test_the_phase_says_when(phase, after_prompt, after_steps):
     assert driver.engine.rows[0].resident == after_steps
 
 
-def test_several_tokens_at_once_are_a_prompt_unless_the_runtime_takes_some_back():
+def test_several_tokens_at_once_are_what_the_runtime_says():
     driver = Driver([1])
     driver.feed("x" * 10)
     assert not driver.engine.decoding
     driver.steps(1)
     assert driver.engine.decoding
-    driver.feed("xxx")
+    driver.feed("xxx", kind="prompt")
     assert not driver.engine.decoding
+    driver.feed("xxx", kind="verify")
+    assert driver.engine.decoding
     driver.engine.crop(1)
-    driver.feed("xxx")
     assert driver.engine.decoding
     assert driver.engine.rows[0].prompt == 10
+
+
+def test_a_crop_back_to_the_prompt_goes_on_with_it():
+    driver = Driver([1])
+    driver.feed("x" * 10)
+    driver.steps(3)
+    driver.engine.crop(3)
+    assert not driver.engine.decoding
+    driver.feed("xx", kind="prompt")
+    assert driver.engine.rows[0].prompt == 12
 
 
 def test_one_token_of_a_prompt_is_a_prompt_when_the_runtime_says_so():
     driver = Driver([1])
     for _ in range(5):
-        driver.feed("x", prefill=True)
+        driver.feed("x", kind="prompt")
     assert driver.engine.rows[0].prompt == 5
     driver.feed("x")
     assert driver.engine.rows[0].prompt == 5
@@ -493,7 +506,9 @@ def test_a_later_mask_can_hide_tokens_until_the_row_is_compacted():
     driver.engine.hide(past)
     assert driver.kept(0)[0][0] == [0, 1, 2, 3]
     assert driver.kept(1)[0][0] == list(range(8))
+    driver.at[0] -= 2  # the tokens that are hidden never were
     driver.steps(1)
+    assert driver.kept(0)[0][0] == [0, 1, 2, 3, 4]
     driver.check_contents()
     with pytest.raises(CacheStateError, match="padding before"):
         driver.engine.hide(torch.ones(2, 9, dtype=torch.bool))
@@ -578,9 +593,9 @@ def test_reset_starts_over():
 def test_a_forward_pass_that_stopped_half_way_is_noticed():
     driver = Driver([1])
     driver.feed("xxxx")
-    driver.engine.open(1, 1, None, CPU, prefill=False)
+    driver.engine.open(1, 1, None, CPU, kind="decode")
     with pytest.raises(CacheStateError, match="stopped before layer 0"):
-        driver.engine.open(1, 1, None, CPU, prefill=False)
+        driver.engine.open(1, 1, None, CPU, kind="decode")
     driver.engine.settle()  # does nothing
     driver.engine.reset()
     driver.at = [0]
@@ -591,7 +606,7 @@ def test_another_batch_size_is_refused():
     driver = Driver([1])
     driver.feed("xxxx")
     with pytest.raises(CacheStateError, match="holds 1 rows but the forward pass has 3"):
-        driver.engine.open(3, 1, None, CPU, prefill=False)
+        driver.engine.open(3, 1, None, CPU, kind="decode")
 
 
 def test_a_layer_cannot_be_updated_twice_or_change_its_type():
@@ -600,7 +615,7 @@ def test_a_layer_cannot_be_updated_twice_or_change_its_type():
     keys = torch.zeros(1, 2, 1, DIM)
     with pytest.raises(UnsupportedError):
         driver.engine.append(0, keys, keys)
-    driver.engine.open(1, 1, None, CPU, prefill=False)
+    driver.engine.open(1, 1, None, CPU, kind="decode")
     with pytest.raises(UnsupportedError, match=r"float16 keys on cpu but its cache is torch\.float32"):
         driver.engine.append(0, keys.half(), keys.half())
     with pytest.raises(UnsupportedError, match="3 KV heads of size 8"):

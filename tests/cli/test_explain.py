@@ -109,6 +109,8 @@ def test_every_registered_policy_is_explained(name, run):
 
 CONFIG = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
 
+KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
 
 @pytest.mark.parametrize(
     ("config", "expected"),
@@ -119,6 +121,20 @@ CONFIG = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads
         ({**CONFIG, "num_key_value_heads": None}, ModelShape(4, 8, 8, "float32")),
         ({**CONFIG, "layer_types": ["full_attention", "sliding_attention"] * 2}, ModelShape(2, 2, 8, "float32", 2)),
         ({**CONFIG, "sliding_window": 4096, "use_sliding_window": False}, ModelShape(4, 2, 8, "float32")),
+        ({**CONFIG, **KINDS, "global_head_dim": 32}, ModelShape(2, 2, 32, "float32", 2)),
+        ({**CONFIG, **KINDS, "num_global_key_value_heads": 1}, ModelShape(2, 1, 8, "float32", 2)),
+        (
+            {**CONFIG, **KINDS, "num_global_key_value_heads": 1, "attention_k_eq_v": False},
+            ModelShape(2, 2, 8, "float32", 2),
+        ),
+        ({**CONFIG, **KINDS, "num_kv_shared_layers": 2}, ModelShape(1, 2, 8, "float32", 1)),
+        ({**CONFIG, "per_layer_config": {"1": {"head_dim": 16}}}, ModelShape(3, 2, 8, "float32", unlike=((1, 2, 16),))),
+        (
+            {**CONFIG, "head_dim": 8, "num_key_value_heads": [1, 2, 2, 4]},
+            ModelShape(1, 1, 8, "float32", unlike=((2, 2, 8), (1, 4, 8))),
+        ),
+        ({**CONFIG, "per_layer_config": {"0": {"sliding_window": 8}}}, ModelShape(3, 2, 8, "float32", 1)),
+        ({**CONFIG, "v_head_dim": 8}, ModelShape(4, 2, 8, "float32")),
     ],
 )
 def test_a_plain_configuration_is_read(config, expected, tmp_path):
@@ -144,6 +160,40 @@ def test_a_model_folder_gives_the_bytes_of_its_cache(family, tmp_path):
         assert len(cache.engine.layers) == shape.layers
 
 
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_model_whose_layers_differ_gives_the_bytes_of_its_cache(shared, tmp_path, run):
+    """Gemma-4: heads of another size in layers of full attention, and layers that keep no keys."""
+    import transformers
+
+    from kvpolicy.runtimes.hf import PolicyCache
+
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("transformers without Gemma-4")
+    torch.set_num_threads(1)
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=shared, **KINDS,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    shape = shape_from_config(str(tmp_path), "fp32")
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    with torch.no_grad(), PolicyCache("knorm", model) as cache:
+        model(torch.arange(3, 13)[None], past_key_values=cache)
+        assert cache.stats().bytes_resident == 10 * shape.bytes_per_token
+        assert len(cache.engine.layers) == shape.layers == (1 if shared else 2)
+    code, out, _ = run("explain", "knorm", "--model-config", tmp_path)
+    assert code == 0
+    assert "2 KV heads x (key 32 + value 32)" in out
+
+
+def test_layers_that_differ_are_listed(tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "per_layer_config": {"1": {"head_dim": 16}}}))
+    _, out, _ = run("explain", "knorm", "--model-config", tmp_path)
+    listed = "3 layers x 2 KV heads x (key 8 + value 8) and 1 layer x 2 KV heads x (key 16 + value 16)"
+    assert listed in " ".join(out.split())
+
+
 def test_nonsense_is_refused_in_a_sentence(run, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text("{")
@@ -153,6 +203,12 @@ def test_nonsense_is_refused_in_a_sentence(run, tmp_path):
     deep.write_text("[" * 100_000)
     latent = tmp_path / "latent.json"
     latent.write_text(json.dumps({**CONFIG, "kv_lora_rank": 8}))
+    values = tmp_path / "values.json"
+    values.write_text(json.dumps({**CONFIG, "v_head_dim": 4}))
+    unowned = tmp_path / "unowned.json"
+    unowned.write_text(json.dumps({**CONFIG, "num_kv_shared_layers": 4}))
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps({**CONFIG, "num_attention_heads": [8, 8]}))
     empty = tmp_path / "folder"
     empty.mkdir()
     odd = tmp_path / "odd.json"
@@ -172,6 +228,9 @@ def test_nonsense_is_refused_in_a_sentence(run, tmp_path):
         f"{deep} is not JSON": ("--model-config", deep),
         f"{listed} is not a JSON object": ("--model-config", listed),
         "has `kv_lora_rank`": ("--model-config", latent),
+        "values of size 4 beside keys of another size": ("--model-config", values),
+        "is 4 of 4 layers; some have to keep keys": ("--model-config", unowned),
+        "`num_attention_heads` of": ("--model-config", short),
         "holds no config.json": ("--model-config", empty),
         "`num_hidden_layers` of": ("--model-config", odd),
         "no full-attention layer": ("--model-config", windowed),

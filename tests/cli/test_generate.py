@@ -11,7 +11,7 @@ from rich.console import Console
 
 import kvpolicy
 from kvpolicy.cli import main
-from kvpolicy.cli.report import Run, table
+from kvpolicy.cli.generated import Generation, table
 from kvpolicy.cli.streaming import TextStream
 from kvpolicy.runtimes.opening import encode
 
@@ -287,7 +287,7 @@ def test_table_of_one_run_has_no_ratio():
         seen=10, resident=8, peak_resident=9, evicted=2, bytes_resident=2**20, bytes_allocated=2**21, compactions=1
     )
     out = io.StringIO()
-    Console(file=out, width=80).print(table([Run("p", 5, 2.0, stats)]))
+    Console(file=out, width=80).print(table([Generation("p", 5, 2.0, stats)]))
     rows = numbers(out.getvalue())
     assert rows["tokens/s"] == ["2.5"]
     assert rows["KV bytes allocated"] == ["2.00 MiB"]

@@ -10,7 +10,7 @@ import torch
 
 import kvpolicy
 from kvpolicy.cache.engine import Engine
-from kvpolicy.cache.store import dense
+from kvpolicy.cache.store import arena
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
@@ -71,7 +71,7 @@ def test_an_engine_compacts_with_the_kernels(device, caplog):
         spec = kvpolicy.load("rkv", budget=24, backend=backend).replace("trigger", {"every": 8})
         engine = Engine(spec.build(), [(0, 1)], 2)
         for start, count in ((0, 30), *((t, 1) for t in range(30, 60))):
-            engine.open(2, count, None, device, prefill=start == 0)
+            engine.open(2, count, None, device, kind="decode" if start else "prompt")
             for layer in (0, 1):
                 new = tokens[:, :, start : start + count] * (layer + 1)
                 engine.append(layer, new, new)
@@ -96,11 +96,11 @@ def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
 
     for module in (window, similarity, selection, compaction):
         monkeypatch.setattr(module, "launch", counted)
-    monkeypatch.setitem(dense._TOGETHER, "cpu", 1 << 20)  # as on an accelerator
+    monkeypatch.setitem(arena._TOGETHER, "cpu", 1 << 20)  # as on an accelerator
     spec = kvpolicy.load("rkv", budget=24, backend="triton").replace("trigger", {"every": 8})
     engine = Engine(spec.build(), [(0, 1, 2)], 3)
     for start, count in ((0, 31), (31, 1)):
-        engine.open(1, count, None, device, prefill=start == 0)
+        engine.open(1, count, None, device, kind="decode" if start else "prompt")
         for layer in range(3):
             new = torch.randn(1, 2, count, 16, dtype=torch.float16, device=device)
             engine.append(layer, new, new)
@@ -115,7 +115,7 @@ def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
 def test_an_engine_refuses_at_the_first_token(device, monkeypatch):
     """Not at the first compaction, thousands of tokens later."""
     engine = Engine(kvpolicy.load("rkv", budget=24, backend="triton").build(), [(0,)], 1)
-    engine.open(1, 2, None, device, prefill=True)
+    engine.open(1, 2, None, device, kind="prompt")
     odd = torch.zeros(1, 1, 2, 48, dtype=torch.float16, device=device)
     with pytest.raises(UnsupportedError, match=r"backend: triton cannot be used, because the head dim is 48"):
         engine.append(0, odd, odd)

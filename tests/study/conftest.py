@@ -7,9 +7,9 @@ import pytest
 
 from kvpolicy.study.executors import Inline
 from kvpolicy.study.models import find_model
-from kvpolicy.study.plan import Plan
 from kvpolicy.study.results import Results
 from kvpolicy.study.runner import Runner
+from kvpolicy.study.runs import Plan
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.testing.tiny import tiny_folder
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from kvpolicy import KVPolicyError
-from kvpolicy.study.analysis import Row, compare, estimate, holm, shown, tango
+from kvpolicy.study.analysis import VariantSummary, compare, estimate, holm, shown, tango
 from kvpolicy.study.results import CellRecord
 
 pytest.importorskip("scipy")
@@ -15,7 +15,7 @@ pytest.importorskip("scipy")
 def row(name, values, *, metric="exact", condition="", dataset="d", failed=0):
     cell = CellRecord(name, condition, {}, "m", dataset, "", name, None)
     values = dict(enumerate(values))
-    return Row(cell, len(values), failed, None, {}, {metric: values})
+    return VariantSummary(cell, len(values), failed, None, {}, {metric: values})
 
 
 def test_a_proportion_gets_wilsons_interval():

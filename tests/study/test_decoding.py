@@ -7,7 +7,7 @@ import kvpolicy
 from kvpolicy import ScoreError
 from kvpolicy.runtimes.hf import PolicyCache, generate
 from kvpolicy.study.choosing import choose, row_key
-from kvpolicy.study.decoding import Row, generate_batch
+from kvpolicy.study.decoding import PromptRow, generate_batch
 from kvpolicy.study.sampling import Sampling
 from kvpolicy.testing.tiny import tiny_model
 
@@ -29,7 +29,7 @@ def model():
 def rows():
     generator = torch.Generator().manual_seed(0)
     lengths = (20, 33, 20, 41, 7)
-    return [Row(torch.randint(7, 256, (n,), generator=generator).tolist(), 0, i) for i, n in enumerate(lengths)]
+    return [PromptRow(torch.randint(7, 256, (n,), generator=generator).tolist(), 0, i) for i, n in enumerate(lengths)]
 
 
 def told(answer):

@@ -5,7 +5,7 @@ import pytest
 import kvpolicy
 from kvpolicy import SpecError
 from kvpolicy.study.design import Axis, TraceBudget, expand
-from kvpolicy.study.plan import digest_of, has_seed, with_seed
+from kvpolicy.study.runs import digest_of, has_seed, with_seed
 from kvpolicy.study.spec import StudySpec
 
 RKV = kvpolicy.load("rkv", 256)

@@ -6,7 +6,7 @@ import torch
 import kvpolicy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.study import forcing
-from kvpolicy.study.forcing import Text, force_batch
+from kvpolicy.study.forcing import ForcedText, force_batch
 from kvpolicy.testing.tiny import tiny_model
 
 POLICIES = {
@@ -28,7 +28,7 @@ def model():
 def texts():
     generator = torch.Generator().manual_seed(0)
     sizes = ((110, 20), (130, 33), (110, 90), (110, 20))
-    return [Text(torch.randint(4, 256, (n,), generator=generator).tolist(), prompt) for n, prompt in sizes]
+    return [ForcedText(torch.randint(4, 256, (n,), generator=generator).tolist(), prompt) for n, prompt in sizes]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -73,7 +73,7 @@ def test_attention_mass_is_the_weight_of_what_is_held(texts):
     """Against eager attention weights of the whole text and the kept positions, step by step."""
     model = tiny_model("qwen3", attention="eager").double()
     policy = kvpolicy.load("random", 24, trigger__every=16).build()
-    text = Text(texts[0].tokens[:90], 20)
+    text = ForcedText(texts[0].tokens[:90], 20)
     ids = torch.tensor([text.tokens])
     with torch.inference_mode():
         weights = model(ids[:, :-1], output_attentions=True).attentions

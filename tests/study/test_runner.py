@@ -19,8 +19,8 @@ from kvpolicy.study import work
 from kvpolicy.study.analysis import compare, summarise
 from kvpolicy.study.executors import Executor, Inline, Processes
 from kvpolicy.study.models import find_model
-from kvpolicy.study.plan import tasks_of
 from kvpolicy.study.results import Results, ResultsError
+from kvpolicy.study.runs import tasks_of
 
 EVERYTHING = {
     "datasets": [
@@ -329,7 +329,7 @@ from kvpolicy import KVPolicyError
 from kvpolicy.study.analysis import estimate
 from kvpolicy.study.executors import Ray
 from kvpolicy.study.models import find_model
-from kvpolicy.study.rows import load_rows
+from kvpolicy.study.dataset_rows import load_rows
 for act in (
     lambda: estimate([0.0, 1.0], proportion=True),
     lambda: Ray(None, None),

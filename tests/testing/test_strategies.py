@@ -12,9 +12,9 @@ from kvpolicy.contracts.components import ImportanceScorer, SlotState
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.testing import budgets, cache_views, components, policy_specs, scores
 from kvpolicy.testing.cases import Case, Layer
-from kvpolicy.testing.drawing import HEAD_DIM
 from kvpolicy.testing.strategies import MAX_SLOTS
 from kvpolicy.testing.tables import stand_in_tables
+from kvpolicy.testing.tensors import HEAD_DIM
 
 STATES = (SlotState("sum"), SlotState("stamp", torch.int32))
 EVERYTHING = cache_views(needs={"queries", "rope"}, states=STATES, observe=3)

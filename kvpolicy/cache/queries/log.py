@@ -176,6 +176,22 @@ class QueryLog:
             columns -= last.span
             self.records.pop()
 
+    def hide(self, row: int, visible: Tensor) -> None:
+        """Forget the queries of a row's hidden tokens, and number those behind them anew.
+
+        Args:
+            row: which row.
+            visible: bool `[seen]` on the CPU, by position as it was: the tokens that still count.
+        """
+        anew = (visible.cumsum(0) - 1).to(torch.int32)
+        for i, r in enumerate(self.records):
+            host = r.positions[row].long().clamp(0, visible.numel() - 1).to("cpu")  # anything where not valid
+            positions, valid = r.positions.clone(), r.valid.clone()
+            positions[row] = anew[host].to(positions.device)
+            valid[row] &= visible[host].to(valid.device)
+            counts = [*r.counts[:row], int(valid[row].sum()), *r.counts[row + 1 :]]
+            self.records[i] = replace(r, counts=counts, positions=positions, valid=valid)
+
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']`."""
         host = index.tolist()

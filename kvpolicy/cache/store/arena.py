@@ -158,6 +158,16 @@ class ArenaStore:
         for name, tensor in changes.items():
             arenas[name][self.index[layer], neighbours(rows), :, : tensor.shape[2]].copy_(tensor)
 
+    def part_rotations(self) -> None:
+        """Store from now on which position each key is rotated to, apart from the position that its token has."""
+        if self.rope_positions is self.positions:
+            self.rope_positions = self.positions.clone()
+
+    def renumber(self, row: int, count: int) -> None:
+        """Give the first `count` slots of a row the positions `0 ... count-1`; their keys stay rotated as they are."""
+        self.part_rotations()
+        self.positions[:, row, :, :count] = torch.arange(count, dtype=torch.int32, device=self.layout.device)
+
     def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
         """Move the kept slots of these rows to the front, in all layers; see `Store.keep`."""
         counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)

@@ -6,10 +6,10 @@ by the one place that counts them; a store that counts for itself (a paged one) 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from kvpolicy.contracts.components import SlotState
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
 
-RowId = Hashable
-"""Name of a row: its index in a batch, or the identifier of a request."""
+RowId: TypeAlias = Any
+"""Name of a row, anything hashable: its index in a batch, or the identifier of a request."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,19 @@ class Layout:
         """Read it off the first keys `[B, H, q, D]` and values of a layer."""
         sizes = keys.shape[1], keys.shape[-1], values.shape[-1]
         return Layout(tuple(layers), *sizes, keys.dtype, keys.device, tuple(states), re_rotates)
+
+    def check(self, layer: int, keys: Tensor) -> None:
+        """Raise UnsupportedError unless new keys `[B, H, q, D]` of a layer are like those that came first."""
+        if self.dtype != keys.dtype or self.device != keys.device:
+            raise UnsupportedError(
+                f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {self.dtype} on "
+                f"{self.device}; keep dtype and device of a model while a cache is in use."
+            )
+        if keys.shape[1] != self.heads or keys.shape[3] != self.key_dim:
+            raise UnsupportedError(
+                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
+                "that it is grouped with."
+            )
 
     @property
     def bytes_per_entry(self) -> int:

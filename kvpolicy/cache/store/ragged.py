@@ -133,6 +133,12 @@ class RaggedStore(ArenaStore):
             base.arenas[name].flatten(0, 1)[places[held]] = tensor[:, :, : base.most][held]
         super().write(layer, rows, {name: tensor[:, :, base.most :] for name, tensor in changes.items()})
 
+    def part_rotations(self) -> None:
+        """As for the arena, and in the bases, whose entries are where they were."""
+        super().part_rotations()
+        for base in self.bases.values():
+            base.arenas.setdefault("rope_positions", base.arenas["positions"].clone())
+
     def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
         """Make what is kept the new bases, and empty the tails; see `Store.keep`.
 

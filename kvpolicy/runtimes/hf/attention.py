@@ -37,13 +37,15 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 def base_attention(module: nn.Module, base: str) -> AttentionFunction:
     """Return the model's own attention function of that name, the way its modeling file would look it up."""
-    source = sys.modules[type(module).__module__]
+    # A class that was derived elsewhere, as FSDP derives one, runs the forward pass of the class it comes from.
+    sources = [sys.modules.get(kind.__module__) for kind in type(module).__mro__]
+    source = next((s for s in sources if hasattr(s, "ALL_ATTENTION_FUNCTIONS")), None)
     eager = getattr(source, "eager_attention_forward", None)
     interface: Any = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
     if interface is None or (base == "eager" and eager is None):
         raise UnsupportedError(
             f"{type(module).__name__} does not take its attention from transformers' attention registry, so its "
-            "queries cannot be observed; use a decoder whose class does."
+            "queries cannot be observed; use a model class of transformers itself."
         )
     function: AttentionFunction = interface.get_interface(base, eager)
     return function

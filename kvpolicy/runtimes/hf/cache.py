@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
@@ -22,12 +23,11 @@ from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
-from kvpolicy.runtimes.hf.model_facts import cache_layers, head_shapes, image_tokens
-from kvpolicy.runtimes.hf.passes import KINDS, Kind, Passes
+from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
+from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
-from kvpolicy.runtimes.hf.trial import try_attention
 from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
@@ -64,18 +64,14 @@ class PolicyCache(Cache):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
         refuse_implementation(getattr(model.generation_config, "cache_implementation", None), "generation_config")
         modules = attention_modules(model)
-        layers = cache_layers(model)
+        layers = DynamicCache(config=model.config).layers
         evictable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         self._refuse_others(layers, type(model).__name__)
         lost = [i for i in evictable if i not in modules]
         if not evictable or lost:
-            unseen = lost and (
-                f"layer {lost[0]} has no attention of its own that goes through transformers' attention functions, so "
-                "its queries cannot be observed; use a decoder whose layers do"
-            )
-            what = unseen or "it has no layer to evict from; use a decoder with full-attention layers"
-            raise UnsupportedError(f"{type(model).__name__}: {what}.")
-        try_attention(model, {i: modules[i] for i in evictable})
+            unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
+            what = unseen or "it has no layer to evict from"
+            raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
         for shape in dict.fromkeys(head_shapes(model, evictable)):
             check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
@@ -85,7 +81,7 @@ class PolicyCache(Cache):
             key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
             groups.setdefault(key, []).append(i)
         engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
-        self._passes = Passes(engine, has_images=bool(image_tokens(model)))
+        self._passes = Passes(engine, model, modules, has_images=bool(image_tokens(model)))
         shared = readers(model, modules)
         for i in evictable:
             layers[i] = EvictingLayer(self._passes, i, shared.get(i, ()))
@@ -127,6 +123,8 @@ class PolicyCache(Cache):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if kind is None:
+            self._passes.check(at_exit=True)
 
     def close(self) -> None:
         """Detach from the model, which behaves as before from now on; what was kept can still be read."""
@@ -151,6 +149,19 @@ class PolicyCache(Cache):
             if not isinstance(layer, EvictingLayer):
                 twin.layers[i] = copy.deepcopy(layer)
         return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
+        """Return a `fork`: an independent cache on the same model, which is not copied."""
+        return self.fork()
+
+    def __copy__(self) -> PolicyCache:
+        raise UnsupportedError("a shallow copy of a PolicyCache would share what it holds; fork() the cache instead.")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        raise UnsupportedError(
+            "a PolicyCache belongs to its model in this process and cannot be pickled or saved; keep the text and feed "
+            "it to a new cache, or fork() the cache to go on from it several times."
+        )
 
     # -- what transformers calls --------------------------------------------------------------------------------------
 
@@ -201,7 +212,7 @@ class PolicyCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (int64 `[B']`, or bool `[B]`)."""
-        if indices.dtype == torch.bool and indices.shape != (len(self.engine.rows),):
+        if indices.dtype == torch.bool and self.engine.rows and indices.shape != (len(self.engine.rows),):
             raise CacheStateError(
                 f"batch_select_indices: a mask of shape {list(indices.shape)} does not fit the "
                 f"{len(self.engine.rows)} rows of the cache; give one boolean per row."
@@ -247,7 +258,7 @@ class PolicyCache(Cache):
         self._passes.crop(columns)
 
     def _take_rows(self, index: Tensor) -> None:
-        self.engine.take_rows(index)
+        self._passes.take_rows(index)
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
                 # The one of the three that layers with a linear state have, and that moves all that a layer holds.
@@ -314,6 +325,15 @@ class PolicyCache(Cache):
                 "[batch, prompt tokens], True for image tokens."
             )
         self.engine.modality = images.to("cpu")
+
+    def check(self) -> None:
+        """Make sure that the last forward pass was seen as a whole; leaving the `with` block, and reading, do it too.
+
+        Raises:
+            UnsupportedError: the model's attention went another way.
+            CacheStateError: the model did not use the cache, the pass was interrupted, or its mask hid an old token.
+        """
+        self._passes.check()
 
     def stats(self) -> CacheStats:
         """Return seen, resident, evicted and peak entries, bytes and compactions, per layer and in total."""

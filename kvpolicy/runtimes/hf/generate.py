@@ -55,6 +55,7 @@ def generate(
     ids = repeated.get("input_ids")
     if "modality" in cache.policy.needs and ids is not None and not cache.get_seq_length():
         cache.set_modality(torch.isin(ids, torch.tensor(image_tokens(model), dtype=ids.dtype, device=ids.device)))
+    seen = cache.get_seq_length()
     try:
         if set(inputs) <= {"input_ids", "attention_mask", "token_type_ids"}:
             # generate() repeats the prompt for beams and samples only after the cache has been filled.
@@ -62,6 +63,12 @@ def generate(
         output = model.generate(
             **inputs, past_key_values=cache, num_return_sequences=num_return_sequences, num_beams=num_beams, **kwargs
         )
+        cache.check()
+        if cache.get_seq_length() == seen:
+            raise UnsupportedError(
+                f"{type(model).__name__}.generate() did not use the cache that it was given; call a decoder that hands "
+                "past_key_values on to its layers."
+            )
     finally:
         if cache is not policy:
             cache.close()

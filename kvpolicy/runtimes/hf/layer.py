@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import ops
+from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.attention import additive, packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
-from kvpolicy.runtimes.hf.passes import Passes
+from kvpolicy.runtimes.hf.passes import Passes, ordinary_tensors
 from kvpolicy.runtimes.hf.projection import output_projection
 from kvpolicy.runtimes.hf.sharing import SharedFacts, joined_facts, joined_queries, reader
 
@@ -58,6 +59,11 @@ class EvictingLayer(CacheLayerMixin):
         """Resident values `[B, H, N, Dv]`."""
         return self._resident("values")
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        raise UnsupportedError(
+            "a layer of a PolicyCache cannot be copied or pickled by itself; fork() the cache that it belongs to."
+        )
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the engine allocates when the first keys arrive."""
 
@@ -68,7 +74,12 @@ class EvictingLayer(CacheLayerMixin):
         current = self.passes.current
         if current is None or not current.arrived or current.unattended is not None:
             current = self.passes.begin(key_states)
-        keys, values = self.passes.engine.append(self.layer_idx, key_states, value_states)
+        engine = self.passes.engine
+        if self.layer_idx in engine.stores:
+            keys, values = engine.append(self.layer_idx, key_states, value_states)
+        else:
+            with ordinary_tensors():
+                keys, values = engine.append(self.layer_idx, key_states, value_states)
         current.unattended = self.layer_idx
         mark(keys, self)
         return keys, values
@@ -85,9 +96,30 @@ class EvictingLayer(CacheLayerMixin):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention function over the resident entries, and keep what the policy needs of it."""
-        engine, current, forward = self.passes.engine, self.passes.current, self.passes.engine.forward
-        if current is None or forward is None:
+        current = self.passes.current
+        if current is None or self.passes.engine.forward is None:
             raise CacheStateError("attention was called outside of a forward pass of this cache.")
+        current.unattended, current.attending = None, self.layer_idx
+        if module not in self.passes.modules:
+            self.passes.check_module(module)
+        output = self._attend(self.passes.engine, function, base, module, query, key, value, mask, kwargs)
+        current.attending = None
+        return output
+
+    def _attend(
+        self,
+        engine: Engine,
+        function: AttentionFunction,
+        base: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        forward = engine.forward
+        assert forward is not None
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
         facts = self._known(module) or self._facts(module, query, value, kwargs)
@@ -121,7 +153,6 @@ class EvictingLayer(CacheLayerMixin):
         """Keep what the policy needs of an attention call, once the last reader of these keys has come by."""
         engine, current = self.passes.engine, self.passes.current
         assert current is not None
-        current.unattended = None
         if len(self.readers) == 1:
             engine.record(self.layer_idx, query, facts)
             return

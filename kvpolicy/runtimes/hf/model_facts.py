@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.shapes import FIELDS, head_shape, layer_fields
 
 
@@ -18,21 +17,6 @@ def head_shapes(model: PreTrainedModel, layers: Iterable[int]) -> list[tuple[int
     # Names of transformers that a configuration has under names of its own (GPT-2's `n_head`) are attributes only.
     text = {name: said[name] if name in said else getattr(config, name, None) for name in FIELDS}
     return [head_shape(layer_fields(text, layer)) for layer in layers]
-
-
-def cache_layers(model: PreTrainedModel) -> list[Any]:
-    """Return the layers of a new `DynamicCache` for a model, as its configuration asks for them.
-
-    Raises:
-        UnsupportedError: transformers makes none from this configuration.
-    """
-    try:
-        return list(DynamicCache(config=model.config).layers)
-    except Exception as error:
-        raise UnsupportedError(
-            f"{type(model).__name__}: transformers cannot make a DynamicCache from its configuration "
-            f"({type(error).__name__}), so there is nothing to evict from; use a model that is one decoder."
-        ) from error
 
 
 def image_tokens(model: PreTrainedModel) -> list[int]:

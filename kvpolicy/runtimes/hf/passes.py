@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.caller import generation_loop
-from kvpolicy.runtimes.hf.handover import MaskFunction
+from kvpolicy.runtimes.hf.handover import MaskFunction, announce
+from kvpolicy.runtimes.hf.late import LateCheck
 from kvpolicy.runtimes.hf.masks import beyond_causal
 
-Kind = Literal["prompt", "decode", "verify"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_UNCHECKED_MOST = 64  # decode masks on a GPU are read back together, once in so many steps
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Pass:
         unattended: the layer whose keys have been stored and whose attention is still to come.
         readings: layer whose keys several layers read -> reader -> its queries and what its call told, until all have
             come by.
+        attending: the layer whose attention has begun and has not returned.
     """
 
     columns: int
@@ -42,6 +45,7 @@ class Pass:
     arrived: bool = False
     unattended: int | None = None
     readings: dict[int, dict[int, tuple[Tensor, LayerFacts]]] = field(default_factory=dict)
+    attending: int | None = None
 
 
 class Passes:
@@ -49,16 +53,25 @@ class Passes:
 
     A pass is announced by its mask (`take_mask`), opened by the first layer that stores keys (`begin`), and every layer
     that stored keys must be followed by its attention. What does not come is noticed at the next of these, or by
-    `check`, which everything that reads the cache calls first.
+    `settle`, which everything that reads the cache calls first.
 
     Args:
         engine: what stores and evicts.
+        model: the model whose passes these are; those of any other are refused.
+        modules: its attention modules, by layer.
         has_images: the model knows image tokens.
     """
 
-    def __init__(self, engine: Engine, *, has_images: bool) -> None:
+    def __init__(
+        self, engine: Engine, model: PreTrainedModel, modules: Mapping[int, nn.Module], *, has_images: bool
+    ) -> None:
         self.engine = engine
         self.has_images = has_images
+        self._model = model
+        self.modules = set(modules.values())
+        self._configs: dict[int, Any] = {}  # by identity: configurations compare by value
+        around = (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+        self._checkpointing = [m for m in around if any(inner in self.modules for inner in m.modules())]
         self.reset()
 
     def reset(self) -> None:
@@ -67,11 +80,13 @@ class Passes:
         self.prompt_end = 0  # columns that are known to belong to a prompt, whatever length they come in
         self.expected: Kind | None = None  # what somebody said that the next pass is
         self._retracted = False  # tokens have been taken back since the last pass
-        self._unchecked: list[Tensor] = []
+        self._late = LateCheck()
 
     def fork(self, other: Passes) -> None:
         """Take over a copy of what another cache has seen."""
-        self.engine = other.engine.clone()
+        other.check()
+        with ordinary_tensors():
+            self.engine = other.engine.clone()
         self.prompt_end, self.expected, self._retracted = other.prompt_end, other.expected, other._retracted
 
     # -- announcement -------------------------------------------------------------------------------------------------
@@ -85,10 +100,16 @@ class Passes:
 
         Returns:
             None if layers can make their own masks, else the mask for all of them.
+
+        Raises:
+            UnsupportedError: another model calls, or this one will not hand its cache on to its layers.
+            CacheStateError: the mask does not fit what the cache has seen, or the last pass stored nothing.
         """
-        self._check_readings()
+        self._check_caller(kwargs.get("config"))
         seen, mask = self.engine.columns, kwargs.get("attention_mask")
         columns = kwargs["kv_length"] - seen
+        if self.current is not None and (self.current.arrived or self.current.columns != columns):
+            self.check()  # the pass before; some models make two masks for one pass
         kind = self._kind(columns)
         custom = None
         if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
@@ -100,22 +121,34 @@ class Passes:
                     f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more "
                     f"come in; pass a mask of {seen + columns} columns."
                 )
-            valid = mask[:, seen : seen + columns].to(torch.bool)
-            if columns > 1 and seen:
-                self.engine.hide(mask[:, :seen].to("cpu", torch.bool))
-            if columns == 1 and valid.device.type != "cpu":
-                # Reading every step's mask would make the host wait for the GPU each time.
-                self._unchecked.append(valid)
-                valid = None
-            if len(self._unchecked) >= _UNCHECKED_MOST or columns > 1:
-                self._check_decode_masks()
-        self.current = Pass(columns, valid, kind, unattended=self.current.unattended if self.current else None)
+            valid = self._read_mask(mask, columns)
+        self.current = Pass(columns, valid, kind)
         return custom
+
+    def _read_mask(self, mask: Tensor, columns: int) -> Tensor | None:
+        """Drop what a mask `[B, seen + columns]` hides of the past; return its new columns, None if they are tokens."""
+        seen = self.engine.columns
+        self._late.check()
+        # The first step of a turn is read on the host too: that is where masks change, and it is once in a turn.
+        if columns == 1 and mask.device.type != "cpu" and self._late.follows(mask, seen):
+            self._late.compare(mask, seen)
+            return None
+        if mask.shape[0] == len(self.engine.rows):
+            with ordinary_tensors():
+                self.engine.hide(mask[:, :seen].to("cpu", torch.bool))
+        if columns == 1 and mask.device.type != "cpu":
+            self._late.start(mask, seen)
+        return mask[:, seen : seen + columns].to(torch.bool)
 
     def _kind(self, columns: int) -> Kind:
         """Return what the tokens of the pass that is being announced are."""
         seen, last = self.engine.columns, self.current
         loop = generation_loop() if columns > 1 or last is None or last.kind == "prompt" else None
+        if loop is not None and not loop.uses_cache:
+            raise UnsupportedError(
+                "generate(): with use_cache=False the whole text would be fed to the cache again at every step; set "
+                "use_cache=True in the call, the generation_config or the model's config."
+            )
         if not seen or seen < self.prompt_end or (loop is not None and loop.chunks):
             return "prompt"
         if self.expected is not None:
@@ -124,13 +157,31 @@ class Passes:
             return "decode"
         return "verify" if self._retracted or (loop is not None and loop.verifies) else "prompt"
 
-    def _check_decode_masks(self) -> None:
-        if self._unchecked and not bool(torch.cat(self._unchecked).all()):
-            raise CacheStateError(
-                "attention_mask hides a token of a decode step, which is not supported on this device; "
-                "leave finished rows visible, as generate() does."
-            )
-        self._unchecked.clear()
+    def _check_caller(self, config: Any) -> None:
+        if config is not None and id(config) not in self._configs:
+            self._configs = {id(c): c for c in _configs(self._model)}
+            if id(config) not in self._configs:
+                raise self.foreign(config)
+        for module in self._checkpointing:
+            if module.gradient_checkpointing and module.training:
+                raise UnsupportedError(
+                    f"{type(module).__name__} is in training mode with gradient checkpointing, which takes the cache "
+                    "away from its layers; call model.eval() or model.gradient_checkpointing_disable() first."
+                )
+
+    def check_module(self, module: nn.Module) -> None:
+        """Raise UnsupportedError unless an attention module is one of this cache's model, wrapped since or not."""
+        if module not in self.modules:
+            if not any(module is own for own in self._model.modules()):
+                raise self.foreign(module)
+            self.modules.add(module)
+
+    def foreign(self, caller: object) -> UnsupportedError:
+        """Return the error for a forward pass of another model."""
+        return UnsupportedError(
+            f"this cache was made for another model than the one that calls it ({type(caller).__name__}); make a "
+            "PolicyCache for each model, also for a copy of one."
+        )
 
     def _build_custom(self, build: MaskFunction, kwargs: dict[str, Any]) -> Tensor | None:
         custom, mask = beyond_causal(build, kwargs, self.engine.columns), kwargs.get("attention_mask")
@@ -153,31 +204,29 @@ class Passes:
         """
         current = self.current
         if current is None:
+            announce(None)  # the mask that was asked for has not been made by us, and the next one is not ours
             raise UnsupportedError(
                 "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
                 "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
             )
-        if current.unattended is not None:
-            raise UnsupportedError(
-                f"the attention of layer {current.unattended} did not go through transformers' attention registry "
-                "while this cache was in use; do not change the model's attention implementation inside the cache's "
-                "`with` block."
-            )
-        if not current.arrived:
-            self._check_modality(keys.shape[0])
-            if current.columns != keys.shape[2]:
-                raise UnsupportedError(f"the mask was made for {current.columns} tokens but {keys.shape[2]} arrived.")
-            if current.kind != "prompt" and current.columns > 1:
-                self.engine.crop(0)  # the engine takes what follows a crop for a verification
-            self.engine.open(
-                keys.shape[0], current.columns, current.valid, keys.device, prefill=current.kind == "prompt"
-            )
-            self._retracted, self.expected = False, None
-            current.arrived = True
+        if current.arrived:
+            self.check()
+            return current
+        try:
+            self._check_fits(current, keys)
+            with ordinary_tensors():
+                self.engine.open(keys.shape[0], current.columns, current.valid, keys.device, kind=current.kind)
+        except BaseException:
+            self.current = None  # refused: nothing was stored, and nobody is to blame for it later
+            raise
+        self._retracted, self.expected = False, None
+        current.arrived = True
         return current
 
-    def _check_modality(self, rows: int) -> None:
-        known = self.engine.modality
+    def _check_fits(self, current: Pass, keys: Tensor) -> None:
+        if current.columns != keys.shape[2]:
+            raise UnsupportedError(f"the mask was made for {current.columns} tokens but {keys.shape[2]} arrived.")
+        known, rows = self.engine.modality, keys.shape[0]
         if known is None and self.has_images and "modality" in self.engine.policy.needs:
             raise UnsupportedError(
                 f"policy {self.engine.policy.name!r} treats image tokens apart and nobody said which they are; use "
@@ -186,23 +235,87 @@ class Passes:
         if known is not None and known.shape[0] != rows:
             raise CacheStateError(f"set_modality: the mask has {known.shape[0]} rows but the forward pass has {rows}.")
 
-    def _check_readings(self) -> None:
-        for own, calls in ({} if self.current is None else self.current.readings).items():
+    # -- reading and rollback -----------------------------------------------------------------------------------------
+
+    def check(self, *, at_exit: bool = False) -> None:
+        """Raise an error if the last pass did not go the way that it was announced to go.
+
+        Args:
+            at_exit: nothing follows that reads the cache, so that an attention which failed, with its own error, does
+                no harm.
+
+        Raises:
+            UnsupportedError: a layer's attention did not come by.
+            CacheStateError: no layer came by, or an attention failed.
+        """
+        self._late.check()
+        current = self.current
+        if current is None:
+            return
+        if not current.arrived:
+            self.current = None
+            raise CacheStateError(
+                f"the last forward pass announced {current.columns} tokens and no layer stored any: it was "
+                "interrupted, or the model did not hand its cache on to its layers; feed these tokens again, with "
+                "use_cache=True and in a model that is not training."
+            )
+        if current.attending is not None and not at_exit:
+            raise CacheStateError(
+                f"the last forward pass failed in the attention of layer {current.attending}, so the cache is "
+                "incomplete; call reset() or use a new cache."
+            )
+        for own, calls in ({} if at_exit else current.readings).items():
             raise CacheStateError(
                 f"the last forward pass stopped after layer {max(calls)}, before other layers had read the keys of "
                 f"layer {own}, so the cache is incomplete; call reset() or use a new cache."
             )
-
-    # -- reading and rollback -----------------------------------------------------------------------------------------
+        if current.unattended is not None:
+            raise UnsupportedError(
+                f"the attention of layer {current.unattended} did not go through transformers' attention registry "
+                "while this cache was in use; do not change the model's attention implementation inside the cache's "
+                "`with` block."
+            )
 
     def settle(self) -> None:
         """Check the last pass and run the compactions that are due; what reads the cache calls it first."""
-        self._check_decode_masks()
-        self._check_readings()
-        self.engine.settle()
+        self.check()
+        with ordinary_tensors():
+            self.engine.settle()
+
+    def take_rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select rows; `index` int64 `[B']`. Nothing happens to a cache that is empty."""
+        if self.engine.rows:
+            self._late.forget()
+            with ordinary_tensors():
+                self.engine.take_rows(index)
 
     def crop(self, columns: int) -> None:
         """Take back the last `columns` columns, at least one; the next tokens that come together are a verification."""
-        self.engine.crop(columns)
+        self._late.forget()
+        with ordinary_tensors():
+            self.engine.crop(columns)
         self.prompt_end = min(self.prompt_end, self.engine.columns)
         self._retracted = True
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be written to later, also when this runs under ``torch.inference_mode()``.
+
+    A tensor that is made under inference mode can be changed nowhere else, and a cache may be filled under it and go on
+    without it.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Yield the configurations of a model and its parts, and those that these contain."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            yield config
+            yield from (value for value in vars(config).values() if hasattr(value, "model_type"))

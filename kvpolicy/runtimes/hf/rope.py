@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,13 +31,12 @@ def layer_ropes(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Rope
     rotary = _rotary(model, type(config))
     if rotary is None:
         raise UnsupportedError(f"{name} has no rotary embedding, so kept keys cannot be un-rotated or re-rotated.")
+    kinds = getattr(config, "layer_types", None)
     found: dict[int, Rope] = {}
     turned: dict[int, Tensor] = {}
     for layer in layers:
-        types = getattr(config, "layer_types", None)
-        kind = types[layer] if types else None
-        parameters: Any = getattr(config, "rope_parameters", None) or {}
-        parameters = parameters.get(kind, parameters) if kind else parameters
+        kind = kinds[layer] if kinds else None
+        parameters = _parameters(config, kind)
         if parameters.get("rope_type") in _CHANGING:
             raise UnsupportedError(
                 f"{name} has {parameters['rope_type']!r} rotary embeddings, which change with the length of the text, "
@@ -48,15 +47,28 @@ def layer_ropes(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Rope
                 f"{name} counts positions in several dimensions, so kept keys cannot be un-rotated or re-rotated; "
                 "use a policy that leaves positions alone."
             )
-        inv_freq = getattr(rotary, "inv_freq", None)
-        inv_freq = getattr(rotary, f"{kind}_inv_freq", None) if inv_freq is None else inv_freq
-        if inv_freq is None:
-            raise UnsupportedError(
-                f"{name} keeps no inverse frequencies, so kept keys cannot be un-rotated or re-rotated."
-            )
         turned = turned or _probe(model, name)
-        found[layer] = _matching(turned[layer], inv_freq, name, layer)
+        found[layer] = _matching(turned[layer], _frequencies(rotary, kind), name, layer)
     return found
+
+
+def _parameters(config: Any, kind: str | None) -> Mapping[str, Any]:
+    """Return what a configuration says of the rotary embedding of a kind of layers; nothing for kinds it leaves out."""
+    said = getattr(config, "rope_parameters", None) or {}
+    by_kind = any(isinstance(value, Mapping) for value in said.values())
+    found = said.get(kind) if by_kind else said
+    return found or {}
+
+
+def _frequencies(rotary: nn.Module, kind: str | None) -> Tensor | None:
+    """Return the inverse frequencies of a kind of layers, fp32 `[R/2]`; None if the model keeps none for it."""
+    names = ("inv_freq", f"{kind}_inv_freq")
+    found = next((each for name in names if isinstance(each := getattr(rotary, name, None), Tensor)), None)
+    if found is None or found.device.type != "meta":
+        return found
+    # The buffer of an offloaded model lies elsewhere. It is made of the configuration, and checked against the keys.
+    make: Any = type(rotary)
+    return _frequencies(make(rotary.config), kind)
 
 
 def _rotary(model: PreTrainedModel, config_type: type) -> nn.Module | None:
@@ -72,8 +84,10 @@ def _probe(model: PreTrainedModel, name: str) -> dict[int, Tensor]:
 
     A token alone attends to nothing but itself, so that the two rows differ by the rotation of their keys only.
     """
-    token = torch.full((2, 1), model.config.get_text_config(decoder=True).vocab_size // 2, device=model.device)
-    places = torch.tensor(_PLACES, device=model.device)[:, None]
+    # accelerate keeps the parameters of an offloaded model on `meta` until a module runs, and moves inputs by itself.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    token = torch.full((2, 1), model.config.get_text_config(decoder=True).vocab_size // 2, device=device)
+    places = torch.tensor(_PLACES, device=device)[:, None]
     cache = DynamicCache(config=model.config)
     training = model.training
     model.eval()
@@ -89,12 +103,12 @@ def _probe(model: PreTrainedModel, name: str) -> dict[int, Tensor]:
         model.train(training)
 
 
-def _matching(turned: Tensor, inv_freq: Tensor, name: str, layer: int) -> Rope:
+def _matching(turned: Tensor, inv_freq: Tensor | None, name: str, layer: int) -> Rope:
     """Return the rotation that leads from the first row of a layer's keys to the second; some layers have none."""
     before, after = turned.float()
-    inv_freq = inv_freq.float().to(turned.device)
-    candidates = [Rope(torch.zeros_like(inv_freq))]
-    if 2 * inv_freq.numel() <= before.shape[-1]:
+    candidates = [Rope(torch.zeros(before.shape[-1] // 2, device=turned.device))]
+    if inv_freq is not None and 2 * inv_freq.numel() <= before.shape[-1]:
+        inv_freq = inv_freq.float().to(turned.device)
         candidates += [Rope(inv_freq), Rope(inv_freq, interleaved=True)]
     # Each dimension counts alike: a few of them, turned slowly, can hold nearly all of a key's length.
     size = torch.cat([before, after]).square().sum((0, 1)).sqrt().clamp(min=1e-30)

@@ -98,7 +98,7 @@ def collect(engine: Engine) -> CacheStats:
         rows = engine.rows
         held, data, metadata = 0, 0, 0
         if store is not None:
-            held = store.layout.bytes_per_entry * sum(store.entries(layer, [row.tail for row in rows]))
+            held = store.layout.bytes_per_entry * sum(store.entries(layer, engine.held(slice(None)).lengths))
             data, metadata = store.bytes_allocated(layer)
         layers.append(
             LayerStats(

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from kvpolicy.study.analysis import Comparison, Row, compare, failures, summarise
+from kvpolicy.study.analysis import Comparison, VariantSummary, compare, failures, summarise
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.design import POLICY
 from kvpolicy.study.metrics import METRICS
-from kvpolicy.study.plan import REFERENCE
 from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, without_budget
-from kvpolicy.study.report.settings import Settings, settings
+from kvpolicy.study.report.settings import StudySettings, settings
 from kvpolicy.study.results import Results
+from kvpolicy.study.runs import REFERENCE
 
 BYTES: Final = "bytes_peak"
 SIGNIFICANT: Final = 0.05
@@ -44,7 +44,7 @@ class Entry:
         budget: index of its budget on the study's axis; None if it is not on it.
     """
 
-    row: Row
+    row: VariantSummary
     series: str
     facet: str
     budget: int | None
@@ -161,7 +161,7 @@ class Report:
     asked: int
     older: str
     failures: Mapping[str, int]
-    settings: Settings
+    settings: StudySettings
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
     )
 
 
-def _entry(row: Row, axis: BudgetAxis | None) -> Entry:
+def _entry(row: VariantSummary, axis: BudgetAxis | None) -> Entry:
     cell = row.cell
     if cell.name == REFERENCE or axis is None:
         return Entry(row, cell.name, cell.condition, None)
@@ -229,7 +229,7 @@ def _entry(row: Row, axis: BudgetAxis | None) -> Entry:
     return Entry(row, series, without_budget(cell.condition, cell), index)
 
 
-def _qualities(rows: Sequence[Row], wanted: Sequence[str]) -> tuple[str, ...]:
+def _qualities(rows: Sequence[VariantSummary], wanted: Sequence[str]) -> tuple[str, ...]:
     """Return the metrics that say how good a variant is, as far as there are numbers."""
     return tuple(name for name in wanted if METRICS[name].quality and any(name in row.metrics for row in rows))
 

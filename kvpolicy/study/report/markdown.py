@@ -11,7 +11,7 @@ from kvpolicy.study.analysis import Estimate, shown
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
 from kvpolicy.study.report.content import BYTES, SIGNIFICANT, Entry, Measure, Place, Report
-from kvpolicy.study.report.settings import Settings
+from kvpolicy.study.report.settings import StudySettings
 
 _SPECIAL: Final = re.compile(r"([\\`*_\[\]|~#])")
 _DASH: Final = "–"
@@ -121,7 +121,7 @@ def _by_budget(points: Sequence[Entry], budgets: int, metric: str) -> list[str]:
 
 
 def _settings(report: Report) -> Iterator[str]:
-    made: Settings = report.settings
+    made: StudySettings = report.settings
     yield from ("## Settings", "")
     yield from _fenced(f"{report.commands.run}\n{report.commands.report}", "")
     yield from _table(["field", "value"], ([_text(k), _text(v)] for k, v in made.facts.items()), left=2)

@@ -13,7 +13,7 @@ import kvpolicy
 from kvpolicy.spec import yaml_text
 from kvpolicy.spec.odd_text import harmless
 from kvpolicy.study.asked import Asked
-from kvpolicy.study.records import CellRecord, Record
+from kvpolicy.study.records import CellRecord, RunRecord
 from kvpolicy.study.results import Results
 
 _EXCERPT: Final = 160
@@ -47,7 +47,7 @@ class PolicyFile:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ShownProblem:
     """What the model was given.
 
     Attributes:
@@ -62,7 +62,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """Everything that a study's numbers depend on.
 
     Attributes:
@@ -82,11 +82,11 @@ class Settings:
     models: tuple[Mapping[str, Any], ...]
     environments: tuple[Mapping[str, Any], ...]
     policies: Mapping[str, tuple[PolicyFile, ...]]
-    problems: Mapping[str, tuple[Problem, ...]]
+    problems: Mapping[str, tuple[ShownProblem, ...]]
     version: str
 
 
-def settings(results: Results, asked: Asked) -> Settings:
+def settings(results: Results, asked: Asked) -> StudySettings:
     """Return the settings of a study.
 
     Args:
@@ -99,7 +99,7 @@ def settings(results: Results, asked: Asked) -> Settings:
     models = asked.models or [{"name": name} for name in data.get("models", ())]
     # What a study file leaves out is left out here too.
     text = yaml_text.write({name: value for name, value in data.items() if value not in (None, "", [], {})})
-    return Settings(
+    return StudySettings(
         study=_portable(text, data) if data else "",
         facts={name: _portable(_text(data[name]), data) for name in _FACTS if data.get(name) not in (None, [])},
         axes=tuple(data.get("axes") or ()),
@@ -113,13 +113,13 @@ def settings(results: Results, asked: Asked) -> Settings:
     )
 
 
-def _problems(counted: Sequence[Record], results: Results) -> dict[str, tuple[Problem, ...]]:
+def _problems(counted: Sequence[RunRecord], results: Results) -> dict[str, tuple[ShownProblem, ...]]:
     """Return what the counted runs were given, dataset by dataset."""
     known = results.problems()
-    found: dict[str, dict[int, Problem]] = defaultdict(dict)
+    found: dict[str, dict[int, ShownProblem]] = defaultdict(dict)
     for record in counted:
         prompt, answer = known.get(str(record.document.get("content")), ("", ""))
-        found[record.dataset][record.problem] = Problem(record.problem, _excerpt(prompt), harmless(answer))
+        found[record.dataset][record.problem] = ShownProblem(record.problem, _excerpt(prompt), harmless(answer))
     return {dataset: tuple(each for _, each in sorted(of.items())) for dataset, of in sorted(found.items())}
 
 

@@ -12,6 +12,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.components import Counters, SlotState, Trigger
 from kvpolicy.contracts.view import CacheView, Rope
@@ -67,7 +68,7 @@ class Tagged(Trigger):
 
 
 @dataclass
-class _Row:
+class _ExpectedRow:
     """What one row must hold.
 
     Attributes:
@@ -89,7 +90,7 @@ def _content(uid: int, layer: int, head: int) -> list[float]:
     return [uid / 1024, layer / 8, head / 8, 0.25]
 
 
-def _images(row: _Row) -> list[bool]:
+def _images(row: _ExpectedRow) -> list[bool]:
     """Return which columns are image tokens."""
     uids = iter(row.uids)
     return [real and next(uids) % 3 == 1 for real in row.columns]
@@ -130,8 +131,9 @@ class Book:
         ropes = dict.fromkeys(range(_LAYERS), rope) if "rope" in policy.needs else {}
         self.engine = Engine(self.policy, [tuple(range(_LAYERS))], _LAYERS, ropes)
         self.changes = {post.changes for post in policy.post}
-        self.rows: list[_Row] = []
+        self.rows: list[_ExpectedRow] = []
         self.cropped = 0  # columns taken back since the queries that the policy looks at were last complete
+        self.taken_back = False  # the last thing that happened was a crop
         self.fresh = 0  # tokens that every row has had since the last crop
 
     def apply(self, step: Step) -> None:
@@ -148,7 +150,7 @@ class Book:
     def _append(self, counts: tuple[int, ...]) -> None:
         prompt = not self.rows
         if prompt:
-            self.rows = [_Row() for _ in counts]
+            self.rows = [_ExpectedRow() for _ in counts]
             counts = tuple(max(1, n) for n in counts)
         elif not self.engine.decoding and not self.engine.rows[0].decoded:
             counts = tuple(min(n, 1) for n in counts)  # the first decode step ends the prompt
@@ -158,7 +160,10 @@ class Book:
         columns = max(counts)
         valid = torch.tensor([[False] * (columns - n) + [True] * n for n in counts])
         whole = None if bool(valid.all()) else valid
-        if self._refused(lambda: self.engine.open(len(self.rows), columns, whole, torch.device("cpu"), prefill=prompt)):
+        # Several tokens at once are another turn; after a crop they are a check of candidates.
+        taken_back, self.taken_back = self.taken_back, False
+        kind: Kind = "prompt" if prompt or (columns > 1 and not taken_back) else "verify" if columns > 1 else "decode"
+        if self._refused(lambda: self.engine.open(len(self.rows), columns, whole, torch.device("cpu"), kind=kind)):
             return
         self.fresh += min(counts)
         for row, count in zip(self.rows, counts, strict=True):
@@ -206,6 +211,7 @@ class Book:
             return
         if behind or observed:
             raise broken(f"a crop by {columns} goes back behind {'a compaction' if behind else 'what was observed'}.")
+        self.taken_back = True
         self.cropped, self.fresh = self.cropped + columns, 0
         for row, lost in zip(self.rows, losses, strict=True):
             row.columns = row.columns[: len(row.columns) - columns]
@@ -271,7 +277,7 @@ class Book:
             row.compactions = counters.compactions
 
     def _compare_head(
-        self, where: str, view: CacheView, row: _Row, at: tuple[int, int], *, may_evict: bool, observed: bool
+        self, where: str, view: CacheView, row: _ExpectedRow, at: tuple[int, int], *, may_evict: bool, observed: bool
     ) -> None:
         layer, h = at
         place = layer * _HEADS + h
@@ -300,7 +306,7 @@ class Book:
         if bool((owners < 0).any()):
             raise broken(f"{where}: slot state {owners.tolist()} has been reset.")
 
-    def _compare_queries(self, where: str, view: CacheView, row: _Row, layer: int) -> None:
+    def _compare_queries(self, where: str, view: CacheView, row: _ExpectedRow, layer: int) -> None:
         if view.queries is None or view.query_positions is None or view.query_valid is None or self.changes:
             return
         asked = view.query_positions[0][view.query_valid[0]].tolist()

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvpolicy.contracts.components import Component, SlotState, kind_of
 from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.cases import Case, Layer
-from kvpolicy.testing.drawing import codes, scores, valid_slots
 from kvpolicy.testing.strategies import MAX_SLOTS, cache_views
+from kvpolicy.testing.tensors import codes, scores, valid_slots
 
 
 def kind_of_subject(subject: Any) -> str:

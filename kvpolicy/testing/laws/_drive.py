@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.view import Rope
 from kvpolicy.policy.policy import Policy
@@ -81,10 +82,8 @@ class Drive:
         self.images = torch.cat([self.images, valid & (at % 3 == 1)], 1)
         if "modality" in self.policy.needs:
             self.engine.modality = self.images
-        forward = self.engine.open(
-            rows, columns, None if not any(pads) else valid, torch.device("cpu"), prefill=prefill
-        )
-        del forward
+        kind: Kind = "prompt" if prefill else "decode"
+        self.engine.open(rows, columns, None if not any(pads) else valid, torch.device("cpu"), kind=kind)
         for layer in range(LAYERS):
             keys, values, queries = (
                 [self._part(b, i, layer, counts[b], columns) for b in range(rows)] for i in range(3)

@@ -13,10 +13,10 @@ from torch import Tensor
 from kvpolicy.contracts.components import Counters
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import Case, keep_indices
-from kvpolicy.testing.drawing import codes
 from kvpolicy.testing.laws._base import broken, decided, law
 from kvpolicy.testing.laws._draws import case_and, cases, one_case
 from kvpolicy.testing.laws._outcome import allocation_request, expect_same, outcome, replaced
+from kvpolicy.testing.tensors import codes
 
 
 @st.composite

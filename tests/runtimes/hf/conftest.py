@@ -10,6 +10,7 @@ import torch
 
 import kvpolicy
 from kvpolicy import Policy, PolicySpec
+from kvsupport.policies import small_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,29 +59,6 @@ def compose() -> Callable[..., Policy]:
         return PolicySpec(**{**base, **fields}).build()
 
     return make
-
-
-def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
-    """Return a registered policy at a small budget; what is larger than that is made to fit."""
-    spec = kvpolicy.load(name)
-    changes: dict[str, Any] = {"budget": 0.4 if spec.budget.fraction else budget}
-    data = spec.to_data()
-    if data["trigger"]["use"] == "every":
-        changes["trigger.interval"] = interval
-    if data["protect"].get("recent", {}).get("count", 0) > budget // 2:
-        changes["protect.recent"] = budget // 2
-    if data["importance"].get("observe", 0) > budget // 2:
-        changes["importance.observe"] = budget // 2
-    if data["protect"].get("sinks", {}).get("count", 0) > budget // 4:
-        changes["protect.sinks"] = budget // 4
-    for size in ("lag", "chunk"):  # of partitions of the sequence
-        if data["importance"].get(size, 0) > budget // 4:
-            changes[f"importance.{size}"] = budget // 4
-    if "sketch" in data["redundancy"].get("base", {}):  # fewer keys than columns have a leverage of nearly 1 each
-        changes["redundancy.base.sketch"] = budget // 4
-    if spec.prefill_chunk is not None:
-        changes["prefill_chunk"] = interval
-    return spec.replace(changes).build()
 
 
 @pytest.fixture(scope="session")

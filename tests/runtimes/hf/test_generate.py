@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache, generate
-from kvsupport.events import Crop, Rows
+from kvsupport.events import Crop, RowsTaken
 from kvsupport.oracle import compare
 from kvsupport.trace import TracedCache
 
@@ -78,7 +78,7 @@ def test_above_the_budget_every_mode_keeps_what_the_oracle_keeps(
         cache.settled()
         _valid_sets(cache)
         assert cache.stats().evicted > 0
-    assert any(isinstance(event, Rows) for event in cache.trace.events) == ("num_beams" in options)
+    assert any(isinstance(event, RowsTaken) for event in cache.trace.events) == ("num_beams" in options)
     report = compare(cache.trace, policy)
     assert report.ok, report
     assert report.output_error < 1e-4

@@ -23,7 +23,7 @@ class Noting(PolicyCache):
         if layer == 0:
             now = self._passes.current
             self.seen.append((now.columns, now.kind))
-            assert self.engine.decoding is (now.kind != "prompt")
+            assert self.engine.forward.kind == now.kind
         return result
 
     @property

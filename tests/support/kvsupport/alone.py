@@ -68,7 +68,7 @@ class _Noted:
     kept: list[list[Tensor]]
 
 
-class _Watched(Policy):
+class _Noting(Policy):
     """A policy that notes its decisions by row, and follows those of an earlier run if it is given them."""
 
     rows: range
@@ -141,23 +141,23 @@ class _Watched(Policy):
         return float((unit @ unit.T - p.threshold).abs().min())
 
 
-def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Watched:
-    twin = _Watched(**{f.name: getattr(policy, f.name) for f in fields(policy)})
+def _watched(policy: Policy, report: AloneReport, reference: list[list[_Noted]] | None = None) -> _Noting:
+    twin = _Noting(**{f.name: getattr(policy, f.name) for f in fields(policy)})
     for name, value in (("made", {}), ("report", report), ("reference", reference), ("rows", range(0))):
         object.__setattr__(twin, name, value)
     return twin
 
 
-def _tell_rows(cache: PolicyCache, policy: _Watched) -> None:
+def _tell_rows(cache: PolicyCache, policy: _Noting) -> None:
     """Let the policy know which rows a compaction is for, which no view says."""
     engine: Any = cache.engine
-    decide: Callable[..., Any] = engine._decide
+    views: Callable[..., Any] = engine.views
 
-    def decide_rows(part: slice, *rest: Any) -> Any:
-        object.__setattr__(policy, "rows", range(len(engine.rows))[part])
-        return decide(part, *rest)
+    def views_of(rows: Sequence[int], budget: Sequence[int]) -> Any:
+        object.__setattr__(policy, "rows", rows)
+        return views(rows, budget)
 
-    engine._decide = decide_rows
+    engine.views = views_of
 
 
 @torch.no_grad()

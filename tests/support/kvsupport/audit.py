@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kvpolicy.policy.policy import Policy
-from kvsupport.events import Pass, Trace
+from kvsupport.events import PassEvent, Trace
 from kvsupport.oracle import Oracle
-from kvsupport.oracle_rows import Report, Row, Sets
+from kvsupport.oracle_rows import OracleReport, OracleRow, Sets
 
 
 class _Auditor(Oracle):
@@ -17,12 +17,12 @@ class _Auditor(Oracle):
         self.trace = trace
         self.policy = policy
         self.rerotates = False
-        self.rows: list[Row] = []
+        self.rows: list[OracleRow] = []
         self.layers = sorted(trace.layers)
         self.prefill = True
-        self.report = Report()
+        self.report = OracleReport()
 
-    def _compact_if_due(self, row: Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
+    def _compact_if_due(self, row: OracleRow, incoming: int, recorded: dict[int, Sets], where: str) -> None:
         if recorded == row.held:
             return
         before = total = 0
@@ -39,19 +39,19 @@ class _Auditor(Oracle):
             self.report.mismatches.append(f"{where}: {total} entries are kept over all heads, {expected} expected")
         self._adopt(row, recorded)
 
-    def _check_outputs(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         """Only where entries are as they came: nothing else is known of them here."""
         if not self.policy.post:
             super()._check_outputs(row, b, event, valid)
 
-    def _entries(self, row: Row) -> int:
+    def _entries(self, row: OracleRow) -> int:
         return self.policy.entries(row.seen, row.prompt)
 
     def _retention(self, head: Any) -> Any:
         raise AssertionError("an audit scores nothing")
 
 
-def audit(trace: Trace, policy: Policy) -> Report:
+def audit(trace: Trace, policy: Policy) -> OracleReport:
     """Check a trace under any policy; the attention only where no post-operation changes entries.
 
     Args:

@@ -27,7 +27,7 @@ class LayerPass:
 
 
 @dataclass
-class Pass:
+class PassEvent:
     """One forward pass.
 
     Attributes:
@@ -56,13 +56,13 @@ class Crop:
 
 
 @dataclass
-class Rows:
+class RowsTaken:
     """Rows were reordered, repeated or selected: new row `i` is the old row `index[i]`."""
 
     index: list[int]
 
 
-Event = Pass | Settled | Crop | Rows
+Event = PassEvent | Settled | Crop | RowsTaken
 
 
 @dataclass
@@ -104,6 +104,6 @@ class Trace:
     layers: dict[int, LayerInfo] = field(default_factory=dict)
 
     @property
-    def passes(self) -> list[Pass]:
+    def passes(self) -> list[PassEvent]:
         """The forward passes."""
-        return [event for event in self.events if isinstance(event, Pass)]
+        return [event for event in self.events if isinstance(event, PassEvent)]

@@ -18,8 +18,8 @@ from kvpolicy.policy.policy import Policy
 from kvsupport import oracle_memory as memory
 from kvsupport import oracle_scores as scores
 from kvsupport import oracle_statistics as statistics
-from kvsupport.events import Crop, Pass, Rows, Settled, Trace
-from kvsupport.oracle_rows import TOLERANCE, Report, Row, Sets
+from kvsupport.events import Crop, PassEvent, RowsTaken, Settled, Trace
+from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
@@ -63,20 +63,20 @@ class Oracle:
             raise NotImplementedError(
                 "the oracle knows the allocator uniform, the selector top_k and no post but rerotate"
             )
-        self.rows: list[Row] = []
+        self.rows: list[OracleRow] = []
         self.layers = sorted(trace.layers)
         self.prefill = True
-        self.report = Report()
+        self.report = OracleReport()
 
-    def run(self) -> Report:
+    def run(self) -> OracleReport:
         """Replay every event."""
         for number, event in enumerate(self.trace.events):
-            if isinstance(event, Pass):
+            if isinstance(event, PassEvent):
                 self._forward(event, f"event {number}")
             elif isinstance(event, Settled):
                 for b, row in enumerate(self.rows):
                     self._compact_if_due(row, 1, {i: event.held[i][b] for i in self.layers}, f"event {number}, row {b}")
-            elif isinstance(event, Rows):
+            elif isinstance(event, RowsTaken):
                 self.rows = [self.rows[b].copy() for b in event.index]
             elif isinstance(event, Crop):
                 for row in self.rows:
@@ -89,10 +89,10 @@ class Oracle:
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
-    def _forward(self, event: Pass, where: str) -> None:
+    def _forward(self, event: PassEvent, where: str) -> None:
         valid = event.valid.tolist()
         if not self.rows:
-            self.rows = [Row.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
+            self.rows = [OracleRow.empty({i: self.trace.layers[i].heads for i in self.layers}) for _ in valid]
         for b, row in enumerate(self.rows):
             recorded = {}
             for i in self.layers:
@@ -107,7 +107,7 @@ class Oracle:
             self._check_outputs(row, b, event, valid[b])
         self.prefill = event.prefill
 
-    def _append(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _append(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         for column, real in enumerate(valid):
             if not real:
                 continue
@@ -127,7 +127,7 @@ class Oracle:
         if not row.decoded:
             row.prompt = row.seen
 
-    def _crop(self, row: Row, columns: int) -> None:
+    def _crop(self, row: OracleRow, columns: int) -> None:
         if columns == 0:
             return
         del row.columns[len(row.columns) - columns :]
@@ -139,7 +139,7 @@ class Oracle:
 
     # -- compaction ---------------------------------------------------------------------------------------------------
 
-    def _entries(self, row: Row) -> int:
+    def _entries(self, row: OracleRow) -> int:
         """Entries to hold after a compaction."""
         budget = self.policy.budget
         if budget.tokens is not None:
@@ -152,7 +152,7 @@ class Oracle:
     def _protections(self) -> list[tuple[str, Any]]:
         return [(_name(part), part) for part in self.policy.protections]
 
-    def _due(self, row: Row, incoming: int) -> bool:
+    def _due(self, row: OracleRow, incoming: int) -> bool:
         phase = "prefill" if self.prefill else "decode"
         if incoming == 0 or not row.columns or self.policy.phase not in ("both", phase):
             return False
@@ -167,7 +167,7 @@ class Oracle:
             return True
         return row.seen % int(p.align) == 0
 
-    def _compact_if_due(self, row: Row, incoming: int, recorded: dict[int, Sets], where: str) -> None:
+    def _compact_if_due(self, row: OracleRow, incoming: int, recorded: dict[int, Sets], where: str) -> None:
         if not self._due(row, incoming):
             for i in self.layers:
                 if recorded[i] != row.held[i]:
@@ -211,7 +211,7 @@ class Oracle:
         return found
 
     @staticmethod
-    def _adopt(row: Row, recorded: dict[int, Sets]) -> None:
+    def _adopt(row: OracleRow, recorded: dict[int, Sets]) -> None:
         row.held = {i: [list(held) for held in sets] for i, sets in recorded.items()}
 
     def _shared(self) -> list[list[tuple[int, int]]]:
@@ -234,7 +234,7 @@ class Oracle:
         # First over the heads of each layer, then over layers: the means differ where layers have different heads.
         return over([over([r for r, (i, _) in zip(retention, group, strict=True) if i == layer]) for layer in layers])
 
-    def _head(self, row: Row, i: int, h: int) -> scores.HeadView:
+    def _head(self, row: OracleRow, i: int, h: int) -> scores.HeadView:
         info, held = self.trace.layers[i], row.held[i][h]
         places = [row.turned[i][h][p] for p in held]
         keys = torch.stack([row.keys[i][p][h].double() for p in held])
@@ -261,11 +261,11 @@ class Oracle:
         )
         return view
 
-    def _turned_queries(self, queries: Tensor, i: int, row: Row) -> Tensor:
+    def _turned_queries(self, queries: Tensor, i: int, row: OracleRow) -> Tensor:
         flat = queries.flatten(0, 1)
         return scores.turn(flat, self.trace.layers[i], [-row.shift] * len(flat)).view_as(queries)
 
-    def _history(self, row: Row, i: int, h: int, view: scores.HeadView) -> list[tuple[int, Tensor]]:
+    def _history(self, row: OracleRow, i: int, h: int, view: scores.HeadView) -> list[tuple[int, Tensor]]:
         """Return the attention of every query since the last compaction: nothing has been evicted in between."""
         found = []
         sinks = [None] * view.info.groups if view.sinks is None else view.sinks.tolist()
@@ -283,7 +283,7 @@ class Oracle:
         redundancy = self.redundancy(self.policy.redundancy, head) if mixer.uses_redundancy else zero
         return self.mixer(mixer, importance, redundancy, head)
 
-    def _protected(self, row: Row, positions: list[int]) -> list[bool]:
+    def _protected(self, row: OracleRow, positions: list[int]) -> list[bool]:
         limit = {"sinks": 0, "prompt": 0}
         newest: list[int] = []
         for name, part in self._protections():
@@ -322,7 +322,7 @@ class Oracle:
 
     # -- attention outputs --------------------------------------------------------------------------------------------
 
-    def _check_outputs(self, row: Row, b: int, event: Pass, valid: list[bool]) -> None:
+    def _check_outputs(self, row: OracleRow, b: int, event: PassEvent, valid: list[bool]) -> None:
         """Recompute what the attention must return over the entries that are held."""
         for i in self.layers:
             output, info = event.layers[i].output, self.trace.layers[i]
@@ -346,7 +346,7 @@ def _name(component: Any) -> str:
     return catalog().name_of(type(component))
 
 
-def compare(trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> Report:
+def compare(trace: Trace, policy: Policy, scorers: dict[str, scores.Scorer] | None = None) -> OracleReport:
     """Replay a trace under a policy and report where the recorded cache holds something else than the oracle says.
 
     Args:

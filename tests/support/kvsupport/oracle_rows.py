@@ -15,7 +15,7 @@ Sets = list[list[int]]
 
 
 @dataclass
-class Report:
+class OracleReport:
     """What a comparison found.
 
     Attributes:
@@ -48,7 +48,7 @@ class Report:
 
 
 @dataclass
-class Row:
+class OracleRow:
     """One row. Lists are indexed by position, `held` and the like by layer and head."""
 
     keys: dict[int, list[Tensor]]
@@ -70,9 +70,9 @@ class Row:
         return sum(self.columns)
 
     @staticmethod
-    def empty(heads: dict[int, int]) -> Row:
+    def empty(heads: dict[int, int]) -> OracleRow:
         """Return a row that has seen nothing; `heads` says how many each layer has."""
-        return Row(
+        return OracleRow(
             keys={i: [] for i in heads},
             values={i: [] for i in heads},
             queries={i: [] for i in heads},
@@ -81,13 +81,13 @@ class Row:
             memory={i: [{} for _ in range(count)] for i, count in heads.items()},
         )
 
-    def copy(self) -> Row:
+    def copy(self) -> OracleRow:
         """Return a row that changes apart from this one; tensors are shared."""
 
         def each(table: dict[int, Any]) -> dict[int, Any]:
             return {layer: [x if isinstance(x, Tensor) else x.copy() for x in row] for layer, row in table.items()}
 
-        return Row(
+        return OracleRow(
             each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
             each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
             self.decoded,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kvpolicy.study.executors import Executor, Outcomes
 from kvpolicy.study.models import ModelRef
-from kvpolicy.study.plan import Plan, Run
 from kvpolicy.study.results import Results
 from kvpolicy.study.runner import Runner
+from kvpolicy.study.runs import Plan, Run
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Item, Outcome, Task
 

@@ -14,7 +14,7 @@ from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.handover import AttentionFunction
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.passes import Passes
-from kvsupport.events import Crop, LayerInfo, LayerPass, Pass, Rows, Settled, Trace
+from kvsupport.events import Crop, LayerInfo, LayerPass, PassEvent, RowsTaken, Settled, Trace
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
@@ -35,7 +35,7 @@ class _TracingLayer(EvictingLayer):
         if engine.forward is None:
             raise AssertionError("a layer was updated without a forward pass")
         if self.layer_idx == engine.layers[0]:
-            self.trace.events.append(Pass(engine.forward.query_valid.clone(), prefill=not engine.decoding))
+            self.trace.events.append(PassEvent(engine.forward.query_valid.clone(), prefill=not engine.decoding))
         store = engine.stores[self.layer_idx]
         slots = store.read(self.layer_idx, engine.held(slice(None)))
         held = [
@@ -123,16 +123,16 @@ class TracedCache(PolicyCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows."""
         super().reorder_cache(beam_idx)
-        self.trace.events.append(Rows(beam_idx.tolist()))
+        self.trace.events.append(RowsTaken(beam_idx.tolist()))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows."""
         super().batch_select_indices(indices)
         index = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.trace.events.append(Rows(index.tolist()))
+        self.trace.events.append(RowsTaken(index.tolist()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat the rows."""
         rows = len(self.engine.rows)
         super().batch_repeat_interleave(repeats)
-        self.trace.events.append(Rows([b for b in range(rows) for _ in range(repeats)]))
+        self.trace.events.append(RowsTaken([b for b in range(rows) for _ in range(repeats)]))

@@ -13,6 +13,7 @@ from torch import Tensor
 import kvpolicy
 from kvpolicy.cache import engine
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.ledger import Ledger, RowCounts
 from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.store import ArenaStore
 from kvpolicy.contracts.components import Slots
@@ -26,14 +27,9 @@ from kvsupport.mutants._base import Mutant, patched
 
 _engine_module: Any = engine
 _compact, _reset, _view, _clone = ArenaStore.compact, Engine.reset, Engine.view, ArenaStore.clone
-_append_slots, _take_rows, _crop, _compact_part = (
-    ArenaStore.append_slots,
-    Engine.take_rows,
-    Engine.crop,
-    Engine._compact,
-)
+_append_slots, _take_rows, _crop = ArenaStore.append_slots, Engine.take_rows, Engine.crop
 _window, _log_rows, _log_crop, _plan = QueryLog.window, QueryLog.rows, QueryLog.crop, _engine_module.plan_forward
-_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, ArenaStore.rows, Engine._fires
+_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, ArenaStore.rows, Ledger._fires
 
 
 def _without(names: tuple[str, ...]) -> Any:
@@ -87,7 +83,7 @@ def _rows_without_log(self: Engine, index: Tensor) -> None:
 def _rows_without_counters(self: Engine, index: Tensor) -> None:
     old = self.rows
     _take_rows(self, index)
-    self.rows = [replace(old[min(i, len(old) - 1)]) for i in range(index.numel())]
+    self.ledger.rows = {i: replace(old[min(i, len(old) - 1)]) for i in range(index.numel())}
 
 
 def _rows_without_state(self: ArenaStore, index: Tensor) -> None:
@@ -132,8 +128,8 @@ def _positions_from_length(rows: Any, *rest: Any) -> Any:
     return _plan([replace(row, seen=row.resident) for row in rows], *rest)
 
 
-def _pads_stored(rows: Any, columns: int, counts: Any, valid: Any, device: Any) -> Any:
-    forward = _plan(rows, columns, counts, valid, device)
+def _pads_stored(rows: Any, used: Any, columns: int, counts: Any, valid: Any, device: Any) -> Any:
+    forward = _plan(rows, used, columns, counts, valid, device)
     if valid is None or forward.plan.column is None:
         return forward
     wrong = forward.plan.column - (columns - torch.tensor(counts))[forward.plan.row]
@@ -141,7 +137,7 @@ def _pads_stored(rows: Any, columns: int, counts: Any, valid: Any, device: Any) 
     return forward
 
 
-def _first_row_decides(self: Engine, row: Any, incoming: int) -> bool:
+def _first_row_decides(self: Ledger[int], counts: RowCounts, incoming: int) -> bool:
     return _fires(self, self.rows[0], incoming)
 
 
@@ -201,15 +197,12 @@ def _shared_knorm() -> Any:
     return kvpolicy.load("knorm").replace("selector.scope", "layer")
 
 
-def _whatever_the_phase(self: Engine, incoming: Any) -> None:
-    was, self.decoding = self.decoding, True
-    try:
-        _compact_due(self, incoming)
-    finally:
-        self.decoding = was
+def _whatever_the_phase(self: Ledger[int], counts: RowCounts, incoming: int) -> bool:
+    return _fires(self, replace(counts, last="decode"), incoming)
 
 
-_compact_due = Engine.compact_due
+def _ledger(name: str, new: Any) -> Any:
+    return patched((Ledger, name, new))
 
 
 def _store(name: str, new: Any) -> Any:
@@ -229,9 +222,9 @@ MUTANTS = (
     Mutant("first layer compacted for all", "one buffer for all layers", "rkv", _store("compact", _first_layer)),
     Mutant("slot state of a reused slot not cleared", "stale state", "h2o",
            _store("append_slots", _append_without_fill)),
-    Mutant("reset keeps the entries", "stale state between generations", "rkv", _engine("reset", _reset_but("rows", "stores", "facts"))),
+    Mutant("reset keeps the entries", "stale state between generations", "rkv", _engine("reset", _reset_but("ledger", "stores", "facts", "_used"))),
     Mutant("reset keeps the queries", "stale state between generations", "rkv", _engine("reset", _reset_but("log"))),
-    Mutant("reset keeps the counters", "R-KV length, kv_seq_len", "rkv", _engine("reset", _reset_but("rows"))),
+    Mutant("reset keeps the counters", "R-KV length, kv_seq_len", "rkv", _engine("reset", _reset_but("ledger"))),
     Mutant("reordering forgets the queries", "beam search", "snapkv", _engine("take_rows", _rows_without_log)),
     Mutant("reordering forgets the counters", "beam search", "rkv", _engine("take_rows", _rows_without_counters)),
     Mutant("reordering forgets the slot state", "beam search", "h2o", _store("rows", _rows_without_state)),
@@ -244,7 +237,7 @@ MUTANTS = (
     Mutant("positions from the cache length", "vLLM num_dropped", "sinks-recent",
            patched((_engine_module, "plan_forward", _positions_from_length))),
     Mutant("padding stored", "pads scored as tokens", "knorm", patched((_engine_module, "plan_forward", _pads_stored))),
-    Mutant("the first row decides when", "batch 0 only", "rkv", _engine("_fires", _first_row_decides)),
+    Mutant("the first row decides when", "batch 0 only", "rkv", _ledger("_fires", _first_row_decides)),
     Mutant("budget plus one", "n < B + 1", "rkv", patched((Policy, "decide", _one_more_than_budget))),
     Mutant("random numbers count the batch's compactions", "a row in a batch differs", "random",
            _engine("view", _counter_of_batch)),
@@ -252,6 +245,6 @@ MUTANTS = (
     Mutant("first protected entry forgotten", "sinks evicted", "rkv", patched((decide, "masks", _drops_protection))),
     Mutant("heads choose alone under a shared scope", "one block table per layer", _shared_knorm,
            patched((decide, "share", _unshared))),
-    Mutant("prompt compacted in phase decode", "phase", "rkv", _engine("compact_due", _whatever_the_phase)),
+    Mutant("prompt compacted in phase decode", "phase", "rkv", _ledger("_fires", _whatever_the_phase)),
     Mutant("ties to the highest slot", "ties differ between backends", "knorm", _selector(_ties)),
 )  # fmt: skip

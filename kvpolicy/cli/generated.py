@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Run:
+class Generation:
     """One generation.
 
     Attributes:
@@ -26,7 +26,7 @@ class Run:
     stats: Any
 
 
-_ROWS: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
+_ROWS: list[tuple[str, Callable[[Generation], float], Callable[[float], str]]] = [
     ("new tokens", lambda r: r.new_tokens, lambda v: f"{v:,.0f}"),
     ("seconds", lambda r: r.seconds, lambda v: f"{v:,.1f}"),
     ("tokens/s", lambda r: r.new_tokens / r.seconds if r.seconds else 0.0, lambda v: f"{v:,.1f}"),
@@ -40,7 +40,7 @@ _ROWS: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
 ]
 
 
-def table(runs: Sequence[Run]) -> Table:
+def table(runs: Sequence[Generation]) -> Table:
     """Return a table with a column per run and, for two runs, the ratio of the first to the second."""
     result = Table(header_style="bold")
     result.add_column("")

@@ -1,43 +1,9 @@
-"""Counters of batch rows, and which columns of the batch were padding."""
+"""Which columns of a batch were padding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass
-class Row:
-    """Counters of one batch row; all per KV head and layer.
-
-    Attributes:
-        resident: entries held now.
-        seen: tokens seen, padding not counted.
-        prompt: tokens before the first decode step.
-        compactions: how often the row has been compacted.
-        floor: tokens seen at the last compaction; the cache cannot be cropped behind it.
-        peak: most entries ever held.
-        base: those of the resident entries that lie in a ragged base, on average over heads and rounded up.
-        decoded: a decode step has been made, so that the prompt is complete.
-        shift: how far the rotation of new keys lies behind their original position (re-rotating policies).
-    """
-
-    resident: int = 0
-    seen: int = 0
-    prompt: int = 0
-    compactions: int = 0
-    floor: int = 0
-    peak: int = 0
-    shift: int = 0
-    base: int = 0
-    decoded: bool = False
-
-    @property
-    def tail(self) -> int:
-        """Slots in use behind the base: all of them unless the store is ragged."""
-        return self.resident - self.base
 
 
 class Columns:

@@ -1,0 +1,96 @@
+"""A compaction: read views, decide, replace, move, count. The same for every store and every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol
+
+from torch import Tensor
+
+from kvpolicy import ops
+from kvpolicy.cache.ledger import Ledger, RowId
+from kvpolicy.contracts.component import Component
+from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.policy import Policy
+from kvpolicy.types import KeepIndices
+
+
+@dataclass(frozen=True)
+class Decided(Generic[RowId]):
+    """What has been decided for some rows that are seen in one view.
+
+    Attributes:
+        rows: their names, in the order of the views' first axis.
+        kept: what each layer keeps, in the order of the cache's layers.
+        changes: by index into `kept`, what a layer replaces before anything moves (slot state that components remember,
+            results of post-operations), by the names of `SlotTensors.arenas`. Made when it is asked for and not kept: a
+            post-operation may return the values of a whole layer, and only one layer's should live at a time.
+    """
+
+    rows: Sequence[RowId]
+    kept: Sequence[KeepIndices]
+    changes: Callable[[int], Mapping[str, Tensor]]
+
+
+class Compactable(Protocol[RowId]):
+    """A cache, as its compactor sees it: it shows rows, and keeps of them what it is told."""
+
+    def together(self, rows: Sequence[RowId]) -> Sequence[Sequence[Sequence[RowId]]]:
+        """Return the rows in groups that must move together, each in parts that can be seen in one view."""
+        ...
+
+    def views(self, rows: Sequence[RowId], budget: Sequence[int]) -> Sequence[CacheView]:
+        """Return what components may see of some rows, one view per layer; `budget` has one integer per row."""
+        ...
+
+    def keep(self, decided: Sequence[Decided[RowId]]) -> Mapping[RowId, int]:
+        """Replace and move what was decided for one group of `together`; return what each of its rows holds now.
+
+        Counted, per head on average and rounded up: a row's length is what was kept, never what a budget promised.
+        """
+        ...
+
+
+class Compactor(Generic[RowId]):
+    """Runs compactions of one cache under one policy.
+
+    Args:
+        policy: what decides.
+        ledger: what counts.
+        cache: what is compacted.
+    """
+
+    def __init__(self, policy: Policy, ledger: Ledger[RowId], cache: Compactable[RowId]) -> None:
+        self.policy = policy
+        self.ledger = ledger
+        self.cache = cache
+        self._remembering = [c for c in policy.components if type(c).remember is not Component.remember]
+
+    def run(self, rows: Sequence[RowId]) -> None:
+        """Compact these rows.
+
+        Raises:
+            BudgetError, ScoreError: from the policy; then nothing of the group has moved.
+        """
+        # One scope for all of it: what scores, what selects, what remembers and what moves use the same backend.
+        with ops.using_backend(self.policy.backend):
+            for group in self.cache.together(rows):
+                decided = [self._decide(part) for part in group]
+                for row, kept in self.cache.keep(decided).items():
+                    self.ledger.compacted(row, kept)
+
+    def _decide(self, rows: Sequence[RowId]) -> Decided[RowId]:
+        """Two phases: all layers are scored before any is decided, for scopes and pools may cross layers."""
+        budget = [self.ledger.entries(row) for row in rows]
+        views = self.cache.views(rows, budget)
+        kept = self.policy.decide(views, budget).kept
+        return Decided(rows, kept, lambda index: self._changes(views[index], kept[index]))
+
+    def _changes(self, view: CacheView, kept: KeepIndices) -> dict[str, Tensor]:
+        changes = {f"state.{name}": t for c in self._remembering for name, t in c.remember(view).items()}
+        for post in self.policy.post:
+            made: Any = post.apply(view, kept)
+            view = replace(view, **made)  # the next operation sees what this one did
+            changes |= made
+        return changes
