@@ -15,7 +15,6 @@ import time
 import zlib
 
 import pytest
-from kvpolicy.testing.scripted import scripted_study
 
 from kvpolicy import KVPolicyError
 from kvpolicy.cli import main
@@ -25,6 +24,7 @@ from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.results import _COLUMNS, Results
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
+from kvsupport.scripted import scripted_study
 
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")
