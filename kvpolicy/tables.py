@@ -181,7 +181,7 @@ def registered() -> Iterator[tuple[str, Table | TableError]]:
     """Yield the registered tables by name, each read, or the error that says what is wrong with it."""
     for entry in installed.catalog().tables():
         try:
-            yield entry.name, _read(entry.path)
+            yield entry.name, _read(entry.value)
         except TableError as error:
             yield entry.name, error
 
@@ -245,7 +245,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, str) or text.endswith(SUFFIX):
         return Path(text).expanduser()
     catalog = installed.catalog()
-    found = {entry.name: entry.path for entry in catalog.tables()}
+    found: dict[str, Path] = {entry.name: entry.value for entry in catalog.tables()}
     if text not in found:
         raise catalog.unknown("table", text, found)
     return found[text]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Final, Union, get_args, get_origin
+from typing import Any, Final, Union, cast, get_args, get_origin
 
 from kvpolicy.contracts.backend import Backend
 from kvpolicy.contracts.components import KINDS, Component, kind_of
@@ -40,52 +40,42 @@ class Origin:
 
 
 THIS_PROCESS: Final = Origin("this process")
+BUNDLED: Final = "kvpolicy"
+"""The distribution of the bundled plugins."""
 
 
 @dataclass(frozen=True)
-class ComponentEntry:
-    """A registered component class."""
+class Entry:
+    """Something registered.
+
+    Attributes:
+        kind: of a component (`KINDS`), or ``policy``, ``study``, ``table`` or ``backend``.
+        name: unique in its kind.
+        value: the component class; the file (`Path`) or YAML text (`str`) of a policy or study; the file of a table;
+            the backend.
+        origin: where it was registered.
+    """
 
     kind: str
     name: str
-    component: type[Component]
+    value: Any
     origin: Origin
 
+    @property
+    def component(self) -> type[Component]:
+        """The class of a component."""
+        assert self.kind in KINDS
+        return cast("type[Component]", self.value)
 
-@dataclass(frozen=True)
-class PolicyEntry:
-    """A registered policy: a file, or the text itself (then `path` is None)."""
+    @property
+    def path(self) -> Path | None:
+        """The file of a policy, study or table; None where there is only a text."""
+        return self.value if isinstance(self.value, Path) else None
 
-    name: str
-    origin: Origin
-    path: Path | None = None
-    text: str | None = None
-
-
-@dataclass(frozen=True)
-class TableEntry:
-    """A registered calibration table."""
-
-    name: str
-    origin: Origin
-    path: Path
-
-
-@dataclass(frozen=True)
-class StudyEntry(PolicyEntry):
-    """A registered study: a file, or the text itself (then `path` is None)."""
-
-
-@dataclass(frozen=True)
-class BackendEntry:
-    """A registered backend of `kvpolicy.ops`."""
-
-    name: str
-    backend: Backend
-    origin: Origin
-
-
-Entry = ComponentEntry | PolicyEntry | TableEntry | StudyEntry | BackendEntry
+    @property
+    def text(self) -> str | None:
+        """The text of a policy or study that has no file."""
+        return self.value if isinstance(self.value, str) else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class PluginFailure:
 
 @dataclass
 class Catalog:
-    """Maps (kind, name) to component classes, and names to policies, tables, studies and backends.
+    """Maps (kind, name) to what is registered: component classes, policies, tables, studies and backends.
 
     Attributes:
         failures: plugins that were left out.
@@ -107,11 +97,7 @@ class Catalog:
 
     failures: list[PluginFailure] = field(default_factory=list)
     disabled: list[Origin] = field(default_factory=list)
-    _components: dict[tuple[str, str], ComponentEntry] = field(default_factory=dict, repr=False)
-    _policies: dict[str, PolicyEntry] = field(default_factory=dict, repr=False)
-    _backends: dict[str, BackendEntry] = field(default_factory=dict, repr=False)
-    _tables: dict[str, TableEntry] = field(default_factory=dict, repr=False)
-    _studies: dict[str, StudyEntry] = field(default_factory=dict, repr=False)
+    _entries: dict[tuple[str, str], Entry] = field(default_factory=dict, repr=False)
 
     def register(self, name: str, component: type[Any], origin: Origin = THIS_PROCESS) -> None:
         """Add a component class under a name; raises PluginError when either is not allowed or the name is taken."""
@@ -119,7 +105,11 @@ class Catalog:
 
     def register_policy(self, name: str, path_or_text: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
         """Add a policy file, or YAML text with a line break; raises PluginError as `register`."""
-        self.add(policy_entry(name, path_or_text, origin))
+        self.add(file_entry("policy", name, path_or_text, origin))
+
+    def register_study(self, name: str, path_or_text: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
+        """Add a study file, or YAML text with a line break; raises PluginError as `register`."""
+        self.add(file_entry("study", name, path_or_text, origin))
 
     def register_table(self, name: str, path: str | os.PathLike[str], origin: Origin = THIS_PROCESS) -> None:
         """Add the file of a calibration table; raises PluginError as `register`."""
@@ -131,94 +121,72 @@ class Catalog:
 
     def add(self, entry: Entry) -> None:
         """Add a checked entry; raises PluginError that names both sides when the name is taken."""
-        kind, shelf, key = self._place(entry)
-        taken = shelf.get(key)
-        if taken is not None and taken.origin == entry.origin:
-            raise PluginError(f"{kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")
-        if taken is not None:
-            # Nobody wants to turn the bundled ones off.
-            off = taken.origin.plugin if entry.origin.plugin.startswith("builtin-") else entry.origin.plugin
-            mend = f", or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={off}" if off else ""
-            raise PluginError(
-                f"{kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; rename one{mend}."
-            )
-        shelf[key] = entry
+        taken = self._entries.setdefault((entry.kind, entry.name), entry)
+        if taken is entry:
+            return
+        if taken.origin == entry.origin:
+            raise PluginError(f"{entry.kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")
+        raise PluginError(
+            f"{entry.kind} {entry.name!r} is registered by {taken.origin} and by {entry.origin}; "
+            f"rename one{_way_out(taken.origin, entry.origin)}."
+        )
 
-    def _place(self, entry: Entry) -> tuple[str, dict[Any, Any], Any]:
-        """Return what an entry is called in messages, the dictionary that it belongs into, and its key there."""
-        if isinstance(entry, ComponentEntry):
-            return entry.kind, self._components, (entry.kind, entry.name)
-        if isinstance(entry, StudyEntry):
-            return "study", self._studies, entry.name
-        if isinstance(entry, PolicyEntry):
-            return "policy", self._policies, entry.name
-        if isinstance(entry, BackendEntry):
-            return "backend", self._backends, entry.name
-        return "table", self._tables, entry.name
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield all entries in the order in which they were registered."""
+        return iter(self._entries.values())
 
     def unregister(self, kind: str, name: str) -> None:
         """Remove a component, or what another kind (``policy``, ``table``, ``study``, ``backend``) names; for tests."""
-        if kind == "policy":
-            del self._policies[name]
-        elif kind == "table":
-            del self._tables[name]
-        elif kind == "study":
-            del self._studies[name]
-        elif kind == "backend":
-            del self._backends[name]
-        else:
-            del self._components[kind, name]
+        del self._entries[kind, name]
 
     def get(self, kind: str, name: str) -> type[Component]:
         """Return the class; raises UnknownComponentError with the nearest name, all names and the broken plugins."""
         return self.entry(kind, name).component
 
-    def entry(self, kind: str, name: str) -> ComponentEntry:
+    def entry(self, kind: str, name: str) -> Entry:
         """Return the entry of a component; raises as `get`."""
         if kind not in KINDS:
             raise KeyError(f"{kind!r} is not a kind of component; the kinds are {', '.join(KINDS)}.")
+        return self._find(kind, name)
+
+    def policy(self, name: str) -> Entry:
+        """Return a registered policy; raises UnknownComponentError with the nearest name and all names."""
+        return self._find("policy", name)
+
+    def _find(self, kind: str, name: str) -> Entry:
         try:
-            return self._components[kind, name]
+            return self._entries[kind, name]
         except KeyError:
             raise self.unknown(kind, name, self.names(kind)) from None
 
-    def policy(self, name: str) -> PolicyEntry:
-        """Return a registered policy; raises UnknownComponentError with the nearest name and all names."""
-        try:
-            return self._policies[name]
-        except KeyError:
-            raise self.unknown("policy", name, self._policies) from None
-
     def names(self, kind: str) -> list[str]:
         """Return the registered names of a kind in alphabetical order."""
-        return sorted(name for k, name in self._components if k == kind)
+        return sorted(entry.name for entry in self if entry.kind == kind)
 
-    def entries(self, kind: str | None = None) -> list[ComponentEntry]:
+    def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the components of one kind or of all, in the order of the pipeline, then by name."""
-        order = list(KINDS)
-        found = [e for e in self._components.values() if kind in (None, e.kind)]
-        return sorted(found, key=lambda e: (order.index(e.kind), e.name))
+        return [self._entries[k, name] for k in KINDS if kind in (None, k) for name in self.names(k)]
 
-    def policies(self) -> list[PolicyEntry]:
+    def policies(self) -> list[Entry]:
         """Return the registered policies by name."""
-        return [self._policies[name] for name in sorted(self._policies)]
+        return [self._entries["policy", name] for name in self.names("policy")]
 
-    def studies(self) -> list[StudyEntry]:
+    def studies(self) -> list[Entry]:
         """Return the registered studies by name."""
-        return [self._studies[name] for name in sorted(self._studies)]
+        return [self._entries["study", name] for name in self.names("study")]
+
+    def tables(self) -> list[Entry]:
+        """Return the registered calibration tables by name."""
+        return [self._entries["table", name] for name in self.names("table")]
 
     def backends(self) -> dict[str, Backend]:
         """Return the registered backends by name, in the order in which `auto` asks them."""
-        return {name: entry.backend for name, entry in self._backends.items()}
-
-    def tables(self) -> list[TableEntry]:
-        """Return the registered calibration tables by name."""
-        return [self._tables[name] for name in sorted(self._tables)]
+        return {entry.name: entry.value for entry in self if entry.kind == "backend"}
 
     def name_of(self, component: type[Component]) -> str:
         """Return the name under which a class is registered; raises UnknownComponentError if it is not."""
-        for entry in self._components.values():
-            if entry.component is component:
+        for entry in self:
+            if entry.value is component:
                 return entry.name
         raise UnknownComponentError(
             f"{kind_of(component)}: the class {component.__name__} is not registered; "
@@ -234,17 +202,30 @@ class Catalog:
         return UnknownComponentError(f"unknown {kind} {shown(name)}.{did_you_mean(name, known)}{there}{broken}{off}")
 
 
+def _way_out(*sides: Origin) -> str:
+    """Say which plugin to turn off, if that leaves the other one: never a bundled one, of two others the later."""
+    first, second = sides
+    if not first.plugin or not second.plugin:
+        return ""
+    if first.plugin == second.plugin:  # the variable would turn off both
+        return ", or uninstall one of the packages"
+    off = first if second.distribution == BUNDLED else second
+    return f", or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={off.plugin}"
+
+
 def shown(value: Any) -> str:
     """Return a short text for a value in a message, also when it cannot be printed."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - a plugin's own __repr__
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException:  # noqa: BLE001 - a plugin's own __repr__
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def component_entry(name: str, component: type[Any], origin: Origin) -> ComponentEntry:
-    """Check a name and a class and return the entry; raises PluginError."""
+def component_entry(name: str, component: type[Any], origin: Origin) -> Entry:
+    """Check a name and a class; raises PluginError."""
     if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name):
         raise PluginError(
             f"{shown(name)} is not a component name; use at most 64 small letters, digits and underscores."
@@ -268,7 +249,7 @@ def component_entry(name: str, component: type[Any], origin: Origin) -> Componen
                 f"{kind} {name!r}: a policy file cannot write the parameter {parameter!r} ({shown(info.annotation)}); "
                 "give it the base class of one kind of component, or that or None."
             )
-    return ComponentEntry(kind, name, component, origin)
+    return Entry(kind, name, component, origin)
 
 
 def held_kinds(component: type[Component]) -> dict[str, str]:
@@ -289,30 +270,25 @@ def _mentions_component(annotation: Any) -> bool:
     return any(_mentions_component(part) for part in get_args(annotation))
 
 
-def policy_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin, what: str = "policy") -> PolicyEntry:
-    """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
+def file_entry(kind: str, name: str, path_or_text: str | os.PathLike[str], origin: Origin) -> Entry:
+    """Check the name and the file or text of a policy or study; raises PluginError. A file is read when it is used."""
     if not isinstance(name, str) or not POLICY_NAME.fullmatch(name):
         raise PluginError(
-            f"{shown(name)} is not a {what} name; use at most 64 small letters, digits, dots, dashes and underscores."
+            f"{shown(name)} is not a {kind} name; use at most 64 small letters, digits, dots, dashes and underscores."
         )
     if isinstance(path_or_text, str) and "\n" in path_or_text:
-        return PolicyEntry(name, origin, text=path_or_text)
-    return PolicyEntry(name, origin, path=_file(f"{what} {name!r}", path_or_text, "neither a path nor YAML text"))
+        return Entry(kind, name, path_or_text, origin)
+    return Entry(kind, name, _file(f"{kind} {name!r}", path_or_text, "neither a path nor YAML text"), origin)
 
 
-def study_entry(name: str, path_or_text: str | os.PathLike[str], origin: Origin) -> StudyEntry:
-    """Check a name and a file or text and return the entry; raises PluginError. The file is read when it is used."""
-    return StudyEntry(**vars(policy_entry(name, path_or_text, origin, "study")))
-
-
-def table_entry(name: str, path: str | os.PathLike[str], origin: Origin) -> TableEntry:
-    """Check a name and a file and return the entry; raises PluginError. The file is read when it is used."""
+def table_entry(name: str, path: str | os.PathLike[str], origin: Origin) -> Entry:
+    """Check a name and a file; raises PluginError. The file is read when it is used."""
     if not isinstance(name, str) or not TABLE_NAME.fullmatch(name):
         raise PluginError(
             f"{shown(name)} is not the name of a table; write model/method in small letters, digits, dots, dashes and "
             "underscores."
         )
-    return TableEntry(name, origin, _file(f"table {name!r}", path, "not a path"))
+    return Entry("table", name, _file(f"table {name!r}", path, "not a path"), origin)
 
 
 def _file(owner: str, given: Any, otherwise: str) -> Path:
@@ -331,8 +307,8 @@ def _file(owner: str, given: Any, otherwise: str) -> Path:
     return path
 
 
-def backend_entry(name: str, backend: Backend, origin: Origin) -> BackendEntry:
-    """Check a name and a backend and return the entry; raises PluginError."""
+def backend_entry(name: str, backend: Backend, origin: Origin) -> Entry:
+    """Check a name and a backend; raises PluginError."""
     if not isinstance(name, str) or not COMPONENT_NAME.fullmatch(name) or name in ("auto", "torch"):
         raise PluginError(
             f"{shown(name)} is not a backend's name; use at most 64 small letters, digits and underscores, "
@@ -340,4 +316,4 @@ def backend_entry(name: str, backend: Backend, origin: Origin) -> BackendEntry:
         )
     if not isinstance(backend, Backend):
         raise PluginError(f"backend {name!r}: {shown(backend)} is not an instance of kvpolicy.ops.Backend.")
-    return BackendEntry(name, backend, origin)
+    return Entry("backend", name, backend, origin)

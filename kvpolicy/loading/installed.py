@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from importlib.metadata import EntryPoint, entry_points
+from contextvars import ContextVar, copy_context
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 import pluggy
 
 from kvpolicy.errors import PluginError, did_you_mean
 from kvpolicy.loading import hookspecs
-from kvpolicy.loading.entries import (
-    Catalog,
-    Entry,
-    Origin,
-    PluginFailure,
-    backend_entry,
-    component_entry,
-    policy_entry,
-    shown,
-    study_entry,
-    table_entry,
-)
+from kvpolicy.loading.entries import Catalog, Origin, PluginFailure, shown
 
 DISABLED_VARIABLE: Final = "KVPOLICY_DISABLED_PLUGINS"
 """Environment variable: names of entry points that are not loaded, separated by commas."""
@@ -36,6 +29,7 @@ MAX_REGISTRATIONS: Final = 1_000
 """How often one plugin may call `register`; a hook that registers without end is cut off there."""
 
 _LONGEST_REASON: Final = 300
+_NAMELESS: Final = "unknown"
 
 T = TypeVar("T")
 
@@ -43,6 +37,7 @@ _log = logging.getLogger("kvpolicy")
 _lock = threading.RLock()
 _process_catalogs: list[Catalog] = []  # none before the first use, then one
 _override: ContextVar[Catalog | None] = ContextVar("kvpolicy_catalog", default=None)
+_loading: ContextVar[bool] = ContextVar("kvpolicy_loading", default=False)
 
 
 def catalog() -> Catalog:
@@ -56,6 +51,8 @@ def catalog() -> Catalog:
     chosen = _override.get()
     if chosen is not None:
         return chosen
+    if _loading.get():  # a plugin that asks for what it is a part of
+        raise PluginError("the catalog is asked for while it is being loaded; register, and look names up later.")
     with _lock:
         if not _process_catalogs:
             loaded = load_catalog()
@@ -79,48 +76,60 @@ def using(other: Catalog) -> Iterator[Catalog]:
 def load_catalog() -> Catalog:
     """Build a new catalog from the installed plugins; raises PluginError when two of them register the same name."""
     found = Catalog()
-    manager, origins = plugin_manager(found)
-    for plugin, origin in origins:
-        try:
-            entries = _collect(manager, plugin, origin)
-        except PluginError as error:
-            found.failures.append(PluginFailure(origin, error))
-            continue
-        for entry in entries:
-            found.add(entry)
+    disabled = {name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",")} - {""}
+    token = _loading.set(True)
+    try:
+        for point in sorted(_entry_points(found), key=lambda p: (p.name, p.value)):
+            origin = _origin(point.dist, point.name)
+            if point.name in disabled:
+                found.disabled.append(origin)
+                continue
+            try:
+                brought = _collect(_plugin_manager(point, origin), origin)
+            except PluginError as error:
+                found.failures.append(PluginFailure(origin, error))
+                continue
+            for entry in brought:
+                found.add(entry)
+    finally:
+        _loading.reset(token)
     return found
 
 
-def plugin_manager(report: Catalog) -> tuple[pluggy.PluginManager, list[tuple[Any, Origin]]]:
-    """Return a plugin manager with every plugin that loads, and the plugins with their origins, in order of name.
+def _entry_points(report: Catalog) -> list[EntryPoint]:
+    """Return the entry points of the group; a package whose list cannot be read is reported, whoever's plugin it is."""
+    try:
+        return list(entry_points(group=hookspecs.PROJECT))
+    except Exception:  # noqa: BLE001 - one broken file spoils the list of all
+        _log.debug("entry points are read one package at a time", exc_info=True)
+    found: list[EntryPoint] = []
+    known = set()
+    for dist in distributions():
+        origin = _origin(dist)
+        name = re.sub(r"[-_.]+", "-", origin.distribution).lower()
+        if name in known:  # the first of a name on the path counts, as for importlib.metadata
+            continue
+        known |= {name} - {_NAMELESS}
+        try:
+            found += dist.entry_points.select(group=hookspecs.PROJECT)
+        except Exception as error:  # noqa: BLE001
+            sentence = f"{origin}: its entry_points.txt cannot be read ({_described(error)}); reinstall the package."
+            report.failures.append(PluginFailure(origin, PluginError(sentence)))
+    return found
 
-    Args:
-        report: its lists `failures` and `disabled` receive what was left out.
-    """
+
+def _origin(dist: Distribution | None, plugin: str = "") -> Origin:
+    try:
+        metadata: Any = (dist and dist.metadata) or {}
+        return Origin(metadata.get("Name") or _NAMELESS, metadata.get("Version") or "", plugin)
+    except Exception:  # noqa: BLE001 - a damaged package
+        return Origin(_NAMELESS, "", plugin)
+
+
+def _plugin_manager(point: EntryPoint, origin: Origin) -> pluggy.PluginManager:
+    """Import one plugin and give it a manager of its own; raises PluginError."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    disabled = {name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",")} - {""}
-    loaded = []
-    points = entry_points(group=hookspecs.PROJECT)
-    for point in sorted(points, key=lambda p: (p.name, p.value)):
-        origin = _origin(point)
-        if point.name in disabled:
-            report.disabled.append(origin)
-            continue
-        try:
-            loaded.append((_register(manager, point, origin), origin))
-        except PluginError as error:
-            report.failures.append(PluginFailure(origin, error))
-    return manager, loaded
-
-
-def _origin(point: EntryPoint) -> Origin:
-    dist = point.dist
-    return Origin("unknown", "", point.name) if dist is None else Origin(dist.name, dist.version, point.name)
-
-
-def _register(manager: pluggy.PluginManager, point: EntryPoint, origin: Origin) -> Any:
-    """Import one plugin and register it; raises PluginError and leaves the manager as it was."""
     plugin = _guarded(origin, point.load)
     declared = _guarded(origin, lambda: getattr(plugin, "kvpolicy_api", hookspecs.PLUGIN_API_VERSION))
     if type(declared) is not int or declared != hookspecs.PLUGIN_API_VERSION:
@@ -129,24 +138,17 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint, origin: Origin) 
             f"it is written for plugin API {shown(declared)} and this kvpolicy has plugin API "
             f"{hookspecs.PLUGIN_API_VERSION}; install versions that fit together",
         )
-    _guarded(origin, lambda: hash(plugin))  # pluggy puts plugins into sets
-    try:
-        _guarded(origin, lambda: manager.register(plugin, name=str(origin)))
-        _guarded(origin, lambda: _check_hooks(manager, plugin))
-    except PluginError:
-        if manager.get_plugin(str(origin)) is plugin:
-            manager.unregister(plugin)
-        raise
-    return plugin
+    _guarded(origin, lambda: manager.register(plugin, name=origin.plugin))
+    _guarded(origin, lambda: _check_hooks(manager, plugin))
+    return manager
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
-    """Refuse hooks that would be ignored: misspelt ones (`check_pending` for one plugin) and undecorated ones."""
+    """Refuse hooks that would be ignored: misspelt ones (`check_pending` with a suggestion) and undecorated ones."""
     hooks = [name for name in vars(hookspecs) if name.startswith("kvpolicy_")]
     callers = manager.get_hookcallers(plugin) or []
     for caller in callers:
-        required = any(impl.plugin is plugin and not impl.optionalhook for impl in caller.get_hookimpls())
-        if required and not caller.has_spec():
+        if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
             raise PluginError(
                 f"there is no hook {shown(caller.name)}.{did_you_mean(caller.name, hooks)} "
                 f"The hooks are {', '.join(hooks)}"
@@ -156,51 +158,62 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
             raise PluginError(f"{name} is not decorated; write @kvpolicy.hookimpl above it")
 
 
-def _collect(manager: pluggy.PluginManager, plugin: Any, origin: Origin) -> list[Entry]:
-    """Call the hooks of one plugin; all that it registers, or PluginError and nothing."""
-    staged = Catalog()
-    calls = 0
-    others = [p for p in manager.get_plugins() if p is not plugin]
-    entries: list[Entry] = []
+def _collect(manager: pluggy.PluginManager, origin: Origin) -> Catalog:
+    """Call the hooks of one plugin; all that it registers, or PluginError and nothing.
 
-    def stage(make: Callable[[str, Any, Origin], Entry], name: str, what: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > MAX_REGISTRATIONS:
-            raise _EndlessRegistration
-        entry = make(name, what, origin)
-        staged.add(entry)
-        entries.append(entry)
+    The hooks run in a thread: one that registers without end may catch whatever `register` raises, but it cannot go on
+    when `register` does not return. Inside of an import they run here: what they import might wait for its end.
+    """
+    here = threading.current_thread() if _inside_an_import() else None
+    brought = Catalog()
+    calls = itertools.count(1)
+    outcome: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def taking(add: Callable[[str, Any, Origin], None]) -> Callable[[str, Any], None]:
+        def register(name: str, what: Any, /) -> None:
+            if next(calls) > MAX_REGISTRATIONS:
+                reason = f"it registers more than {MAX_REGISTRATIONS:,} names; register each component and policy once"
+                outcome.put(_failure(origin, reason))
+                if here is threading.current_thread():
+                    raise SystemExit
+                threading.Event().wait()
+            add(name, what, origin)
+
+        return register
 
     def run() -> None:
-        components = manager.subset_hook_caller("kvpolicy_register_components", others)
-        components(register=lambda name, component: stage(component_entry, name, component))
-        policies = manager.subset_hook_caller("kvpolicy_register_policies", others)
-        policies(register=lambda name, path_or_text: stage(policy_entry, name, path_or_text))
-        backends = manager.subset_hook_caller("kvpolicy_register_backends", others)
-        backends(register=lambda name, backend: stage(backend_entry, name, backend))
-        tables = manager.subset_hook_caller("kvpolicy_register_tables", others)
-        tables(register=lambda name, path: stage(table_entry, name, path))
-        studies = manager.subset_hook_caller("kvpolicy_register_studies", others)
-        studies(register=lambda name, path_or_text: stage(study_entry, name, path_or_text))
+        hook = manager.hook
+        hook.kvpolicy_register_components(register=taking(brought.register))
+        hook.kvpolicy_register_policies(register=taking(brought.register_policy))
+        hook.kvpolicy_register_backends(register=taking(brought.register_backend))
+        hook.kvpolicy_register_tables(register=taking(brought.register_table))
+        hook.kvpolicy_register_studies(register=taking(brought.register_study))
 
-    _guarded(origin, run)
-    return entries
+    def hooks() -> None:
+        try:
+            outcome.put(_guarded(origin, run))
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            outcome.put(error)
+
+    if here is None:
+        threading.Thread(target=copy_context().run, args=(hooks,), name=str(origin), daemon=True).start()
+    else:
+        hooks()
+    failed = outcome.get()
+    if failed is not None:
+        raise failed
+    return brought
 
 
-class _EndlessRegistration(BaseException):
-    """Ends a hook that registers without end, even if it catches every `Exception`."""
+def _inside_an_import() -> bool:
+    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "<module>")
+    return any(frame.f_globals.get("__name__") != "__main__" for frame in frames)
 
 
 def _guarded(origin: Origin, step: Callable[[], T]) -> T:
     """Run one step of a plugin's code; whatever it raises, `SystemExit` too, becomes a PluginError that names it."""
     try:
         return step()
-    except PluginError as error:
-        raise _failure(origin, str(error)) from error
-    except _EndlessRegistration:
-        reason = f"it registers more than {MAX_REGISTRATIONS:,} names; register each component and policy once"
-        raise _failure(origin, reason) from None
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # a panic in an extension module is not an Exception
@@ -208,17 +221,18 @@ def _guarded(origin: Origin, step: Callable[[], T]) -> T:
 
 
 def _described(error: BaseException) -> str:
-    """Return type and first line of an exception, also of one that cannot be written out."""
+    """Return type and first line of an exception, also of one that cannot be written out; of our own the sentence."""
     try:
         lines = str(error).splitlines()
-    except Exception:  # noqa: BLE001 - a plugin's own __str__
+    except BaseException:  # noqa: BLE001 - a plugin's own __str__
         lines = []
     first = lines[0] if lines else ""
+    if type(error) is PluginError and len(lines) == 1:
+        return first
     first = first if len(first) <= _LONGEST_REASON else f"{first[:_LONGEST_REASON]}..."
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _failure(origin: Origin, reason: str) -> PluginError:
-    return PluginError(
-        f"plugin {origin.plugin!r} of {origin.distribution} {origin.version} failed to load: {reason.rstrip('.')}."
-    )
+    package = f"{origin.distribution} {origin.version}".strip()
+    return PluginError(f"plugin {origin.plugin!r} of {package} failed to load: {reason.rstrip('.')}.")

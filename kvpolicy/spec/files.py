@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import SpecError
-from kvpolicy.loading.entries import Catalog, PolicyEntry
+from kvpolicy.loading.entries import Catalog, Entry
 from kvpolicy.spec import forms, yaml_text
 from kvpolicy.spec.problems import FieldError, shown
 from kvpolicy.spec.yaml_text import Document
@@ -47,7 +47,7 @@ class Found:
         return cls(yaml_text.read_file(path), str(path), path.parent)
 
     @classmethod
-    def of_entry(cls, entry: PolicyEntry) -> Found:
+    def of_entry(cls, entry: Entry) -> Found:
         """Take a registered policy; raises SpecError when its file cannot be read."""
         if entry.path is not None:
             return cls(yaml_text.read_file(entry.path), str(entry.path), entry.path.parent, entry.name)

@@ -13,7 +13,7 @@ from pydantic.json_schema import PydanticJsonSchemaWarning
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.loading import installed
-from kvpolicy.loading.entries import POLICY_NAME, Catalog, ComponentEntry, held_kinds
+from kvpolicy.loading.entries import POLICY_NAME, Catalog, Entry, held_kinds
 from kvpolicy.spec import forms
 from kvpolicy.spec.model import PolicySpec
 from kvpolicy.spec.reference import ComponentRef
@@ -130,7 +130,7 @@ def _with_use(name: str, description: str, parameters: _Schema) -> _Schema:
     }
 
 
-def _overlay(entry: ComponentEntry, definitions: _Schema) -> _Schema:
+def _overlay(entry: Entry, definitions: _Schema) -> _Schema:
     """Return the schema of some of a component's parameters, as a file with `extends` names them without `use:`."""
     schema = _parameters(entry, definitions)
     held = {
@@ -144,7 +144,7 @@ def _overlay(entry: ComponentEntry, definitions: _Schema) -> _Schema:
     return {**rest, "properties": {**schema["properties"], **held}}
 
 
-def _setting(entry: ComponentEntry, parameters: _Schema, switch: list[bool]) -> _Schema:
+def _setting(entry: Entry, parameters: _Schema, switch: list[bool]) -> _Schema:
     """Return the schema of what stands after a component's name: a switch, the shorthand's value or parameters."""
     options = [{"enum": switch}, parameters]
     if entry.component.shorthand is not None:
@@ -160,7 +160,7 @@ def _protect(catalog: Catalog, definitions: _Schema) -> _Schema:
     return {"type": "object", "additionalProperties": False, "properties": properties, "default": {}}
 
 
-def _parameters(entry: ComponentEntry, definitions: _Schema) -> _Schema:
+def _parameters(entry: Entry, definitions: _Schema) -> _Schema:
     """Return the object schema of a component's parameters; the definitions in it move to the top under its name."""
     prefix = f"{entry.kind}.{entry.name}"
     held = held_kinds(entry.component)

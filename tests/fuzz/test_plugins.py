@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import textwrap
 import threading
@@ -41,10 +42,23 @@ BAD = {
     "exception that cannot be written": (
         "class E(Exception):\n    def __str__(self): raise RuntimeError\nraise E", "failed to load: E.", "",
     ),
+    "exception that exits when it is written": (
+        "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E", "failed to load: E.", "",
+    ),
+    "our exception that cannot be written": (
+        (
+            "from kvpolicy import PluginError\nclass E(PluginError):\n    def __str__(self): raise RuntimeError\n"
+            "raise E"
+        ),
+        "failed to load: E.", "",
+    ),
+    "our exception with many lines": (
+        "from kvpolicy import PluginError\nraise PluginError('first\\n' + 'second' * 1000)", "PluginError: first.", "",
+    ),
     "huge message": ("raise RuntimeError('x' * 10**6)", "RuntimeError: xxx", ""),
     "many lines": ("raise RuntimeError('\\n\\n first\\rsecond\\u2028third')", "RuntimeError", ""),
     "missing attribute": ("", "has no attribute 'plugin'", ":plugin"),
-    "an unhashable plugin": ("plugin = {}", "unhashable type", ":plugin"),
+    "an unhashable plugin": ("plugin = {}", None, ":plugin"),  # brings nothing, as the next
     "a number": ("plugin = 3\nkvpolicy_api = 1", None, ":plugin"),  # pluggy takes any object; it brings nothing
     "module getattr raises": ("def __getattr__(name): raise RuntimeError(name)", "RuntimeError", ""),
     "property raises": (
@@ -116,6 +130,21 @@ BAD = {
                 except Exception:
                     pass
         """), "it registers more than 1,000 names", "",
+    ),
+    "registers without end and catches everything": (
+        COMPONENTS + body("""
+            while True:
+                try:
+                    register('mine', Mine)
+                except:
+                    pass
+        """), "it registers more than 1,000 names", "",
+    ),
+    "looks up what is being loaded": (
+        COMPONENTS + body("""
+            import kvpolicy
+            register('mine', type(kvpolicy.load('rkv').build().importance))
+        """), "the catalog is asked for while it is being loaded", "",
     ),
     "policies without end": (
         POLICIES + body("""
@@ -191,6 +220,56 @@ def test_a_collision_names_both_sides_and_the_way_out(install, monkeypatch):
         assert words in message
     monkeypatch.setenv("KVPOLICY_DISABLED_PLUGINS", "bad-plugin")
     assert installed.load_catalog().entry("importance", "key_norm").origin.distribution == "kvpolicy"
+
+
+def collision(install, **second):
+    install(COMPONENTS + body("register('the_same', Mine)"), plugin="first", dist="first-dist")
+    install(COMPONENTS + body("register('the_same', Mine)"), **second)
+    with pytest.raises(PluginError) as caught:
+        installed.load_catalog()
+    return str(caught.value)
+
+
+def test_a_bundled_plugin_is_known_by_its_package_not_by_its_name(install):
+    install(COMPONENTS + body("register('key_norm', Mine)"), plugin="builtin-z")
+    with pytest.raises(PluginError, match="turn one plugin off with KVPOLICY_DISABLED_PLUGINS=builtin-z"):
+        installed.load_catalog()
+
+
+def test_nobody_is_told_to_turn_off_both(install):
+    message = collision(install, plugin="first", dist="second-dist")
+    assert message.endswith("rename one, or uninstall one of the packages.")
+
+
+@pytest.mark.parametrize("broken", [b"[kvpolicy]\nnothing\n", b"[console_scripts]\nx\n", b"\xff\xfe[\n"])
+def test_a_broken_list_of_entry_points_is_named_and_the_rest_works(install, tmp_path, broken):
+    install(COMPONENTS + body("register('a_good_one', Mine)"), plugin="good-plugin", dist="good-dist")
+    info = tmp_path / "bad_dist-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-dist\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_bytes(broken)
+    catalog = installed.load_catalog()
+    assert {"a_good_one", "key_norm"} <= set(catalog.names("importance"))
+    (error,) = bad(catalog)
+    assert str(error).startswith("bad-dist 1.0: its entry_points.txt cannot be read (")
+    assert str(error).endswith("reinstall the package.")
+
+
+def test_a_package_may_load_a_policy_while_it_is_imported(install, tmp_path, monkeypatch):
+    monkeypatch.setattr(installed, "_process_catalogs", [])
+    package = tmp_path / f"package_{uuid.uuid4().hex}"
+    package.mkdir()
+    (package / "__init__.py").write_text("import kvpolicy\nDEFAULT = kvpolicy.load('rkv')\n")
+    (package / "scorer.py").write_text(HEAD)
+    hook = f"from {package.name}.scorer import Mine\nregister('mine', Mine)"
+    install("from kvpolicy import hookimpl\n@hookimpl\ndef kvpolicy_register_components(register):\n" + body(hook))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(importlib.import_module(package.name)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found
+    assert found[0].DEFAULT.policy == "rkv"
+    assert "mine" in kvpolicy.catalog().names("importance")
 
 
 def test_a_bad_policy_file_is_named_when_it_is_used(install):

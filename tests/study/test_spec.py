@@ -6,7 +6,6 @@ from hypothesis import given
 import kvpolicy
 from kvpolicy import SpecError
 from kvpolicy.loading import installed
-from kvpolicy.loading.entries import THIS_PROCESS, study_entry
 from kvpolicy.study.spec import StudySpec, find_study
 from kvpolicy.testing import studies
 from kvpolicy.testing.tables import stand_in_tables
@@ -199,7 +198,7 @@ def test_paths_are_relative_to_the_file(folder):
 
 def test_a_study_is_found_by_its_registered_name(folder):
     catalog = installed.load_catalog()
-    catalog.add(study_entry("demo", GOOD, THIS_PROCESS))
+    catalog.register_study("demo", GOOD)
     with installed.using(catalog):
         assert find_study("demo") == StudySpec.from_yaml(GOOD)
         with pytest.raises(SpecError, match=r"^unknown study 'demmo'\. Did you mean 'demo'\?"):
