@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvpolicy.contracts.view import Rope as Rope
     from kvpolicy.errors import BudgetError as BudgetError
     from kvpolicy.errors import CacheStateError as CacheStateError
+    from kvpolicy.errors import ComponentError as ComponentError
     from kvpolicy.errors import KVPolicyError as KVPolicyError
     from kvpolicy.errors import PluginError as PluginError
     from kvpolicy.errors import ScoreError as ScoreError
@@ -49,8 +50,8 @@ _MODULES: Final = {
         *("RedundancyScorer", "Selector", "SlotState", "Trigger"),
     ),
     "errors": (
-        *("BudgetError", "CacheStateError", "KVPolicyError", "PluginError", "ScoreError", "SpecError"),
-        *("TableError", "UnknownComponentError", "UnsupportedError"),
+        *("BudgetError", "CacheStateError", "ComponentError", "KVPolicyError", "PluginError", "ScoreError"),
+        *("SpecError", "TableError", "UnknownComponentError", "UnsupportedError"),
     ),
     "loading.hookspecs": ("hookimpl",),
     "loading.installed": ("catalog",),

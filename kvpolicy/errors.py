@@ -30,8 +30,12 @@ class BudgetError(KVPolicyError, ValueError):
     """A budget cannot be met, for example because more entries are protected than it holds."""
 
 
-class ScoreError(KVPolicyError, ValueError):
-    """A component returned scores of the wrong shape or dtype, or scores that are not finite."""
+class ComponentError(KVPolicyError, ValueError):
+    """A component returned what its contract does not allow, or wrote to what it was given."""
+
+
+class ScoreError(ComponentError):
+    """A component returned scores of the wrong shape, dtype or device, or scores that are not finite."""
 
 
 class UnsupportedError(KVPolicyError):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.cache.ledger import Ledger, RowId
-from kvpolicy.contracts.component import Component
 from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy import checks
+from kvpolicy.policy.checks import Untouched
 from kvpolicy.policy.policy import Policy
 from kvpolicy.types import KeepIndices
 
@@ -65,13 +66,12 @@ class Compactor(Generic[RowId]):
         self.policy = policy
         self.ledger = ledger
         self.cache = cache
-        self._remembering = [c for c in policy.components if type(c).remember is not Component.remember]
 
     def run(self, rows: Sequence[RowId]) -> None:
         """Compact these rows.
 
         Raises:
-            BudgetError, ScoreError: from the policy; then nothing of the group has moved.
+            BudgetError, ComponentError: from the policy; then nothing of the group has moved.
         """
         # One scope for all of it: what scores, what selects, what remembers and what moves use the same backend.
         with ops.using_backend(self.policy.backend):
@@ -85,12 +85,19 @@ class Compactor(Generic[RowId]):
         budget = [self.ledger.entries(row) for row in rows]
         views = self.cache.views(rows, budget)
         kept = self.policy.decide(views, budget).kept
-        return Decided(rows, kept, lambda index: self._changes(views[index], kept[index]))
+        changing = bool(self.policy.remembering or self.policy.post)  # else no view is made for it: it may be a copy
+        return Decided(rows, kept, lambda index: self._changes(views[index], kept[index]) if changing else {})
 
     def _changes(self, view: CacheView, kept: KeepIndices) -> dict[str, Tensor]:
-        changes = {f"state.{name}": t for c in self._remembering for name, t in c.remember(view).items()}
+        watch = Untouched.of(view)
+        changes: dict[str, Tensor] = {}
+        for component in self.policy.remembering:
+            new = checks.state(component.remember(view), view, component)
+            watch.by(component)
+            changes |= {f"state.{name}": tensor for name, tensor in new.items()}
         for post in self.policy.post:
-            made: Any = post.apply(view, kept)
+            made: Any = checks.replacements(post.apply(view, kept), view, post)
+            watch.by(post)
             view = replace(view, **made)  # the next operation sees what this one did
             changes |= made
         return changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -63,6 +63,8 @@ class CacheView:
             output projection that each query head's values meet. ``modality``: `modality` bool `[B, H, N]`, True for
             image tokens.
         heads: which of the model's KV heads these are; None for all of them.
+        memo: scorers and what they returned for this view, for `kvpolicy.policy.scoring.once`; a changed copy
+            (`dataclasses.replace`) begins with none.
 
     Raises ValueError when `heads` are not as many as the keys have.
     """
@@ -88,6 +90,7 @@ class CacheView:
     budget: Lengths | None = None
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
     heads: HeadSpan | None = None
+    memo: list[tuple[Any, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.heads is not None and self.heads.here != self.keys.shape[1]:
@@ -119,11 +122,15 @@ class CacheView:
 
 
 class LazyViews(Sequence[CacheView]):
-    """Views that are made when they are asked for and not kept: those of a ragged cache are copies."""
+    """Views that are made when they are asked for and not kept: those of a ragged cache are copies.
+
+    What was scored is kept, so that a view that is made again knows it.
+    """
 
     def __init__(self, make: Callable[[int], CacheView], layers: Sequence[int]) -> None:
         self._make = make
         self._layers = layers
+        self._memos: dict[int, list[tuple[Any, Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -135,4 +142,7 @@ class LazyViews(Sequence[CacheView]):
     def __getitem__(self, index: int | slice) -> CacheView | LazyViews:
         if isinstance(index, slice):
             return LazyViews(self._make, self._layers[index])
-        return self._make(self._layers[index])
+        layer = self._layers[index]
+        view = self._make(layer)
+        object.__setattr__(view, "memo", self._memos.setdefault(layer, view.memo))
+        return view

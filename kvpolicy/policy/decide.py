@@ -6,139 +6,72 @@ runtime that gathers the scores of several ranks) calls or wraps the stages; not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvpolicy.contracts.components import (
-    AllocationRequest,
-    BudgetAllocator,
-    ImportanceScorer,
-    Mixer,
-    Protection,
-    RedundancyScorer,
-    Selector,
-    Slots,
-)
+from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator, Selector, Slots
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import BudgetError, ScoreError, UnsupportedError
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops.dispatch import using_backend
+from kvpolicy.policy import checks
+from kvpolicy.policy import findings as findings_of
+from kvpolicy.policy.checks import Untouched, called
+from kvpolicy.policy.decision import Decision, Parts, Ranked, Ranking, Run, Scored, Scoring, apart
+from kvpolicy.policy.findings import Findings
 from kvpolicy.policy.fuse import folded
-from kvpolicy.policy.scoring import checked, once
-from kvpolicy.types import Counts, KeepIndices, Mask, Scores
-
-
-class Parts(Protocol):
-    """What a decision needs of a policy."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-
-    @property
-    def importance(self) -> ImportanceScorer:
-        """How much each entry matters."""
-
-    @property
-    def redundancy(self) -> RedundancyScorer:
-        """How replaceable each entry is."""
-
-    @property
-    def mixer(self) -> Mixer:
-        """How the two become one score."""
-
-    @property
-    def protections(self) -> tuple[Protection, ...]:
-        """What must stay, or go."""
-
-    @property
-    def allocator(self) -> BudgetAllocator:
-        """How the budget is split."""
-
-    @property
-    def selector(self) -> Selector:
-        """Scores and counts to slots."""
-
-    @property
-    def backend(self) -> str:
-        """Which implementation of the operations runs."""
-
-    @property
-    def counts(self) -> Literal["equal", "per_layer", "per_head"]:
-        """Whether every head of every layer keeps as many."""
-
-
-class Scored(NamedTuple):
-    """The scores of one layer, fp32 `[B, H, N]` each; zeros for the one that the mixer does not use."""
-
-    importance: Scores
-    redundancy: Scores
-    retention: Scores
-
-
-class Ranking(NamedTuple):
-    """What a selection ranks, one tensor `[B, H, N]` per layer.
-
-    Attributes:
-        scores: fp32, higher = keep.
-        protected: slots that must stay; allowed ones only.
-        allowed: slots that may stay; valid ones only.
-    """
-
-    scores: list[Scores]
-    protected: list[Mask]
-    allowed: list[Mask]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What the stage `score` returns.
-
-    Attributes:
-        scored: of each layer.
-        ranking: the same retention scores with the masks, every head by itself.
-        slots: what a selector may know of each layer.
-        runs: layers that were scored as one view, in order: what a selector may know of them together, and how many
-            they are.
-        num_layers: layers of the whole model.
-    """
-
-    scored: list[Scored]
-    ranking: Ranking
-    slots: list[Slots]
-    runs: list[tuple[Slots, int]]
-    num_layers: int
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a policy decided, and on what grounds; one entry per layer in every list.
-
-    Attributes:
-        scored: importance, redundancy and retention.
-        shared: what was ranked: the same for all heads (and layers) that share a set.
-        counts: int64 `[B, H]`, what the allocator gave.
-        kept: the slots that stay, strictly increasing.
-    """
-
-    scored: list[Scored]
-    shared: Ranking
-    counts: list[Counts]
-    kept: list[KeepIndices]
+from kvpolicy.policy.scoring import once
+from kvpolicy.types import Counts, KeepIndices, Mask
 
 
 def decide(parts: Parts, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
     """Decide for all layers at once which slots stay; see `Policy.decide`."""
+    findings = Findings()
     scoring = score(parts, views)
     shared = share(parts.selector, scoring)
-    rows = torch.tensor(list(budget), dtype=torch.int64)
-    _check(parts, scoring, shared, rows)
-    counts = allocate(parts.allocator, scoring, shared, rows)
-    kept = choose(parts, scoring, shared, counts)
-    return Decision(scoring.scored, shared, counts, kept)
+    rows = torch.tensor(list(budget), dtype=torch.int64).to(shared.runs[0].scores.device)  # the one copy to a device
+    _look_at_scores(findings, parts, scoring, shared, rows, budget)
+    try:
+        counts = allocate(parts.allocator, scoring, shared, rows, findings)
+        kept = choose(parts, scoring, shared, counts, max(budget), findings)
+    except Exception:
+        findings.read()  # an allocator or selector that stumbles over what came before it is not to blame
+        raise
+    lengths = findings.read()
+    return Decision(scoring.scored, shared, counts, *_trimmed(kept, lengths))
+
+
+def _trimmed(kept: list[KeepIndices], lengths: list[Tensor]) -> tuple[list[KeepIndices], list[Tensor]]:
+    """Leave out columns in which no head keeps anything; the numbers come run by run and leave layer by layer."""
+    each = [part for many in lengths for part in many.split(kept[0].lengths.shape[0])]
+    result = []
+    for one, count in zip(kept, each, strict=True):
+        most = int(count.max()) if count.numel() else 0
+        wide = one.indices.shape[-1] > most
+        result.append(KeepIndices(one.indices[..., :most].contiguous(), one.lengths) if wide else one)
+    return result, each
+
+
+def _look_at_scores(
+    findings: Findings, parts: Parts, scoring: Scoring, shared: Ranking, rows: Tensor, budget: Sequence[int]
+) -> None:
+    for run, ranked in zip(scoring.runs, shared.runs, strict=True):
+
+        def who(place: int, run: Run = run) -> str:
+            """Name the component whose numbers are the first that are not finite."""
+            named = [parts.importance, parts.redundancy, parts.mixer]
+            for component, made in zip(named, run.scored, strict=True):
+                allowed = apart(run.allowed, len(run.layers))[place]
+                if not bool(apart(made, len(run.layers))[place][allowed].isfinite().all()):
+                    return called(component)
+            return f"those of other layers, which {called(parts.selector)} reduces together"
+
+        findings_of.of_scores(findings, ranked.scores, ranked.allowed, run.layers, who, parts.name)
+        protected = ranked.protected.sum(-1)
+        each = rows.to(protected.device).repeat(len(run.layers))[:, None]
+        findings_of.of_protections(findings, protected, each, budget, parts.name)
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -155,21 +88,26 @@ def score(parts: Parts, views: Sequence[CacheView]) -> Scoring:
     Raises:
         ScoreError: a scorer or the mixer returned a wrong shape or dtype.
     """
-    scored: list[Scored] = []
-    ranking = Ranking([], [], [])
+    runs: list[Run] = []
     slots: list[Slots] = []
-    runs: list[tuple[Slots, int]] = []
     num_layers = 0
-    for view, layers_in_it in folded(views) if folds(parts) and isinstance(views, list) else ((v, 1) for v in views):
-        one = scores(parts, view)
-        for mine, part in zip(ranking, (one.retention, *masks(parts, view)), strict=True):
-            mine.extend(part.unflatten(0, (layers_in_it, -1)).unbind(0))
-        each = (part.unflatten(0, (layers_in_it, -1)).unbind(0) for part in one)
-        scored += map(Scored, *each)
-        slots += [Slots.of(view)] if layers_in_it == 1 else map(Slots.of, views[len(slots) : len(scored)])
-        runs.append((Slots.of(view), layers_in_it))
+    for view, number in folded(views) if folds(parts) and isinstance(views, list) else ((v, 1) for v in views):
+        alone = [view] if number == 1 else views[len(slots) : len(slots) + number]
+        slots += map(Slots.of, alone)
+        watch = Untouched.of(view)
+        scored, marks = scores(parts, view, watch), masks(parts, view, watch)
+        runs.append(Run(tuple(each.layer_idx for each in slots[-number:]), Slots.of(view), scored, *marks))
+        if number > 1 and parts.remembering:
+            _hand_down(view, alone)
         num_layers = view.num_layers
-    return Scoring(scored, ranking, slots, runs, num_layers)
+    return Scoring(runs, slots, num_layers)
+
+
+def _hand_down(view: CacheView, layers: Sequence[CacheView]) -> None:
+    """Let the layers of a run know the scores that were computed for all of them: `remember` may ask for them."""
+    for scorer, made in view.memo:
+        for layer, part in zip(layers, apart(made, len(layers)), strict=True):
+            layer.memo.append((scorer, part))
 
 
 def folds(parts: Parts) -> bool:
@@ -180,22 +118,42 @@ def folds(parts: Parts) -> bool:
     return all(member.same_for_layers for part in scoring for member in part.members())
 
 
-def scores(parts: Parts, view: CacheView) -> Scored:
-    """Return the retention score of one view and what it is mixed from; raises ScoreError on a wrong shape or dtype."""
-    zeros = torch.zeros((), dtype=torch.float32, device=view.device).expand(view.shape)
-    both = parts.mixer.uses_importance and parts.mixer.uses_redundancy
-    with using_backend(parts.backend, shared=both):
-        importance = once(parts.importance, view) if parts.mixer.uses_importance else zeros
-        redundancy = once(parts.redundancy, view) if parts.mixer.uses_redundancy else zeros
-    return Scored(importance, redundancy, checked(parts.mixer.mix(importance, redundancy, view), view, parts.mixer))
+def scores(parts: Parts, view: CacheView, watch: Untouched | None = None) -> Scored:
+    """Return the retention score of one view and what it is mixed from; `watch` says who writes to the view.
+
+    Raises:
+        ScoreError: a shape, dtype or device is wrong.
+        ComponentError: a component wrote to the view.
+    """
+    watch = Untouched.of(view) if watch is None else watch
+    mixer = parts.mixer
+    importance = redundancy = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
+    with using_backend(parts.backend, shared=mixer.uses_importance and mixer.uses_redundancy):
+        if mixer.uses_importance:
+            importance = once(parts.importance, view)
+            watch.by(parts.importance)
+        if mixer.uses_redundancy:
+            redundancy = once(parts.redundancy, view)
+            watch.by(parts.redundancy)
+    mine = Untouched(view.layer_idx, iter((("importance", importance), ("redundancy", redundancy))))
+    mixed = checks.scores(mixer.mix(importance, redundancy, view), view, mixer)
+    watch.by(mixer)
+    mine.by(mixer)
+    return Scored(importance, redundancy, mixed)
 
 
-def masks(parts: Parts, view: CacheView) -> tuple[Mask, Mask]:
-    """Return (protected, allowed) of one view, bool `[B, H, N]`; what is not valid is never allowed."""
+def masks(parts: Parts, view: CacheView, watch: Untouched | None = None) -> tuple[Mask, Mask]:
+    """Return (protected, allowed) of one view, bool `[B, H, N]`; what is not valid is never allowed.
+
+    Raises:
+        ComponentError: a protection returned something else, or wrote to the view.
+    """
+    watch = Untouched.of(view) if watch is None else watch
     protected = torch.zeros(view.shape, dtype=torch.bool, device=view.device)
     allowed = view.valid
     for protection in parts.protections:
-        mask = protection.mask(view)
+        mask = checks.mask(protection.mask(view), view, protection)
+        watch.by(protection)
         if protection.effect == "keep":
             protected = protected | mask
         else:
@@ -215,27 +173,29 @@ def share(selector: Selector, scoring: Scoring) -> Ranking:
         UnsupportedError: heads decide together, and some of them are not here.
     """
     scope, how = selector.scope, selector.reduce
+    numbers = [len(run.layers) for run in scoring.runs]
+    alone = [Ranked(run.scored.retention, run.protected, run.allowed) for run in scoring.runs]
     if scope == "head":
-        return scoring.ranking
+        return Ranking(alone, numbers)
     _all_here(scoring, f"{type(selector).__name__} (scope {scope!r}) lets all heads decide together")
-    scores, protected, allowed = scoring.ranking
-    heads = [s.shape[1] for s in scores]
-    devices = [s.device for s in scores]
-    scores = [_reduce(s.masked_fill(~a, 0.0), 1, how) for s, a in zip(scores, allowed, strict=True)]
-    protected = [p.any(1) for p in protected]
-    allowed = [a.all(1) for a in allowed]
+    heads = [run.scores.shape[1] for run in alone]
+    reduced = [
+        Ranked(_reduce(run.scores.masked_fill(~run.allowed, 0.0), 1, how), run.protected.any(1), run.allowed.all(1))
+        for run in alone
+    ]
     if scope == "model":
-        home = devices[0]
-        one = _reduce(torch.stack([s.to(home) for s in scores]), 0, how)
-        kept = torch.stack([p.to(home) for p in protected]).any(0)
-        may = torch.stack([a.to(home) for a in allowed]).all(0)
-        scores = [one.to(d) for d in devices]
-        protected, allowed = [kept.to(d) for d in devices], [may.to(d) for d in devices]
-    return Ranking(
-        [s.unsqueeze(1).expand(-1, h, -1) for s, h in zip(scores, heads, strict=True)],
-        [p.unsqueeze(1).expand(-1, h, -1) for p, h in zip(protected, heads, strict=True)],
-        [a.unsqueeze(1).expand(-1, h, -1) for a, h in zip(allowed, heads, strict=True)],
-    )
+        layers = Ranking(reduced, numbers)
+        home = reduced[0].scores.device
+        one = _reduce(torch.stack([each.to(home) for each in layers.scores]), 0, how)
+        kept = torch.stack([each.to(home) for each in layers.protected]).any(0)
+        may = torch.stack([each.to(home) for each in layers.allowed]).all(0)
+        devices = [run.scores.device for run in reduced]
+        reduced = [
+            Ranked(*(each.to(device).repeat(number, 1) for each in (one, kept, may)))
+            for number, device in zip(numbers, devices, strict=True)
+        ]
+    wide = [Ranked(*(t.unsqueeze(1).expand(-1, h, -1) for t in run)) for run, h in zip(reduced, heads, strict=True)]
+    return Ranking(wide, numbers)
 
 
 def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:
@@ -247,27 +207,59 @@ def _reduce(scores: Tensor, dim: int, how: str) -> Tensor:
 # -- allocate ---------------------------------------------------------------------------------------------------------
 
 
-def allocate(allocator: BudgetAllocator, scoring: Scoring, shared: Ranking, rows: Tensor) -> list[Counts]:
-    """Return int64 `[B, H]` per layer, the entries that each head keeps; `rows` int64 `[B]` are the rows' budgets.
+def allocate(
+    allocator: BudgetAllocator, scoring: Scoring, shared: Ranking, rows: Tensor, findings: Findings
+) -> list[Counts]:
+    """Return int64 `[B, H]` per layer, the entries that each head keeps.
+
+    Args:
+        allocator: who splits.
+        scoring, shared: from the stages before.
+        rows: int64 `[B]`, the rows' budgets, on the device of the first layer.
+        findings: what turns out to be wrong with the counts when it is read; until then they are within their bounds.
 
     Raises:
+        ComponentError: the result has other shapes, dtypes or devices, or something was written to.
         UnsupportedError: heads share a budget, and some of them are not here.
     """
     if allocator.counts == "per_head":
         _all_here(scoring, f"{type(allocator).__name__} splits one budget over all heads")
-    return allocator.allocate(
-        AllocationRequest(
-            budget=rows.to(shared.scores[0].device),
-            valid=[mask.sum(-1) for mask in shared.allowed],
-            protected=[mask.sum(-1) for mask in shared.protected],
-            scores=shared.scores,
-            masks=shared.allowed,
-            layers=[each.layer_idx for each in scoring.slots],
-            num_layers=scoring.num_layers,
-            protected_masks=shared.protected,
-            heads=[each.head_span for each in scoring.slots],
-        )
+    held = [(run.allowed.sum(-1), run.protected.sum(-1)) for run in shared.runs]
+    valid, protected = (
+        [part for both, n in zip(held, shared.numbers, strict=True) for part in apart(both[i], n)] for i in (0, 1)
     )
+    layers = [each.layer_idx for each in scoring.slots]
+    request = AllocationRequest(
+        budget=rows,
+        valid=valid,
+        protected=protected,
+        scores=shared.scores,
+        masks=shared.allowed,
+        layers=layers,
+        num_layers=scoring.num_layers,
+        protected_masks=shared.protected,
+        heads=[each.head_span for each in scoring.slots],
+    )
+    watch = Untouched(layers[0], _of_request(request))
+    made = checks.counts(allocator.allocate(request), valid, layers, allocator)
+    watch.by(allocator)
+    counts: list[Counts] = []
+    for run, number, (most, least) in zip(scoring.runs, shared.numbers, held, strict=True):
+        some = made[len(counts) : len(counts) + number]
+        whole = torch.cat(some) if number > 1 else some[0]
+        each = rows.to(most.device).repeat(number)[:, None]
+        within = findings_of.of_counts(findings, whole, least, most, each, run.layers, allocator)
+        counts += apart(within, number)
+    if allocator.counts != "equal":
+        findings_of.of_totals(findings, made, valid, rows, allocator)
+    return counts
+
+
+def _of_request(request: AllocationRequest) -> Iterator[tuple[str, Tensor]]:
+    yield "request.budget", request.budget
+    for name in ("valid", "protected", "scores", "masks", "protected_masks"):
+        for i, tensor in enumerate(getattr(request, name)):
+            yield f"request.{name}[{i}]", tensor
 
 
 def _all_here(scoring: Scoring, why: str) -> None:
@@ -284,46 +276,46 @@ def _all_here(scoring: Scoring, why: str) -> None:
 # -- choose -----------------------------------------------------------------------------------------------------------
 
 
-def choose(parts: Parts, scoring: Scoring, shared: Ranking, counts: list[Counts]) -> list[KeepIndices]:
-    """Return the slots that stay of each layer, as many as `counts` say."""
-    selector, slots = parts.selector, scoring.slots
-    if selector.scope == "model":
-        slots = [replace(each, layer_idx=slots[0].layer_idx) for each in slots]
+def choose(
+    parts: Parts, scoring: Scoring, shared: Ranking, counts: list[Counts], most: int, findings: Findings
+) -> list[KeepIndices]:
+    """Return the slots that stay of each layer, as many as `counts` say.
+
+    Args:
+        parts: the policy.
+        scoring, shared, counts: from the stages before.
+        most: the largest budget of a row.
+        findings: what turns out to be wrong with the slots when it is read, and how many they are.
+
+    Raises:
+        ComponentError: the result has other shapes, dtypes or devices, or something was written to.
+    """
+    selector = parts.selector
     alike = parts.counts == "equal" and all(member.same_for_layers for member in selector.members())
-    asked = list(zip(shared.scores, counts, shared.protected, shared.allowed, strict=True))
     kept: list[KeepIndices] = []
     with using_backend(parts.backend):
-        for whole, number in scoring.runs if alike else [(each, 1) for each in slots]:
-            some = asked[len(kept) : len(kept) + number]
-            if number == 1:
-                kept.append(selector.select(*some[0], slots[len(kept)]))
-                continue
-            score, count, keep, may = (torch.cat(each) for each in zip(*some, strict=True))
-            one = selector.select(score, count, keep, may, whole)
-            kept += map(KeepIndices, *(each.unflatten(0, (number, -1)).unbind(0) for each in one))
+        for run, ranked, number in zip(scoring.runs, shared.runs, shared.numbers, strict=True):
+            slots = scoring.slots[len(kept) : len(kept) + number]
+            some = counts[len(kept) : len(kept) + number]
+            if number > 1 and alike:
+                asked = [(ranked, torch.cat(some), run.slots, run.layers)]
+            else:
+                single = (Ranked(*each) for each in zip(*(apart(t, number) for t in ranked), strict=True))
+                asked = [(r, c, s, (s.layer_idx,)) for r, c, s in zip(single, some, slots, strict=True)]
+            for rank, count, known, layers in asked:
+                limit = rank.allowed.shape[-1]
+                width = min(most, limit) if parts.allocator.counts == "equal" else limit
+                layer = scoring.slots[0].layer_idx if selector.scope == "model" else known.layer_idx
+                one = _select(selector, rank, count, replace(known, layer_idx=layer, width=width), layers[0])
+                findings_of.of_kept(findings, one, count, rank.protected, rank.allowed, layers, selector)
+                findings.number(one.lengths)
+                kept += map(KeepIndices, *(apart(each, len(layers)) for each in one))
     return kept
 
 
-def _check(parts: Parts, scoring: Scoring, shared: Ranking, rows: Tensor) -> None:
-    """Refuse NaN, infinities and too small budgets, with one read from the device per compaction."""
-    facts = [
-        torch.stack(
-            [
-                (~torch.isfinite(s.masked_fill(~a, 0.0))).any().to(torch.int64),
-                (p.sum(-1) - rows.to(p.device)[:, None]).max(),
-                p.sum(-1).max(),
-            ]
-        ).to("cpu", non_blocking=False)
-        for s, p, a in zip(*shared, strict=True)
-    ]
-    for each, (bad, excess, most) in zip(scoring.slots, torch.stack(facts).tolist(), strict=True):
-        if bad:
-            raise ScoreError(
-                f"policy {parts.name!r}: the retention scores of layer {each.layer_idx} are not finite; "
-                "look for NaN or infinity in that layer's keys and values, or in the scorer."
-            )
-        if excess > 0:
-            raise BudgetError(
-                f"budget: {int(rows.min())} entries per head are fewer than the {most} that policy {parts.name!r} "
-                "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
-            )
+def _select(selector: Selector, ranked: Ranked, counts: Counts, slots: Slots, layer: int) -> KeepIndices:
+    names = ("scores", "protected", "valid", "counts", "slots.positions")
+    watch = Untouched(layer, zip(names, (*ranked, counts, slots.positions), strict=True))
+    made = selector.select(ranked.scores, counts, ranked.protected, ranked.allowed, slots)
+    watch.by(selector)
+    return checks.kept(made, ranked.allowed, layer, selector)

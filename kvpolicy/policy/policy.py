@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from kvpolicy.contracts.budget import Budget
@@ -22,7 +23,7 @@ from kvpolicy.contracts.components import (
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
 from kvpolicy.policy import decide as stages
-from kvpolicy.policy.decide import Decision, Scored
+from kvpolicy.policy.decision import Decision, Scored
 from kvpolicy.types import KeepIndices, Mask, Scores
 
 Phase = Literal["prefill", "decode", "both"]
@@ -144,7 +145,7 @@ class Policy:
                 "makes them incomparable; use another mixer or `allocator: uniform`."
             )
 
-    @property
+    @cached_property
     def components(self) -> tuple[Component, ...]:
         """All components whose result is used, in the order of the pipeline, each before those it is made of.
 
@@ -161,7 +162,12 @@ class Policy:
             found += [member for member in part.members() if member not in found]
         return tuple(found)
 
-    @property
+    @cached_property
+    def remembering(self) -> tuple[Component, ...]:
+        """The components that remember something at a compaction, in slot state."""
+        return tuple(c for c in self.components if type(c).remember is not Component.remember)
+
+    @cached_property
     def counts(self) -> Literal["equal", "per_layer", "per_head"]:
         """Whether a compaction leaves every head of every layer with as many entries.
 
@@ -231,6 +237,7 @@ class Policy:
 
         Raises:
             BudgetError: more entries are protected than the budget holds.
-            ScoreError: a component returned a wrong shape or dtype, or scores that are not finite.
+            ScoreError: scores have a wrong shape, dtype or device, or are not finite.
+            ComponentError: a component returned something else that its contract does not allow, or wrote to its input.
         """
         return stages.decide(self, views, budget)

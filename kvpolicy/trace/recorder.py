@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.policy.decide import Decision
+from kvpolicy.policy.decision import Decision
 from kvpolicy.policy.policy import Policy
 from kvpolicy.trace.recording import Recording, Snapshot
 

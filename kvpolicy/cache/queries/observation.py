@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy import ops
 from kvpolicy.cache.queries.statistics import QueryStatistics
 from kvpolicy.contracts.view import CacheView, Rope
+from kvpolicy.policy import checks
 from kvpolicy.policy.policy import Policy
 
 _BLOCK = 32  # queries per call of `observe_attention`: bounds the weights to [B, H, G, 32, N]
@@ -64,7 +65,8 @@ class Observation:
             some, where, real = turned[:, :, :, block], positions[:, block], valid[:, block]
             seen = replace(view(), query_positions=where, query_valid=real)
             for component in self._stream:
-                for name, tensor in component.observe_queries(seen, some, where, real).items():
+                new = component.observe_queries(seen, some, where, real)
+                for name, tensor in checks.state(new, seen, component).items():
                     write(name, tensor)
             if not self._attention:
                 continue
@@ -75,7 +77,8 @@ class Observation:
                 scale=seen.scale, softcap=seen.softcap, attention_sinks=seen.attention_sinks,
             )  # fmt: skip
             for component in self._attention:
-                for name, tensor in component.observe_attention(seen, weights).items():
+                new = component.observe_attention(seen, weights)
+                for name, tensor in checks.state(new, seen, component).items():
                     write(name, tensor)
 
     def extras(self, layer: int, rows: slice) -> dict[str, Tensor]:

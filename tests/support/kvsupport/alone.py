@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
-from kvpolicy.policy.decide import Decision
+from kvpolicy.policy.decision import Decision
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy import ops, tables
 from kvpolicy.cache.queries.statistics import SKIPPED
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.loading.installed import catalog
 from kvsupport.oracle_scores import HeadView, Scorer, turn
 
