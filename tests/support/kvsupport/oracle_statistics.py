@@ -66,7 +66,7 @@ def _table(p: Any, kind: str, name: str, head: HeadView) -> Tensor:
     view = SimpleNamespace(
         num_layers=table.num_layers,
         layer_idx=head.layer,
-        shape=(1, head.info.heads, len(head.positions)),
+        head_span=HeadSpan.whole(head.info.heads),
         keys=head.keys,
         device=head.keys.device,
         rope=None if head.info.inv_freq is None else SimpleNamespace(inv_freq=head.info.inv_freq),
