@@ -95,5 +95,5 @@ def counting_reads() -> Iterator[Reads]:
     with ExitStack() as stack:
         for name in (*_ASKS, "to"):
             stack.enter_context(mock.patch.object(torch.Tensor, name, wrapped(name)))
-        stack.enter_context(Mode())
+        stack.enter_context(Mode())  # type: ignore[no-untyped-call]
         yield reads
