@@ -41,7 +41,8 @@ class CacheView:
         values: `[B, H, N, Dv]`, in the cache's dtype.
         positions: int32 `[B, H, N]`, original positions.
         valid: bool `[B, H, N]`.
-        queries: `[B, H, G, Q, D]`, the last queries the model used, in any order; None when no component asked.
+        queries: `[B, H, G, Q, D]`, the last queries the model used, in any order; None when no component asked. Where
+            several layers read these keys, `G` is the query heads of all of them.
         query_positions: int32 `[B, Q]`, their original positions.
         query_valid: bool `[B, Q]`, False where fewer than `Q` queries have been seen.
         state: named slot state, `[B, H, N]` each.

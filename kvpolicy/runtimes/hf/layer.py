@@ -153,11 +153,17 @@ class EvictingLayer(CacheLayerMixin):
         """Keep what the policy needs of an attention call, once the last reader of these keys has come by."""
         engine, current = self.passes.engine, self.passes.current
         assert current is not None
+        who = reader(module, self.layer_idx)
+        if who not in self.readers:
+            raise UnsupportedError(
+                f"layer {who} ({type(module).__name__}) reads the keys of layer {self.layer_idx} without saying so; "
+                "use a model whose layers keep keys of their own."
+            )
         if len(self.readers) == 1:
             engine.record(self.layer_idx, query, facts)
             return
         calls = current.readings.setdefault(self.layer_idx, {})
-        calls[reader(module, self.layer_idx)] = query, facts
+        calls[who] = query, facts
         if not set(self.readers) <= set(calls):
             return
         del current.readings[self.layer_idx]

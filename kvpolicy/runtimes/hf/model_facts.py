@@ -14,8 +14,8 @@ def head_shapes(model: PreTrainedModel, layers: Iterable[int]) -> list[tuple[int
     """Return the number of KV heads and their size for each of some layers, as the model's configuration says."""
     config: Any = model.config.get_text_config(decoder=True)
     said = config.to_dict()
-    # Names of transformers that a configuration has under names of its own (GPT-2's `n_head`) are attributes only.
-    text = {name: said[name] if name in said else getattr(config, name, None) for name in FIELDS}
+    own = set(getattr(config, "attribute_map", ()))  # under names of its own, as GPT-2's `n_head`: attributes only
+    text = {name: getattr(config, name, None) if name in own else said.get(name) for name in FIELDS}
     return [head_shape(layer_fields(text, layer)) for layer in layers]
 
 

@@ -43,7 +43,7 @@ def readers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[in
     shares = {i for i, module in modules.items() if getattr(module, "is_kv_shared_layer", False)}
     found: dict[int, list[int]] = {}
     for i in sorted(shares):
-        own = getattr(modules[i], "kv_shared_layer_index", None)  # transformers before 5.6
+        own = getattr(modules[i], "kv_shared_layer_index", None)  # said by transformers 5.2
         if not isinstance(own, int):
             # The last layer with keys of its own before the first that has none, of the same kind.
             before = [j for j in modules if j < min(shares) and (not kinds or kinds[j] == kinds[i])]

@@ -204,3 +204,18 @@ def test_readers_that_scale_differently_are_refused(model, compose, ids):
             model(ids, past_key_values=cache)
     finally:
         module.scaling = before
+
+
+@torch.no_grad()
+def test_a_reader_that_nobody_announced_is_refused(model, compose, ids):
+    module = model.model.layers[SHARER].self_attn
+    module.is_kv_shared_layer = False
+    try:
+        cache = PolicyCache(compose(), model)
+    finally:
+        module.is_kv_shared_layer = True
+    with (
+        cache,
+        pytest.raises(UnsupportedError, match=f"layer {SHARER} .* reads the keys of layer {OWNER} without saying"),
+    ):
+        model(ids, past_key_values=cache)
