@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kernels test-aot test-browser lint types check bench
+.PHONY: help setup demo test test-slow test-kernels test-aot test-browser lint types check bench models
 
 BIN := .venv/bin
 
@@ -51,3 +51,6 @@ check: setup ## the laws, on everything that is registered
 
 bench: setup ## the benchmarks at tiny sizes; docs/benchmarks.md has the commands that measure
 	@for name in score decode memory_cap roofline; do $(BIN)/python -P benchmarks/$$name.py --quick || exit 1; done
+
+models: setup ## docs/models.md anew: every model class of transformers is tried
+	$(BIN)/python -P scripts/models.py

@@ -45,7 +45,7 @@ def base_attention(module: nn.Module, base: str) -> AttentionFunction:
     if interface is None or (base == "eager" and eager is None):
         raise UnsupportedError(
             f"{type(module).__name__} does not take its attention from transformers' attention registry, so its "
-            "queries cannot be observed; use a model class of transformers itself."
+            "queries cannot be observed; use a decoder whose class does."
         )
     function: AttentionFunction = interface.get_interface(base, eager)
     return function

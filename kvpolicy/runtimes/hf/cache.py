@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.ledger import Kind
@@ -28,6 +27,7 @@ from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
+from kvpolicy.runtimes.hf.trial import survey, try_attention
 from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
@@ -63,15 +63,9 @@ class PolicyCache(Cache):
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
         refuse_implementation(getattr(model.generation_config, "cache_implementation", None), "generation_config")
-        modules = attention_modules(model)
-        layers = DynamicCache(config=model.config).layers
-        evictable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        self._refuse_others(layers, type(model).__name__)
-        lost = [i for i in evictable if i not in modules]
-        if not evictable or lost:
-            unseen = f"the attention module of layer {lost[0]} was not found" if lost else ""
-            what = unseen or "it has no layer to evict from"
-            raise UnsupportedError(f"{type(model).__name__}: {what}; use a decoder with full-attention layers.")
+        layers, modules = survey(model)
+        evictable = list(modules)
+        try_attention(model, modules)
         for shape in dict.fromkeys(head_shapes(model, evictable)):
             check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
@@ -81,26 +75,17 @@ class PolicyCache(Cache):
             key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
             groups.setdefault(key, []).append(i)
         engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
-        self._passes = Passes(engine, model, modules, has_images=bool(image_tokens(model)))
-        shared = readers(model, modules)
+        every = attention_modules(model)
+        self._passes = Passes(engine, model, every, has_images=bool(image_tokens(model)))
+        shared = readers(model, every)
         for i in evictable:
             layers[i] = EvictingLayer(self._passes, i, shared.get(i, ()))
         self.model = model
         super().__init__(layers=layers)
-        undo = [attach(model, {i: modules[i] for i in evictable})]
+        undo = [attach(model, modules)]
         if shared:
             undo.append(compute_whole_prompts(model))
         self._detach = weakref.finalize(self, _call_all, undo)
-
-    @staticmethod
-    def _refuse_others(layers: list[Any], model: str) -> None:
-        for i, layer in enumerate(layers):
-            forgets = getattr(layer, "is_sliding", False) or not hasattr(layer, "get_mask_sizes")
-            if type(layer) is not DynamicLayer and not forgets:
-                raise UnsupportedError(
-                    f"{model}: layer {i} keeps a {type(layer).__name__}, which kvpolicy does not know; "
-                    "use a model with full, sliding-window or linear attention."
-                )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,184 @@
+"""A forward pass of a few tokens that shows, before a cache is used, whether a model attends to what it stores.
+
+What a modeling file does between the cache and its attention stands in no configuration: latent attention expands what
+it stores, some models permute the values, some keep nothing at all. A policy can evict for a model only if every layer
+hands its attention function, once per pass, exactly the keys and values that the cache returned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.runtimes.hf.attach import attach
+from kvpolicy.runtimes.hf.attention import attention_modules
+from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+
+_TOKENS = 3
+_tried: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+class _Watched(DynamicLayer):
+    """A layer that notes what it returned and what the attention was given of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates = 0
+        self.calls: dict[int, int] = {}  # reading module -> calls
+        self.problem: str | None = None
+        self._returned: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store as a `DynamicLayer` does."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._returned = keys, values = keys.view_as(keys), values.view_as(values)
+        self.updates += 1
+        mark(keys, self)
+        return keys, values
+
+    def attend(
+        self,
+        function: AttentionFunction,
+        base: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compare what came with what was returned; attend as the model does."""
+        assert self._returned is not None
+        self.calls[id(module)] = self.calls.get(id(module), 0) + 1
+        if not (_same(key, self._returned[0]) and _same(value, self._returned[1])):
+            self.problem = "does not attend to the values as it stores them"
+        elif kwargs.get("position_bias") is not None:
+            self.problem = "adds a position bias to its attention"
+        elif query.shape[1] % key.shape[1]:
+            self.problem = f"has {query.shape[1]} query heads for {key.shape[1]} KV heads"
+        return function(module, query, key, value, mask, **kwargs)
+
+    def found(self) -> str | None:
+        """Return what is in the way, None if nothing."""
+        if not self.updates:
+            return "stores nothing in the cache that it is given (it is no decoder, or its configuration forbids it)"
+        if self.updates > 1:
+            return f"stores keys {self.updates} times in one forward pass"
+        if not self.calls:
+            return (
+                "does not hand the keys that it stores to transformers' attention functions: it makes others out of "
+                "them first, as multi-head latent attention does, or computes its attention itself"
+            )
+        if max(self.calls.values()) > 1 and self.problem is None:
+            return f"attends {max(self.calls.values())} times in one forward pass"
+        return self.problem
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def survey(model: PreTrainedModel) -> tuple[list[Any], dict[int, nn.Module]]:
+    """Return the layers of a new `DynamicCache` for a model, and the attention modules of those to evict from.
+
+    Raises:
+        UnsupportedError: there is none, a layer is of a kind that is not known, or its attention cannot be followed.
+    """
+    name = type(model).__name__
+    try:
+        layers = list(DynamicCache(config=model.config).layers)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name}: transformers cannot make a DynamicCache from its configuration ({type(error).__name__}), so "
+            "there is nothing to evict from; use a model that is one decoder."
+        ) from error
+    for i, layer in enumerate(layers):
+        forgets = getattr(layer, "is_sliding", False) or not hasattr(layer, "get_mask_sizes")
+        if type(layer) is not DynamicLayer and not forgets:
+            raise UnsupportedError(
+                f"{name}: layer {i} keeps a {type(layer).__name__}, which kvpolicy does not know; "
+                "use a model with full, sliding-window or linear attention."
+            )
+    modules = attention_modules(model)
+    evictable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not evictable:
+        raise UnsupportedError(f"{name}: it has no layer to evict from; use a decoder with full-attention layers.")
+    if lost := [i for i in evictable if i not in modules]:
+        raise UnsupportedError(
+            f"{name}: layer {lost[0]} has no attention of its own that goes through transformers' attention functions, "
+            "so its queries cannot be observed; use a decoder whose layers do."
+        )
+    return layers, {i: modules[i] for i in evictable}
+
+
+def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
+    """Run a few tokens through a model, once in its life, and check what its attention is given.
+
+    A model that takes no text alone cannot be tried; it is left to the checks of each forward pass.
+
+    Args:
+        model: left as it was.
+        modules: the attention modules of the layers whose entries are to be evicted, by layer index.
+
+    Raises:
+        UnsupportedError: a layer does not attend to what it stores, or the model takes no `DynamicCache`.
+    """
+    if model in _tried:
+        return
+    name = type(model).__name__
+    cache = DynamicCache(config=model.config)
+    watched = {i: _Watched() for i in modules}
+    for i, layer in watched.items():
+        cache.layers[i] = layer
+    with _undisturbed(model, modules):
+        error = _run(model, cache)
+        if error is not None and _run(model, None) is None:
+            first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            raise UnsupportedError(
+                f"{name} does not run with the cache of transformers that a PolicyCache is ({type(error).__name__}: "
+                f"{first}); use a model that takes a DynamicCache."
+            )
+    for i, layer in watched.items() if error is None else ():
+        if problem := layer.found():
+            raise UnsupportedError(
+                f"{name}: layer {i} {problem}, so its entries cannot be evicted; use a decoder whose layers attend to "
+                "what they store."
+            )
+    if error is None:
+        _tried.add(model)
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, cache: DynamicCache | None) -> Exception | None:
+    """Run the tokens; return what the model raised."""
+    device = model.device if model.device.type != "meta" else torch.device("cpu")  # hooks of an offloaded model move it
+    tokens = torch.arange(1, _TOKENS + 1, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    try:
+        model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+    except Exception as error:  # noqa: BLE001  whatever a modeling file raises
+        return error
+    return None
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Attach to a model and leave it as it was: its mode, and how far an image has moved the positions behind it."""
+    detach = attach(model, dict(modules))
+    training = model.training
+    moved = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    model.eval()
+    try:
+        yield
+    finally:
+        detach()
+        model.train(training)
+        for module, deltas in moved:
+            module.rope_deltas = deltas
