@@ -91,8 +91,8 @@ def _drop_the_cache(model):
 
 
 def test_a_pass_at_which_no_layer_came_by_is_an_error_at_the_next_one(model, compose, ids):
-    _drop_the_cache(model)
     cache = PolicyCache(compose(), model)
+    _drop_the_cache(model)
     with pytest.raises(CacheStateError, match="20 tokens and no layer stored any"):
         model.generate(ids, past_key_values=cache, **GREEDY)
 
@@ -109,8 +109,8 @@ def test_a_pass_at_which_no_layer_came_by_is_an_error_at_the_next_one(model, com
     ids=["stats", "check", "fork", "kept", "exit"],
 )
 def test_a_pass_at_which_no_layer_came_by_is_an_error_at_any_read(model, compose, ids, read):
-    _drop_the_cache(model)
     cache = PolicyCache(compose(), model)
+    _drop_the_cache(model)
     with torch.no_grad():
         model(ids, past_key_values=cache)
     with pytest.raises(CacheStateError, match="no layer stored any"):
@@ -121,8 +121,8 @@ def test_an_interrupted_pass_is_an_error_once(model, compose, ids):
     def interrupt(module, args):
         raise KeyboardInterrupt
 
-    handle = model.model.layers[0].register_forward_pre_hook(interrupt)
     with torch.no_grad(), PolicyCache(compose(), model) as cache:
+        handle = model.model.layers[0].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(ids, past_key_values=cache)
         handle.remove()
@@ -164,6 +164,7 @@ def test_an_attention_that_failed_is_named(model, compose, ids, monkeypatch):
 
 
 def test_generate_notices_a_model_that_leaves_its_cache_alone(model, compose, ids):
+    PolicyCache(compose(), model).close()  # it does not when it is tried
     model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True
     )
