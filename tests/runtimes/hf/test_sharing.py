@@ -55,10 +55,15 @@ def ids(random_prompts):
     return torch.tensor(random_prompts(60))
 
 
+def nothing_seen(model):
+    """Return an empty cache: without one transformers 5.2 lets sharers make keys of their own."""
+    return DynamicCache(config=model.config)
+
+
 def attentions(model, ids):
-    """Weights of the owner and of its sharer without a cache, `[H, G, Q, N]` each."""
+    """Weights of the owner and of its sharer over everything, `[H, G, Q, N]` each."""
     model.set_attn_implementation("eager")
-    found = model(ids, use_cache=False, output_attentions=True).attentions
+    found = model(ids, past_key_values=nothing_seen(model), output_attentions=True).attentions
     return [found[i][0].unflatten(0, (HEADS, GROUPS)) for i in (OWNER, SHARER)]
 
 
@@ -107,7 +112,7 @@ def test_the_attention_of_every_reader_counts_once(importance, whole, model, ids
 )
 @torch.no_grad()
 def test_readers_see_what_is_kept(parts, model, ids, compose, random_prompts):
-    """Against a run without a cache, under a mask of what each head held when a token came."""
+    """Against one pass over the whole text, under a mask of what each head held when a token came."""
     policy = compose(budget=BUDGET, trigger={"every": 4}, protect={"recent": RECENT}, **parts)
     text = torch.cat([ids, torch.tensor(random_prompts(16, seed=9))], 1)
     start, length = ids.shape[1], text.shape[1]
@@ -132,7 +137,7 @@ def test_readers_see_what_is_kept(parts, model, ids, compose, random_prompts):
         )
     }
     model.set_attn_implementation("eager")
-    wanted = model(text, attention_mask=bias, use_cache=False).logits[0, start:]
+    wanted = model(text, attention_mask=bias, past_key_values=nothing_seen(model)).logits[0, start:]
     torch.testing.assert_close(torch.stack(logits), wanted, atol=2e-4, rtol=1e-3)
 
 
@@ -142,9 +147,7 @@ def test_readers_see_what_is_kept(parts, model, ids, compose, random_prompts):
 @torch.no_grad()
 def test_below_the_budget_it_is_what_a_dynamic_cache_gives(name, model, small, random_prompts, padded):
     inputs = padded(random_prompts(20, 13))
-    wanted = model.generate(
-        **inputs, past_key_values=DynamicCache(config=model.config), max_new_tokens=12, do_sample=False
-    )
+    wanted = model.generate(**inputs, past_key_values=nothing_seen(model), max_new_tokens=12, do_sample=False)
     with PolicyCache(small(name, 60), model) as cache:
         got = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
         assert cache.stats().evicted == 0
@@ -166,9 +169,9 @@ def test_a_padded_row_is_as_if_alone(model, compose, random_prompts, padded):
 @torch.no_grad()
 def test_several_last_tokens_see_what_precedes_them(model, compose, ids):
     """Layers without keys may skip all but the last tokens; no mask is made where causality alone would do."""
-    wanted = model(ids[:, :10]).logits[:, -3:]
+    wanted = model(ids[:, :10], past_key_values=nothing_seen(model)).logits[:, -3:]
     with PolicyCache(compose(importance="key_norm", mixer="importance_only"), model) as cache:
-        for each in (cache, DynamicCache(config=model.config)):
+        for each in (cache, nothing_seen(model)):
             got = model(ids[:, :10], past_key_values=each, logits_to_keep=3).logits
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
