@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from kvpolicy.study.runs import Run
     from kvpolicy.study.work import Outcome
 
-_LINE_SECONDS = 30.0
+_FIRST_LINE = 30.0
+"""Seconds until the first line; each pause is twice as long as the one before, up to the longest."""
+_LONGEST_PAUSE = 600.0
 
 
 class Bar:
@@ -40,7 +43,8 @@ class Bar:
             speed_estimate_period=600,
         )
         self._task: TaskID | None = None
-        self._next_line = 0.0
+        self._silent = Event()  # no line is to come
+        self._silent.set()
         self._total = self._done = self._failed = self._made = 0
 
     def __enter__(self) -> Self:
@@ -54,14 +58,19 @@ class Bar:
 
     def stop(self) -> None:
         """Leave the bar as it is."""
+        self._silent.set()
         self._progress.stop()
 
     def begin(self, stage: str, runs: int, tokens: int) -> None:
         """Start a bar of so many runs and tokens."""
         self._stage, self._total, self._done, self._failed, self._made = stage, runs, 0, 0, 0
         self._start = time.monotonic()
-        self._next_line = self._start + _LINE_SECONDS
         self._task = None
+        self._silent.set()
+        if runs and not self._console.is_terminal:
+            # A line of its own time: a batch may take longer than a reader of a log waits.
+            self._silent = Event()
+            Thread(target=self._lines, args=(self._silent,), daemon=True).start()
         if runs:
             self._task = self._progress.add_task(stage, total=tokens, runs=self._runs(), speed="-")
 
@@ -71,13 +80,24 @@ class Bar:
         self._done += len(runs)
         self._failed += sum(outcome.error is not None for outcome in outcomes)
         self._made += sum(int(o.metrics.get("tokens", o.metrics.get("forced_tokens", 0))) for o in outcomes)
-        now = time.monotonic()
-        speed = f"{self._made / max(now - self._start, 1e-9):,.0f}"
-        self._progress.update(self._task, advance=tokens, runs=self._runs(), speed=speed)
-        if not self._console.is_terminal and (now >= self._next_line or self._done == self._total):
-            self._next_line = now + _LINE_SECONDS
-            elapsed = now - self._start
-            self._console.print(f"{self._stage}: {self._runs()} runs, {speed} tokens/s, {elapsed:.0f} s")
+        self._progress.update(self._task, advance=tokens, runs=self._runs(), speed=self._speed())
+        if self._done == self._total and not self._console.is_terminal:
+            self._silent.set()
+            self._line()
+
+    def _lines(self, silent: Event) -> None:
+        """Print a line now and then, until there is no more to come."""
+        pause = _FIRST_LINE
+        while not silent.wait(pause):
+            self._line()
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _line(self) -> None:
+        elapsed = time.monotonic() - self._start
+        self._console.print(f"{self._stage}: {self._runs()} runs, {self._speed()} tokens/s, {elapsed:.0f} s")
+
+    def _speed(self) -> str:
+        return f"{self._made / max(time.monotonic() - self._start, 1e-9):,.0f}"
 
     def _runs(self) -> str:
         failed = f" ({self._failed} failed)" if self._failed else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import ipaddress
 import os
 import signal
 import socket
@@ -114,7 +116,8 @@ class Ray(Executor):
     """Runs tasks on a Ray cluster.
 
     Args:
-        address: of the cluster, as `ray.init` takes it; None starts one on this machine.
+        address: of the cluster, as `ray.init` takes it; None starts one on this machine, which listens on 127.0.0.1
+            alone.
         workers: tasks at the same time; None means one per CPU of the cluster.
         gpu: each task takes a GPU.
 
@@ -130,9 +133,13 @@ class Ray(Executor):
         self._ours = not self._ray.is_initialized()
         if self._ours:
             _check_address(address)
-            local = {} if address is not None else {"num_cpus": workers, "include_dashboard": False}
             try:
-                self._ray.init(address=address, log_to_driver=False, **local)
+                if address is None:
+                    self._start_here(workers)
+                else:
+                    self._ray.init(address=address, log_to_driver=False)
+            except KVPolicyError:
+                raise
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise KVPolicyError(f"--address: {address or 'a local Ray'} cannot be used: {reason}") from error
@@ -140,6 +147,33 @@ class Ray(Executor):
         self.slots = workers or max(1, int(resources.get("GPU" if gpu else "CPU", 1)))
         self._execute = self._ray.remote(num_cpus=1, num_gpus=int(gpu))(execute)
         self.crashed = (self._ray.exceptions.RaySystemError, self._ray.exceptions.WorkerCrashedError)
+
+    def _start_here(self, workers: int | None) -> None:
+        """Start Ray on this machine so that nobody else can reach it, for it runs whatever it is sent.
+
+        Ray listens on all addresses unless its node has that of the loopback. On Linux it takes another one even where
+        that is asked for; the switch that macOS and Windows have turned off by default is the one that it heeds.
+        """
+        constants: Any = importlib.import_module("ray._private.ray_constants")
+        switch = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+        known, cluster = os.environ.get(switch), constants.ENABLE_RAY_CLUSTER
+        os.environ[switch], constants.ENABLE_RAY_CLUSTER = "0", False
+        try:
+            # "local": with None, the variable RAY_ADDRESS would name a cluster.
+            self._ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        finally:
+            constants.ENABLE_RAY_CLUSTER = cluster
+            if known is None:
+                del os.environ[switch]
+            else:
+                os.environ[switch] = known
+        address = self._ray.nodes()[0]["NodeManagerAddress"]
+        if not ipaddress.ip_address(address).is_loopback:
+            self._ray.shutdown()
+            raise KVPolicyError(
+                f"--on: this version of Ray would listen on {address}, where others could reach it; start a cluster "
+                "that you protect, and name it with --address."
+            )
 
     def submit(self, task: Task) -> Outcomes:
         """Start a task somewhere on the cluster."""

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
-from kvpolicy.cli import main
+from kvpolicy.cli import main, study_progress
 from kvpolicy.cli.studying import duration
 from kvpolicy.study import executors
 
@@ -135,6 +136,25 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     code, _, err = run("run", "small.yaml")
     assert code == 130
     assert err.endswith("Stopped. small.sqlite holds what is finished; the same command goes on from there.\n")
+
+
+def test_a_log_gets_a_line_now_and_then_also_while_one_batch_takes_long(run, monkeypatch):
+    """On a base of one batch per stage nothing would be said until it ends."""
+    monkeypatch.setattr(study_progress, "_FIRST_LINE", 0.2)
+    monkeypatch.setattr(study_progress, "_LONGEST_PAUSE", 0.4)
+    submit = executors.Inline.submit
+
+    def slow(self, task):
+        time.sleep(1.0)
+        return submit(self, task)
+
+    monkeypatch.setattr(executors.Inline, "submit", slow)
+    code, _, err = run("run", "small.yaml")
+    assert code == 0
+    lines = err.splitlines()
+    assert len([line for line in lines if line.startswith("full cache: 0/4 runs, 0 tokens/s, ")]) >= 2
+    assert len([line for line in lines if line.startswith("variants: 8/8 runs, ")]) == 1
+    assert lines[-1].startswith("variants: 8/8 runs, ")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")])

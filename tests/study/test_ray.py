@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -44,6 +45,24 @@ def test_ray_gives_the_same_table(study, table, tmp_path, cluster):
     assert table(tmp_path / "ray.sqlite") == table(tmp_path / "here.sqlite")
     with Results(tmp_path / "ray.sqlite") as results:
         assert len(results.records()) == 8 + 4 * 16
+
+
+def test_a_ray_that_is_started_here_listens_on_this_machine_alone(monkeypatch):
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # of a cluster that was not asked for
+    here = psutil.Process()
+    before = {child.pid for child in here.children(recursive=True)}
+    with Ray(None, 1) as executor:
+        assert executor.slots == 1
+        started = [here, *(child for child in here.children(recursive=True) if child.pid not in before)]
+        listening = {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in started
+            for connection in process.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+    assert listening == {"127.0.0.1"}
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
 @pytest.mark.parametrize(
