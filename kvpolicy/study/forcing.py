@@ -18,6 +18,7 @@ from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.runtimes.hf.passes import ordinary_tensors
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward
 from kvpolicy.types import Scores
@@ -157,7 +158,8 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, atten
 
 def room(cache: PolicyCache) -> int:
     """Run what is due and return how many tokens can come at once before the next compaction, at most `BLOCK`."""
-    cache.engine.settle()
+    with ordinary_tensors():  # of what a compaction makes, the next pass writes into
+        cache.engine.settle()
     ledger, least = cache.engine.ledger, BLOCK
     for row in ledger.rows:
         least = ledger.room(row, least)

@@ -15,12 +15,12 @@ from kvpolicy.study.results import Results
 
 RECORDED = {
     "epoch": 2,
-    "rkv": "",
-    "h2o": "",
-    "random": "",
-    "snapkv": "",
-    "pyramidkv": "",
-    "full": "",
+    "rkv": "25e131cbc1a8",
+    "h2o": "ab0a92d20456",
+    "random": "9c9d038a5858",
+    "snapkv": "91852c8f2fba",
+    "pyramidkv": "23fbef001859",
+    "full": "c5ceca867c00",
 }
 """Hashes of what each policy generated and how much it held; made by the test below."""
 
