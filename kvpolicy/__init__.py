@@ -5,8 +5,9 @@ Importing this package loads neither plugins nor transformers nor triton; names 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
+
+from kvpolicy.lazy import attach
 
 if TYPE_CHECKING:
     from kvpolicy.contracts.budget import Budget as Budget
@@ -43,43 +44,14 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_MODULES: Final = {
-    "loading.entries": ("Catalog",),
-    "contracts.components": (
-        *("BudgetAllocator", "Component", "ImportanceScorer", "Mixer", "PostOperation", "Protection"),
-        *("RedundancyScorer", "Selector", "SlotState", "Trigger"),
-    ),
-    "errors": (
-        *("BudgetError", "CacheStateError", "ComponentError", "KVPolicyError", "PluginError", "ScoreError"),
-        *("SpecError", "TableError", "UnknownComponentError", "UnsupportedError"),
-    ),
-    "loading.hookspecs": ("hookimpl",),
-    "loading.installed": ("catalog",),
-    "contracts.budget": ("Budget",),
-    "policy.policy": ("Policy",),
-    "spec": ("ComponentRef", "PolicySpec", "json_schema", "load"),
-    "contracts.view": ("CacheView", "Rope"),
-}
-_HOME: Final = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kvpolicy")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            value: Any = version("kvpolicy")
-        except PackageNotFoundError:  # a source tree that is not installed
-            value = "0+unknown"
-    elif name in _HOME:
-        value = getattr(import_module(f"kvpolicy.{_HOME[name]}"), name)
-    else:
-        raise AttributeError(f"module 'kvpolicy' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attach(__name__, {"__version__": _version})

@@ -10,8 +10,9 @@ NaN.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
+
+from kvpolicy.lazy import attach
 
 if TYPE_CHECKING:
     from kvpolicy.testing.checking import Failure as Failure
@@ -31,30 +32,4 @@ if TYPE_CHECKING:
     from kvpolicy.testing.strategies import scores as scores
     from kvpolicy.testing.study_specs import studies as studies
 
-_MODULES: Final = {
-    "checking": ("Failure", "Result", "check_component", "check_package", "check_policy"),
-    "laws": ("LAWS", "Law", "LawBrokenError"),
-    "poison": ("poisoned_memory",),
-    "pytest_plugin": ("laws_of",),
-    "strategies": ("budgets", "cache_views", "components", "policy_specs", "scores"),
-    "study_specs": ("studies",),
-}
-_HOME: Final = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvpolicy.testing' has no attribute {name!r}")
-    if name != "poisoned_memory":
-        from kvpolicy.testing._extra import require_hypothesis
-
-        require_hypothesis()
-    value = getattr(import_module(f"kvpolicy.testing.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -262,6 +262,8 @@ def test_plugins_load_at_first_use_only(tmp_path):
 def test_every_public_name_exists():
     for name in kvpolicy.__all__:
         assert getattr(kvpolicy, name) is not None
-    assert set(kvpolicy.__all__) <= set(dir(kvpolicy))
+    assert dir(kvpolicy) == kvpolicy.__all__
+    assert {"Catalog", "Policy", "__version__", "hookimpl", "load"} < set(kvpolicy.__all__)
+    assert "TYPE_CHECKING" not in dir(kvpolicy)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kvpolicy.nothing  # noqa: B018

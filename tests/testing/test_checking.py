@@ -259,7 +259,7 @@ from kvsupport.mutants.parts import OneStepLate
 
 test_laws = laws_of(OneStepLate)
 """
-    out = run_pytest(tmp_path, text=text)
+    out = run_pytest(tmp_path, "-o", f"pythonpath={Path(kvsupport.__file__).parents[1]}", text=text)
     assert "PASSED test_mine.py::test_laws[declared_exceptions]" in out
     assert "PASSED test_mine.py::test_laws[trigger_is_pure]" in out
     assert "FAILED test_mine.py::test_laws[buffer_is_kept]" in out
@@ -287,7 +287,12 @@ def test_without_hypothesis_one_sentence_names_the_extra(monkeypatch):
     from kvpolicy.testing import _extra
 
     monkeypatch.setattr(_extra, "find_spec", lambda name: None)
-    monkeypatch.delitem(vars(testing), "laws_of", raising=False)
-    with pytest.raises(ImportError, match=r"laws and strategies need hypothesis; pip install 'kvpolicy\[test\]'\.$"):
-        testing.laws_of  # noqa: B018
+    for name in [name for name in sys.modules if name.startswith("kvpolicy.testing.") and name != _extra.__name__]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(vars(testing), "check_policy", raising=False)
+    for asks in (lambda: testing.check_policy, lambda: testing.laws_of("rkv")):
+        with pytest.raises(
+            ImportError, match=r"laws and strategies need hypothesis; pip install 'kvpolicy\[test\]'\.$"
+        ):
+            asks()
     assert testing.poisoned_memory
