@@ -22,7 +22,7 @@ def live_blocks(seen: int, resident: int, block: int) -> range:
 
 
 @dataclass
-class Table:
+class BlockTable:
     """The blocks of one row.
 
     Attributes:
@@ -55,7 +55,7 @@ class Table:
         return [block for block in found if block is not None]
 
 
-class Blocks:
+class BlockTables:
     """The tables of all rows, and the number of readers of each block.
 
     Args:
@@ -69,10 +69,10 @@ class Blocks:
     def __init__(self, blocks: int, block: int) -> None:
         self.blocks, self.block = blocks, block
         self.version = 0
-        self._tables: dict[Hashable, Table] = {}
+        self._tables: dict[Hashable, BlockTable] = {}
         self._readers: dict[int, int] = {}
 
-    def __getitem__(self, row: Hashable) -> Table:
+    def __getitem__(self, row: Hashable) -> BlockTable:
         if row not in self._tables:
             raise CacheStateError(f"row {row!r} is not bound to any blocks; bind() it first.")
         return self._tables[row]
@@ -96,7 +96,7 @@ class Blocks:
             raise CacheStateError(f"row {row!r}: {len(blocks)} blocks of {self.block} cannot hold {length} tokens.")
         self._take(row, blocks[:filled], shared=True)
         self._take(row, blocks[filled:], shared=False)
-        self._tables[row] = Table(self.block, list(blocks), 0, length, 0)
+        self._tables[row] = BlockTable(self.block, list(blocks), 0, length, 0)
         self._read(blocks)
 
     def extend(self, row: Hashable, blocks: Sequence[int]) -> None:
@@ -195,7 +195,7 @@ class Blocks:
         table.end -= tokens
         self.version += 1
 
-    def agreed(self, row: Hashable, length: int) -> Table:
+    def agreed(self, row: Hashable, length: int) -> BlockTable:
         """Return the table of a row that holds `length` entries; raises CacheStateError if it holds another number."""
         table = self[row]
         if table.length != length or not length:

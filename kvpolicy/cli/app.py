@@ -163,11 +163,11 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
 ) -> None:
     """Generate text under a policy, and show what the cache held and how fast it was."""
-    from kvpolicy.cli.generating import Request, run
+    from kvpolicy.cli.generating import GenerationRequest, run
 
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     run(
-        Request(
+        GenerationRequest(
             prompt=prompt,
             model=model,
             policies=(policy, *([compare] if compare is not None else [])),

@@ -28,7 +28,7 @@ def calibrate(
     """Measure on a model the table that a method needs, such as the scores of its heads; minutes on a CPU."""
     from rich.progress import Progress
 
-    from kvpolicy.cli.generating import Request, load_model
+    from kvpolicy.cli.generating import GenerationRequest, load_model
     from kvpolicy.cli.terminal import messages, output
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.tables import SUFFIX, save_table
@@ -38,7 +38,7 @@ def calibrate(
     words = "\n\n".join(_read(file) for file in text)
     note = messages()
     with note.status(f"loading {model}"):
-        loaded, tokenizer = load_model(Request("", model, (), device=device, dtype=dtype), note)
+        loaded, tokenizer = load_model(GenerationRequest("", model, (), device=device, dtype=dtype), note)
     from kvpolicy.runtimes.hf.calibration import Settings, calibrate
 
     command = ["kvpolicy", "calibrate", method, "--model", model]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What the command line asks for."""
 
     prompt: str
@@ -34,7 +34,7 @@ class Request:
     dtype: str = "auto"
 
 
-def run(request: Request) -> None:
+def run(request: GenerationRequest) -> None:
     """Generate under each policy and print text and table; raises KVPolicyError with one sentence."""
     # What is wrong with a policy is said before a model is loaded.
     specs = [kvpolicy.load(request.policies[0], budget=budget_of(request.budget))]
@@ -86,7 +86,7 @@ def check_sampling(sampling: Mapping[str, float]) -> None:
         raise KVPolicyError(f"--top-p: should be above 0 and at most 1, got {sampling['top_p']:g}.")
 
 
-def load_model(request: Request, note: Console, *, user: str = "generate") -> tuple[Any, Any]:
+def load_model(request: GenerationRequest, note: Console, *, user: str = "generate") -> tuple[Any, Any]:
     """Return model and tokenizer for the command `user`; raises KVPolicyError when they cannot be loaded."""
     from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
 
@@ -106,7 +106,7 @@ def _warm_up(model: Any, inputs: Any) -> None:
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-def generation_options(tokenizer: Any, request: Request) -> dict[str, Any]:
+def generation_options(tokenizer: Any, request: GenerationRequest) -> dict[str, Any]:
     """Seed the random numbers and return the arguments of ``model.generate``."""
     import torch
 
@@ -119,7 +119,7 @@ def generation_options(tokenizer: Any, request: Request) -> dict[str, Any]:
 
 
 def _generate(
-    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console
+    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: GenerationRequest, console: Console
 ) -> Generation:
     from kvpolicy.cli.streaming import TextStream
     from kvpolicy.runtimes.hf import PolicyCache, generate

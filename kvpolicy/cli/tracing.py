@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvpolicy.cli.generating import Request
+    from kvpolicy.cli.generating import GenerationRequest
     from kvpolicy.spec import PolicySpec
     from kvpolicy.trace.recording import Recording
 
@@ -69,11 +69,11 @@ def trace(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
 ) -> None:
     """Record every compaction of a text and write a page that shows what was kept, by whom, for how long and why."""
-    from kvpolicy.cli.generating import Request
+    from kvpolicy.cli.generating import GenerationRequest
     from kvpolicy.errors import KVPolicyError
 
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    request = Request(
+    request = GenerationRequest(
         prompt=sys.stdin.read() if prompt == "-" else prompt or "",
         model=model,
         policies=(policy, *([compare] if compare is not None else [])),
@@ -98,7 +98,7 @@ def trace(
     _run(request, text, out, same_text=same_text)
 
 
-def _run(request: Request, file: Path | None, out: Path, *, same_text: bool) -> None:
+def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text: bool) -> None:
     from kvpolicy.cli.generating import budget_of, check_sampling, described, load_model
     from kvpolicy.cli.terminal import messages, output
     from kvpolicy.errors import KVPolicyError
@@ -161,7 +161,7 @@ def _read(file: Path) -> str:
     return text
 
 
-def _given(tokenizer: Any, request: Request, text: str) -> _TracedText:
+def _given(tokenizer: Any, request: GenerationRequest, text: str) -> _TracedText:
     """Return the prompt's tokens and those of the text behind it; without a prompt the first token is the prompt."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.runtimes.opening import encode
@@ -177,7 +177,7 @@ def _given(tokenizer: Any, request: Request, text: str) -> _TracedText:
 
 
 def _generate(
-    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: Request, console: Console
+    model: Any, tokenizer: Any, inputs: Any, spec: PolicySpec, request: GenerationRequest, console: Console
 ) -> tuple[list[int], Recording]:
     from kvpolicy.cli.generating import generation_options
     from kvpolicy.cli.streaming import TextStream

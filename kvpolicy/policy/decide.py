@@ -19,7 +19,7 @@ from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.policy import checks
 from kvpolicy.policy import findings as findings_of
 from kvpolicy.policy.checks import Untouched, called
-from kvpolicy.policy.decision import Decision, Parts, Ranked, Ranking, Run, Scored, Scoring, apart
+from kvpolicy.policy.decision import Decision, Parts, Ranked, Ranking, Scored, ScoredRun, Scoring, apart
 from kvpolicy.policy.findings import Findings
 from kvpolicy.policy.fuse import folded
 from kvpolicy.policy.scoring import once
@@ -59,7 +59,7 @@ def _look_at_scores(
 ) -> None:
     for run, ranked in zip(scoring.runs, shared.runs, strict=True):
 
-        def who(place: int, run: Run = run) -> str:
+        def who(place: int, run: ScoredRun = run) -> str:
             """Name the component whose numbers are the first that are not finite."""
             named = [parts.importance, parts.redundancy, parts.mixer]
             for component, made in zip(named, run.scored, strict=True):
@@ -88,7 +88,7 @@ def score(parts: Parts, views: Sequence[CacheView]) -> Scoring:
     Raises:
         ScoreError: a scorer or the mixer returned a wrong shape or dtype.
     """
-    runs: list[Run] = []
+    runs: list[ScoredRun] = []
     slots: list[Slots] = []
     num_layers = 0
     for view, number in folded(views) if folds(parts) and isinstance(views, list) else ((v, 1) for v in views):
@@ -96,7 +96,7 @@ def score(parts: Parts, views: Sequence[CacheView]) -> Scoring:
         slots += map(Slots.of, alone)
         watch = Untouched.of(view)
         scored, marks = scores(parts, view, watch), masks(parts, view, watch)
-        runs.append(Run(tuple(each.layer_idx for each in slots[-number:]), Slots.of(view), scored, *marks))
+        runs.append(ScoredRun(tuple(each.layer_idx for each in slots[-number:]), Slots.of(view), scored, *marks))
         if number > 1 and parts.remembering:
             _hand_down(view, alone)
         num_layers = view.num_layers

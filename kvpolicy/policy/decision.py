@@ -74,7 +74,7 @@ class Scored(NamedTuple):
     retention: Scores
 
 
-class Run(NamedTuple):
+class ScoredRun(NamedTuple):
     """Layers that were scored as one view with `l * B` rows, the layers one after the other; usually one layer.
 
     Attributes:
@@ -109,7 +109,7 @@ class Scoring:
         num_layers: layers of the whole model.
     """
 
-    runs: list[Run]
+    runs: list[ScoredRun]
     slots: list[Slots]
     num_layers: int
 

@@ -53,7 +53,7 @@ class Recorder:
     def watch(self, policy: Policy) -> Policy:
         """Return a policy that decides the same and reports every decision to this recorder."""
         parts = {part.name: getattr(policy, part.name) for part in fields(Policy)}
-        return _Watched(**parts, recorder=self)
+        return _WatchedPolicy(**parts, recorder=self)
 
     def recording(self, cache: PolicyCache) -> Recording:
         """Return what was recorded; runs the compactions that are due in `cache`, as the next step would.
@@ -136,7 +136,7 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class _Watched(Policy):
+class _WatchedPolicy(Policy):
     """A policy that tells a recorder what it scored, ranked and kept."""
 
     recorder: Recorder = field(default_factory=Recorder, repr=False, compare=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
 import kvpolicy
+import kvsupport
 from kvpolicy.cli.checking import _report
 from kvpolicy.contracts.components import ImportanceScorer, Trigger
 from kvpolicy.errors import KVPolicyError, SpecError, UnsupportedError

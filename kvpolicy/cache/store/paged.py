@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.blocks import Blocks
+from kvpolicy.cache.blocks import BlockTables
 from kvpolicy.cache.store.packed import Packed
 from kvpolicy.cache.store.protocol import Kept, Layout, RowId, Rows, SlotTensors, equal_lengths
 from kvpolicy.errors import CacheStateError, UnsupportedError
@@ -77,7 +77,7 @@ class PagedStore:
         side = (len(layout.layers), blocks, self.block, layout.heads)
         self.positions = torch.zeros(side, dtype=torch.int32, device=layout.device)
         self.state = {s.name: torch.zeros(side, dtype=s.dtype, device=layout.device) for s in layout.states}
-        self.tables = Blocks(blocks, self.block)
+        self.tables = BlockTables(blocks, self.block)
         self._places_made: _Places | None = None
 
     @staticmethod

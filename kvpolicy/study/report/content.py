@@ -34,7 +34,7 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class Entry:
+class VariantEntry:
     """A variant in one condition, on one dataset with one model.
 
     Attributes:
@@ -63,7 +63,7 @@ class Effect:
         verdict: ``better`` or ``worse`` if the corrected p value is below `SIGNIFICANT`, else empty.
     """
 
-    entry: Entry
+    entry: VariantEntry
     comparison: Comparison
     swapped: str
     value: str
@@ -85,8 +85,8 @@ class Measure:
     """
 
     metric: str
-    front: tuple[Entry, ...]
-    beaten: tuple[Entry, ...]
+    front: tuple[VariantEntry, ...]
+    beaten: tuple[VariantEntry, ...]
     effects: Mapping[str, tuple[Effect, ...]]
 
 
@@ -104,15 +104,15 @@ class Place:
 
     model: str
     dataset: str
-    full: Entry | None
-    entries: tuple[Entry, ...]
+    full: VariantEntry | None
+    entries: tuple[VariantEntry, ...]
     metrics: tuple[str, ...]
     measures: tuple[Measure, ...]
 
     @cached_property
-    def facets(self) -> dict[str, dict[str, tuple[Entry, ...]]]:
+    def facets(self) -> dict[str, dict[str, tuple[VariantEntry, ...]]]:
         """Facet -> series -> its entries on the budget axis, the smallest budget first."""
-        found: dict[str, dict[str, list[Entry]]] = {}
+        found: dict[str, dict[str, list[VariantEntry]]] = {}
         for entry in self.entries:
             if entry.budget is not None:
                 found.setdefault(entry.facet, {}).setdefault(entry.series, []).append(entry)
@@ -122,9 +122,9 @@ class Place:
         }
 
     @cached_property
-    def conditions(self) -> dict[str, tuple[Entry, ...]]:
+    def conditions(self) -> dict[str, tuple[VariantEntry, ...]]:
         """Condition -> its entries, in the order of the study."""
-        found: dict[str, list[Entry]] = {}
+        found: dict[str, list[VariantEntry]] = {}
         for entry in self.entries:
             found.setdefault(entry.row.cell.condition, []).append(entry)
         return {condition: tuple(entries) for condition, entries in found.items()}
@@ -219,14 +219,14 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
     )
 
 
-def _entry(row: VariantSummary, axis: BudgetAxis | None) -> Entry:
+def _entry(row: VariantSummary, axis: BudgetAxis | None) -> VariantEntry:
     cell = row.cell
     if cell.name == REFERENCE or axis is None:
-        return Entry(row, cell.name, cell.condition, None)
+        return VariantEntry(row, cell.name, cell.condition, None)
     budget = budget_of(cell)
     series = without_budget(cell.name, cell) or str(cell.data.get("policy", cell.name))
     index = axis.texts.index(budget) if budget is not None and budget in axis.texts else None
-    return Entry(row, series, without_budget(cell.condition, cell), index)
+    return VariantEntry(row, series, without_budget(cell.condition, cell), index)
 
 
 def _qualities(rows: Sequence[VariantSummary], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -235,7 +235,11 @@ def _qualities(rows: Sequence[VariantSummary], wanted: Sequence[str]) -> tuple[s
 
 
 def _place(
-    model: str, dataset: str, entries: Sequence[Entry], wanted: Sequence[str], effects: Mapping[str, Sequence[Effect]]
+    model: str,
+    dataset: str,
+    entries: Sequence[VariantEntry],
+    wanted: Sequence[str],
+    effects: Mapping[str, Sequence[Effect]],
 ) -> Place:
     here = [entry for entry in entries if (entry.row.cell.model, entry.row.cell.dataset) == (model, dataset)]
     return Place(
@@ -248,7 +252,7 @@ def _place(
     )
 
 
-def _measure(metric: str, here: Sequence[Entry], effects: Sequence[Effect]) -> Measure:
+def _measure(metric: str, here: Sequence[VariantEntry], effects: Sequence[Effect]) -> Measure:
     places = {id(entry) for entry in here}
     by_condition: dict[str, list[Effect]] = {}
     for effect in effects:
@@ -264,7 +268,7 @@ def _grouped(effects: Sequence[Effect]) -> list[Effect]:
     return sorted(effects, key=lambda effect: order.index(effect.swapped))
 
 
-def pareto(entries: Sequence[Entry], metric: str) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+def pareto(entries: Sequence[VariantEntry], metric: str) -> tuple[tuple[VariantEntry, ...], tuple[VariantEntry, ...]]:
     """Return the entries that no other one beats, the fewest bytes first, and the others.
 
     One entry beats another if it is at least as good in the metric and in bytes, and better in one of them.
@@ -276,7 +280,7 @@ def pareto(entries: Sequence[Entry], metric: str) -> tuple[tuple[Entry, ...], tu
     sign = -1 if METRICS[metric].better == "less" else 1
     both = [entry for entry in entries if metric in entry.row.metrics and BYTES in entry.row.metrics]
     both.sort(key=lambda e: (e.row.metrics[BYTES].value, -sign * e.row.metrics[metric].value))
-    front: list[Entry] = []
+    front: list[VariantEntry] = []
     best, size = -math.inf, math.inf
     for entry in both:
         value, taken = sign * entry.row.metrics[metric].value, entry.row.metrics[BYTES].value
@@ -287,7 +291,7 @@ def pareto(entries: Sequence[Entry], metric: str) -> tuple[tuple[Entry, ...], tu
     return tuple(front), tuple(entry for entry in both if id(entry) not in chosen)
 
 
-def _effects(entries: Sequence[Entry], metric: str, baseline: str, axes: Sequence[str]) -> list[Effect]:
+def _effects(entries: Sequence[VariantEntry], metric: str, baseline: str, axes: Sequence[str]) -> list[Effect]:
     by_cell = {id(entry.row.cell): entry for entry in entries}
     bases = {
         (entry.row.cell.model, entry.row.cell.dataset, entry.row.cell.condition): entry
@@ -319,7 +323,7 @@ def _effects(entries: Sequence[Entry], metric: str, baseline: str, axes: Sequenc
     return found
 
 
-def _swapped(entry: Entry, base: Entry, axes: Sequence[str]) -> tuple[str, str]:
+def _swapped(entry: VariantEntry, base: VariantEntry, axes: Sequence[str]) -> tuple[str, str]:
     """Return what differs between a variant and the baseline, and what it is in the variant.
 
     What differs are paths of the axes; for whole policies, their parts.

@@ -10,7 +10,7 @@ from typing import Final
 from kvpolicy.study.analysis import Estimate, shown
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
-from kvpolicy.study.report.content import BYTES, SIGNIFICANT, Entry, Measure, Place, Report
+from kvpolicy.study.report.content import BYTES, SIGNIFICANT, Measure, Place, Report, VariantEntry
 from kvpolicy.study.report.settings import StudySettings
 
 _SPECIAL: Final = re.compile(r"([\\`*_\[\]|~#])")
@@ -60,7 +60,7 @@ def _overview(place: Place) -> Iterator[str]:
         yield from _table(head, (_row(entry, place.metrics) for entry in chosen), left=1)
 
 
-def _row(entry: Entry, metrics: Sequence[str]) -> list[str]:
+def _row(entry: VariantEntry, metrics: Sequence[str]) -> list[str]:
     row = entry.row
     if row.runs == 0:
         reason = f"failed: {row.error}" if row.failed else f"not possible: {row.error}" if row.error else "not run yet"
@@ -115,7 +115,7 @@ def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
         yield from (f"Holm's correction is for all {count} of this metric; the verdict is at {SIGNIFICANT}.", "")
 
 
-def _by_budget(points: Sequence[Entry], budgets: int, metric: str) -> list[str]:
+def _by_budget(points: Sequence[VariantEntry], budgets: int, metric: str) -> list[str]:
     at = {entry.budget: entry.row.metrics.get(metric) for entry in points}
     return [_estimate(at.get(i), metric) for i in range(budgets)]
 

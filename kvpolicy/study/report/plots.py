@@ -12,7 +12,7 @@ from kvpolicy.study.analysis import Estimate
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report.budgets import BudgetAxis
-from kvpolicy.study.report.content import BYTES, Effect, Entry, Measure, Place, Report
+from kvpolicy.study.report.content import BYTES, Effect, Measure, Place, Report, VariantEntry
 from kvpolicy.study.report.drawing import BAD, BAND, GOOD, GRID, INK, MUTED, PAPER, SERIES, Plot, figure, plot
 
 _MARKERS: Final = ("s", "^", "D", "v", "P")
@@ -61,7 +61,7 @@ def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> I
 
 
 def _budgets(
-    axes: Any, report: Report, place: Place, metric: str, drawn: dict[str, list[Entry]], chosen: Sequence[str]
+    axes: Any, report: Report, place: Place, metric: str, drawn: dict[str, list[VariantEntry]], chosen: Sequence[str]
 ) -> None:
     assert report.budgets is not None
     positions = _positions(report.budgets)

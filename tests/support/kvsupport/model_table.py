@@ -8,7 +8,7 @@ from pathlib import Path
 
 import transformers
 
-from kvsupport.sweep import POLICIES, Outcome
+from kvsupport.sweep import POLICIES, SweepOutcome
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 
@@ -34,7 +34,7 @@ three, the others through the second.
 """
 
 
-def cell(outcome: Outcome) -> str:
+def cell(outcome: SweepOutcome) -> str:
     """Say in one cell of the table what an outcome is."""
     reasons: dict[str, list[str]] = {}
     for name, reason in outcome.refused.items():

@@ -30,7 +30,7 @@ _LIMIT = 48
 
 
 @dataclass
-class Outcome:
+class SweepOutcome:
     """What a sweep found out about one model."""
 
     model: str
@@ -55,7 +55,7 @@ def small(name: str, budget: int = _BUDGET) -> Policy:
     return spec.replace(changes).build()
 
 
-class _Run:
+class _Replay:
     """A text that is fed to a model step by step; `visible` notes what each query could see."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, cache: Any) -> None:
@@ -137,14 +137,14 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def sweep(model: PreTrainedModel, policies: tuple[str, ...] = POLICIES) -> Outcome:
+def sweep(model: PreTrainedModel, policies: tuple[str, ...] = POLICIES) -> SweepOutcome:
     """Try a model with each policy.
 
     Args:
         model: in fp32 and evaluation mode, with a vocabulary of at least 100 tokens.
         policies: names of registered policies.
     """
-    outcome = Outcome(type(model).__name__)
+    outcome = SweepOutcome(type(model).__name__)
     ids = _text(model)
     open_to: list[str] = []
     for name in policies:
@@ -184,13 +184,13 @@ class _Native:
 
 
 def _steps(model: PreTrainedModel, ids: Tensor, cache: Any, *, chunk: bool) -> Tensor:
-    run = _Run(model, ids, cache)
+    run = _Replay(model, ids, cache)
     for tokens in (_PROMPT, *[1] * 5, *([_CHUNK] if chunk else []), *[1] * (_LIMIT - _PROMPT - 5 - _CHUNK * chunk)):
         run.feed(tokens)
     return run.result()
 
 
-def _native(model: PreTrainedModel, ids: Tensor, outcome: Outcome) -> _Native | None:
+def _native(model: PreTrainedModel, ids: Tensor, outcome: SweepOutcome) -> _Native | None:
     try:
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -221,7 +221,7 @@ def _below(model: PreTrainedModel, ids: Tensor, name: str, native: _Native) -> s
 def _above(model: PreTrainedModel, ids: Tensor, name: str, native: _Native) -> str | None:
     turns = "rerotate" in str(kvpolicy.load(name).to_data().get("post"))
     with PolicyCache(small(name), model) as cache:
-        run = _Run(model, ids, cache)
+        run = _Replay(model, ids, cache)
         run.feed(_PROMPT)
         for _ in range(6):
             run.feed(1)
@@ -272,7 +272,7 @@ def _rows(model: PreTrainedModel, rows: list[Tensor], following: list[Tensor], c
     return [torch.stack([each[i] for each in logits]) for i in range(len(rows))]
 
 
-def _padded(model: PreTrainedModel, ids: Tensor, name: str, outcome: Outcome) -> str | None:
+def _padded(model: PreTrainedModel, ids: Tensor, name: str, outcome: SweepOutcome) -> str | None:
     rows, following = [ids[0, :20], ids[0, 5:18]], [ids[0, 20:27], ids[0, 30:37]]
     note = "a left-padded batch is not right with a DynamicCache either"
     if note in outcome.notes:
