@@ -171,13 +171,17 @@ class BlockTables:
 
     def check_alone(self, row: Hashable, first: int, end: int | None = None) -> None:
         """Raise CacheStateError if a block of the slots from `first` to `end` is read by another row too."""
+        for block in self.shared(row, first, end):
+            raise CacheStateError(
+                f"block {block} is read by {self.readers(block)} rows and cannot be written for row {row!r} alone; "
+                "copy() it into a free block first."
+            )
+
+    def shared(self, row: Hashable, first: int, end: int | None = None) -> list[int]:
+        """Return the blocks of the slots from `first` to `end` that another row reads too."""
         table = self[row]
-        for block in table.between(first, table.end if end is None else end):
-            if self.readers(block) > 1:
-                raise CacheStateError(
-                    f"block {block} is read by {self.readers(block)} rows and cannot be written for row {row!r} alone; "
-                    "copy() it into a free block first."
-                )
+        found = table.between(first, table.end if end is None else end)
+        return [block for block in found if self.readers(block) > 1]
 
     def advance(self, row: Hashable, tokens: int) -> None:
         """Count the next tokens of a row."""

@@ -21,13 +21,13 @@ from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.queries.ring import QueryRing, waiting_of
 from kvpolicy.cache.store.packed import Packed
 from kvpolicy.cache.store.paged import PagedStore
-from kvpolicy.cache.store.protocol import RowId, Rows
+from kvpolicy.cache.store.protocol import RowId, Rows, SlotTensors
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 
 _WAITING = 32  # queries that wait before accumulating scorers are fed: one block of attention weights
-_TOGETHER = 1 << 16  # slots of rows that are seen in one view
+_TOGETHER = 1 << 16  # slots of rows (and of layers) that are copied to be seen together
 
 
 def unserved_traits(policy: Policy) -> dict[str, str]:
@@ -129,6 +129,23 @@ class PagedCache:
     def extend(self, row: RowId, blocks: Sequence[int]) -> None:
         """Give a row more blocks."""
         self.store.extend(row, blocks)
+
+    def shared(self, step: Mapping[RowId, Incoming]) -> dict[RowId, list[int]]:
+        """Return the blocks that compactions before this step would write and that other rows read too.
+
+        They must be replaced with `copy` before the step is opened.
+        """
+        found: dict[RowId, list[int]] = {}
+        for row in self.ledger.due(step):
+            kept = min(self.ledger.resident(row), self.ledger.entries(row))
+            blocks = self.store.tables.shared(row, self.ledger.position(row) - kept)
+            if blocks:
+                found[row] = blocks
+        return found
+
+    def copy(self, row: RowId, block: int, to: int) -> None:
+        """Give a row a copy, in the free block `to`, of a block that others read too."""
+        self.store.copy(row, block, to)
 
     def release(self, row: RowId) -> tuple[int, ...]:
         """Forget a row that has finished or been preempted; return the blocks that are free now."""
@@ -266,10 +283,20 @@ class PagedCache:
         return parts
 
     def views(self, rows: Sequence[RowId], budget: Sequence[int]) -> Sequence[CacheView]:
-        """Return what components may see of some rows, one view per layer, made when it is asked for."""
+        """Return what components may see of some rows, one view per layer.
+
+        They are copies. Short rows get those of all layers at once, which may be scored as one; for long ones each is
+        made when it is asked for, and not kept.
+        """
         told, window = self._rows(rows, budget), self.ring.window(rows) if self.ring.observe else None
-        layers = self.layers
-        return LazyViews(lambda layer: self._view(layer, told, self._observed(layer, window)), layers)
+        layers, slots = self.layers, len(rows) * told.longest * self.store.layout.heads
+        if slots * len(layers) > _TOGETHER:
+            return LazyViews(lambda layer: self._view(layer, told, self._observed(layer, window)), layers)
+        held = self.store.read_layers(layers, told)
+        return [
+            self._view(layer, told, self._observed(layer, window), each)
+            for layer, each in zip(layers, held, strict=True)
+        ]
 
     def keep(self, decided: Sequence[Decided[RowId]]) -> Mapping[RowId, int]:
         """Replace and move what was decided, and note the blocks that are free now."""
@@ -301,11 +328,11 @@ class PagedCache:
         grouped = queries.unflatten(1, (self.store.layout.heads, self.facts[layer].groups))
         return Observed(grouped, window, slice(None))
 
-    def _view(self, layer: int, rows: Rows, observed: Observed | None) -> CacheView:
+    def _view(self, layer: int, rows: Rows, observed: Observed | None, slots: SlotTensors | None = None) -> CacheView:
         """Return what components may see of one layer."""
         each = [self._observations[row].extras(layer, slice(0, 1)) for row in rows.ids] if self.ring.feeds else []
         extras = {name: torch.cat([one[name] for one in each]) for name in (each[0] if each else ())}
         return make_view(
-            self.store.read(layer, rows), rows, self.facts[layer],
+            self.store.read(layer, rows) if slots is None else slots, rows, self.facts[layer],
             layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer), observed=observed, extras=extras,
         )  # fmt: skip

@@ -174,13 +174,17 @@ class PagedStore:
 
     def read(self, layer: int, rows: Rows) -> SlotTensors:
         """Return all entries of a layer in order, gathered: copies `[B, H, N, ...]`; see `Store.read`."""
-        places = self._places(rows)
+        return self.read_layers([layer], rows)[0]
+
+    def read_layers(self, layers: Sequence[int], rows: Rows) -> list[SlotTensors]:
+        """Return all entries of some layers, copies that lie at equal distances, so that they can be scored as one."""
+        places, pages = self._places(rows), [self._pages(layer) for layer in layers]
         gathered = {
-            name: pages[places.block, places.offset].transpose(1, 2).contiguous()
-            for name, pages in self._pages(layer).items()
+            name: torch.stack([each[name][places.block, places.offset].transpose(1, 2) for each in pages])
+            for name in pages[0]
         }
         valid = rows.used(self.layout.device)[:, None].expand(-1, self.layout.heads, -1)
-        return SlotTensors.of(gathered, valid)
+        return [SlotTensors.of({name: t[i] for name, t in gathered.items()}, valid) for i in range(len(layers))]
 
     def write(self, layer: int, rows: Rows, changes: Mapping[str, Tensor]) -> None:
         """Replace pages of a layer by name, slots as `read` gives them; see `Store.write`.
