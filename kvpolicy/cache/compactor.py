@@ -24,6 +24,7 @@ class Decided(Generic[RowId]):
     Attributes:
         rows: their names, in the order of the views' first axis.
         kept: what each layer keeps, in the order of the cache's layers.
+        counts: how many slots those are, int64 `[B, H]` on the CPU for each layer; they came with the decision's read.
         changes: by index into `kept`, what a layer replaces before anything moves (slot state that components remember,
             results of post-operations), by the names of `SlotTensors.arenas`. Made when it is asked for and not kept: a
             post-operation may return the values of a whole layer, and only one layer's should live at a time.
@@ -31,6 +32,7 @@ class Decided(Generic[RowId]):
 
     rows: Sequence[RowId]
     kept: Sequence[KeepIndices]
+    counts: Sequence[Tensor]
     changes: Callable[[int], Mapping[str, Tensor]]
 
 
@@ -84,9 +86,12 @@ class Compactor(Generic[RowId]):
         """Two phases: all layers are scored before any is decided, for scopes and pools may cross layers."""
         budget = [self.ledger.entries(row) for row in rows]
         views = self.cache.views(rows, budget)
-        kept = self.policy.decide(views, budget).kept
+        decision = self.policy.decide(views, budget)
+        kept = decision.kept
         changing = bool(self.policy.remembering or self.policy.post)  # else no view is made for it: it may be a copy
-        return Decided(rows, kept, lambda index: self._changes(views[index], kept[index]) if changing else {})
+        return Decided(
+            rows, kept, decision.lengths, lambda index: self._changes(views[index], kept[index]) if changing else {}
+        )
 
     def _changes(self, view: CacheView, kept: KeepIndices) -> dict[str, Tensor]:
         watch = Untouched.of(view)

@@ -233,7 +233,9 @@ class Engine:
         rows = self.held(slice(one.rows[0], one.rows[-1] + 1), [self.ledger.entries(row) for row in one.rows])
         for i, layer in enumerate(self.layers):
             self.stores[layer].write(layer, rows, one.changes(i))
-        left = self.stores.keep(rows, dict(zip(self.layers, one.kept, strict=True)))
+        left = self.stores.keep(
+            rows, dict(zip(self.layers, one.kept, strict=True)), dict(zip(self.layers, one.counts, strict=True))
+        )
         for row, length in zip(one.rows, left.lengths, strict=True):
             self._used[row] = length
         return dict(zip(one.rows, left.lengths, strict=True))

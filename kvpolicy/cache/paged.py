@@ -305,7 +305,9 @@ class PagedCache:
             rows = self._rows(each.rows)
             for i, layer in enumerate(self.layers):
                 self.store.write(layer, rows, each.changes(i))
-            kept = self.store.keep(rows, dict(zip(self.layers, each.kept, strict=True)))
+            kept = self.store.keep(
+                rows, dict(zip(self.layers, each.kept, strict=True)), dict(zip(self.layers, each.counts, strict=True))
+            )
             held |= zip(each.rows, kept.lengths, strict=True)
             self._freed |= kept.freed
         return held

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors, equal_lengths
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors, counted, equal_lengths
 from kvpolicy.errors import CacheStateError
 from kvpolicy.types import KeepIndices
 
@@ -168,11 +168,11 @@ class ArenaStore:
         self.part_rotations()
         self.positions[:, row, :, :count] = torch.arange(count, dtype=torch.int32, device=self.layout.device)
 
-    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Move the kept slots of these rows to the front, in all layers; see `Store.keep`."""
-        counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)
+        lengths = equal_lengths(rows, counted(kept, counts))
         self._compact_layers(neighbours(rows), kept)
-        return Kept(counted)
+        return Kept(lengths)
 
     def compact(self, layer: int, rows: slice, kept: KeepIndices) -> None:
         """Move the kept slots of these rows to the front, keys, values, positions and slot state alike."""

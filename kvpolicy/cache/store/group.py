@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from kvpolicy.cache.store.arena import ArenaStore
-from kvpolicy.cache.store.protocol import Kept, Layout, Rows, equal_lengths
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, counted, equal_lengths
 from kvpolicy.cache.store.ragged import BLOCK, RaggedStore
 from kvpolicy.contracts.components import SlotState
 from kvpolicy.types import KeepIndices
@@ -83,12 +83,13 @@ class Stores(dict[int, ArenaStore]):
             if bound is not None and store.capacity > bound >= used + incoming:
                 store.resize(bound, used)
 
-    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Let go of everything but the kept slots of these rows, in all layers; see `Store.keep`."""
-        counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)
+        read = counted(kept, counts)
+        lengths = equal_lengths(rows, read)  # before anything moves, and over all stores
         for store in self.distinct():
-            store.keep(rows, {layer: each for layer, each in kept.items() if self[layer] is store}, counted)
-        return Kept(counted)
+            store.keep(rows, {layer: each for layer, each in kept.items() if self[layer] is store}, read)
+        return Kept(lengths)
 
     def take(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""

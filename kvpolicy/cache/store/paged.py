@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvpolicy.cache.blocks import BlockTables
 from kvpolicy.cache.store.packed import Packed
-from kvpolicy.cache.store.protocol import Kept, Layout, RowId, Rows, SlotTensors, equal_lengths
+from kvpolicy.cache.store.protocol import Kept, Layout, RowId, Rows, SlotTensors, counted, equal_lengths
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.types import KeepIndices
 
@@ -203,7 +203,7 @@ class PagedStore:
             index = index[(...,) + (None,) * (tensor.dim() - 3)].expand(*index.shape, *tensor.shape[3:])
             pages[name][places.block, places.offset] = tensor.gather(2, index).transpose(1, 2).to(pages[name].dtype)
 
-    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Move what is kept to the tail of each row, and drop the blocks before it; see `Store.keep`.
 
         Raises:
@@ -211,9 +211,9 @@ class PagedStore:
                 a block.
             CacheStateError: a block that must be written is read by another row too; `copy` it first.
         """
-        counted = equal_lengths(rows, kept) if lengths is None else tuple(lengths)
+        lengths = equal_lengths(rows, counted(kept, counts))
         places = self._places(rows)
-        firsts = [self.tables[row].end - count for row, count in zip(rows.ids, counted, strict=True)]
+        firsts = [self.tables[row].end - count for row, count in zip(rows.ids, lengths, strict=True)]
         for row, first in zip(rows.ids, firsts, strict=True):
             if self.whole_blocks and first % self.block:
                 raise UnsupportedError(
@@ -223,17 +223,17 @@ class PagedStore:
             self.tables.check_alone(row, min(first, self.tables[row].end - 1))
         head = torch.arange(self.layout.heads, device=self.layout.device)[:, None]
         for layer, (indices, many) in kept.items():
-            counts = many[:, :1, None].to(torch.int64)  # the same for all heads, as was checked
+            held = many[:, :1, None].to(torch.int64)  # the same for all heads, as was checked
             columns = torch.arange(indices.shape[-1], device=indices.device)
-            columns = torch.minimum(columns, counts - 1).clamp(min=0)  # past a row's own count, its last entry again
+            columns = torch.minimum(columns, held - 1).clamp(min=0)  # past a row's own count, its last entry again
             source = indices.gather(2, columns.expand(indices.shape))
-            target = rows.on(self.layout.device)["lengths"][:, None, None] - counts + columns
+            target = rows.on(self.layout.device)["lengths"][:, None, None] - held + columns
             target = target.clamp(max=places.block.shape[1] - 1)
             at, to = (self._at(places, slots.flatten(1), slots.shape) for slots in (source, target))
             for pages in self._pages(layer).values():
                 pages[*to, head] = pages[*at, head]
         freed = {row: self.tables.drop_head(row, first) for row, first in zip(rows.ids, firsts, strict=True)}
-        return Kept(counted, {row: blocks for row, blocks in freed.items() if blocks})
+        return Kept(lengths, {row: blocks for row, blocks in freed.items() if blocks})
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -182,13 +182,14 @@ class Store(Protocol):
         """Replace what a layer holds of some rows, by the names of `SlotTensors.arenas`, `[B, H, N, ...]` each."""
         ...
 
-    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Let go of everything but the kept slots of these rows, in all layers of the store.
 
         Args:
             rows: what they hold now.
             kept: by layer, for each of the store's layers.
-            lengths: entries that each row keeps per head, if the caller has read them; else they are read here.
+            counts: how many slots those are, int64 `[B, H]` on the CPU by layer, as `Decision.lengths` has read them;
+                without them the device is read here, once.
 
         Raises:
             UnsupportedError: heads or layers keep different numbers, and the store holds one number per row.
@@ -196,15 +197,30 @@ class Store(Protocol):
         ...
 
 
-def equal_lengths(rows: Rows, kept: Mapping[int, KeepIndices]) -> tuple[int, ...]:
-    """Return how many entries each row keeps, where that is one number for all heads and layers; one device read.
+def counted(kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None) -> dict[int, Tensor]:
+    """Return how many entries each row and head keeps, int64 `[B, H]` on the CPU by layer.
+
+    Args:
+        kept: what each layer keeps.
+        counts: the same numbers, where the decision has read them; without them the device is read here, once.
+    """
+    if counts is not None:
+        return {layer: counts[layer] for layer in kept}
+    home = next(iter(kept.values())).lengths.device
+    together = torch.cat([each.lengths.to(home, torch.int64) for each in kept.values()], 1).to("cpu")
+    heads = [each.lengths.shape[1] for each in kept.values()]
+    return dict(zip(kept, together.split(heads, 1), strict=True))
+
+
+def equal_lengths(rows: Rows, counts: Mapping[int, Tensor]) -> tuple[int, ...]:
+    """Return how many entries each row keeps, where that is one number for all heads and layers.
 
     Raises:
         UnsupportedError: it is not one number (a policy without the trait `equal_counts`).
     """
-    counts = torch.cat([each.lengths.to(torch.int64).to(first_device(kept)) for each in kept.values()], 1)
+    together = torch.cat(list(counts.values()), 1)
     found = []
-    for name, low, high in zip(rows.ids, *torch.stack([counts.amin(1), counts.amax(1)]).tolist(), strict=True):
+    for name, low, high in zip(rows.ids, together.amin(1).tolist(), together.amax(1).tolist(), strict=True):
         if low != high:
             raise UnsupportedError(
                 f"row {name}: some heads keep {low} entries and others {high}, but this store holds the same number "
@@ -212,8 +228,3 @@ def equal_lengths(rows: Rows, kept: Mapping[int, KeepIndices]) -> tuple[int, ...
             )
         found.append(high)
     return tuple(found)
-
-
-def first_device(kept: Mapping[int, KeepIndices]) -> torch.device:
-    """Return where the first layer's decision lies."""
-    return next(iter(kept.values())).lengths.device

@@ -139,7 +139,7 @@ class RaggedStore(ArenaStore):
         for base in self.bases.values():
             base.arenas.setdefault("rope_positions", base.arenas["positions"].clone())
 
-    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], lengths: Sequence[int] | None = None) -> Kept:
+    def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Make what is kept the new bases, and empty the tails; see `Store.keep`.
 
         Bases hold all rows, so `rows` must be the whole batch; `repack` leaves rows as they are. The lengths are read

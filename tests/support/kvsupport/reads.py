@@ -74,6 +74,7 @@ def counting_reads() -> Iterator[Reads]:
                 host[result.untyped_storage().data_ptr()] = result
             return result
 
+        method.__name__ = name  # a function mode that is active too asks for it
         return method
 
     class Mode(TorchDispatchMode):
