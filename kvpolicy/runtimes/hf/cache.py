@@ -27,7 +27,7 @@ from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
-from kvpolicy.runtimes.hf.trial import survey, try_attention
+from kvpolicy.runtimes.hf.trial import alike, refuse_implementation, survey, try_attention
 from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
@@ -62,19 +62,15 @@ class PolicyCache(Cache):
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
-        refuse_implementation(getattr(model.generation_config, "cache_implementation", None), "generation_config")
+        generation = getattr(model, "generation_config", None)  # a model without a language head has none
+        refuse_implementation(getattr(generation, "cache_implementation", None), "generation_config")
         layers, modules = survey(model)
         evictable = list(modules)
         try_attention(model, modules)
         for shape in dict.fromkeys(head_shapes(model, evictable)):
             check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
-        groups: dict[object, list[int]] = {}
-        for i in evictable:
-            first = next(modules[i].parameters())
-            key = (first.device, first.dtype, tuple(p.shape for p in modules[i].parameters()))
-            groups.setdefault(key, []).append(i)
-        engine = Engine(self.policy, list(groups.values()), len(layers), ropes)
+        engine = Engine(self.policy, alike(modules), len(layers), ropes)
         every = attention_modules(model)
         self._passes = Passes(engine, model, every, has_images=bool(image_tokens(model)))
         shared = readers(model, every)
@@ -346,15 +342,6 @@ class PolicyCache(Cache):
 def _call_all(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
-
-
-def refuse_implementation(name: str | None, place: str) -> None:
-    """Raise UnsupportedError if another cache (quantised, offloaded, static, ...) is asked for by name."""
-    if name not in (None, "dynamic", "hybrid"):  # the last two say nothing about a cache that is given
-        raise UnsupportedError(
-            f"{place}: cache_implementation {name!r} is another cache, and entries of a quantised, offloaded or static "
-            "cache cannot be evicted; leave it out."
-        )
 
 
 def _positions(mask: Tensor | None, start: int, end: int) -> Tensor | None:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.hf.cache import PolicyCache, refuse_implementation
+from kvpolicy.runtimes.hf.cache import PolicyCache
 from kvpolicy.runtimes.hf.model_facts import image_tokens
+from kvpolicy.runtimes.hf.trial import refuse_implementation
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
-from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announce, mark
 
 _TOKENS = 3
 _tried: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -82,8 +82,34 @@ class _Watched(DynamicLayer):
         return self.problem
 
 
+class _Trial(DynamicCache):
+    """A cache that notes whether a mask was made for it by transformers' mask functions."""
+
+    asked = False
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Return the sizes, and wait for the mask."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        announce(self if isinstance(self.layers[layer_idx], _Watched) else None)
+        return sizes
+
+    def take_mask(self, build: MaskFunction, kwargs: dict[str, Any]) -> Tensor | None:
+        """Make the mask as the model does."""
+        self.asked = True
+        return build(**kwargs)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def refuse_implementation(name: str | None, place: str) -> None:
+    """Raise UnsupportedError if another cache (quantised, offloaded, static, ...) is asked for by name."""
+    if name not in (None, "dynamic", "hybrid"):  # the last two say nothing about a cache that is given
+        raise UnsupportedError(
+            f"{place}: cache_implementation {name!r} is another cache, and entries of a quantised, offloaded or static "
+            "cache cannot be evicted; leave it out."
+        )
 
 
 def survey(model: PreTrainedModel) -> tuple[list[Any], dict[int, nn.Module]]:
@@ -134,7 +160,7 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
     if model in _tried:
         return
     name = type(model).__name__
-    cache = DynamicCache(config=model.config)
+    cache = _Trial(config=model.config)
     watched = {i: _Watched() for i in modules}
     for i, layer in watched.items():
         cache.layers[i] = layer
@@ -152,8 +178,24 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
                 f"{name}: layer {i} {problem}, so its entries cannot be evicted; use a decoder whose layers attend to "
                 "what they store."
             )
+    if error is None and not cache.asked:
+        encoder = getattr(model.config, "is_decoder", None) is False
+        instead = "set is_decoder=True in its configuration, if it was trained as one" if encoder else "use a decoder"
+        raise UnsupportedError(
+            f"{name} makes no mask for what its cache holds, as a model in which each token sees all others; {instead}."
+        )
     if error is None:
         _tried.add(model)
+
+
+def alike(modules: Mapping[int, nn.Module]) -> list[list[int]]:
+    """Group layers whose attention modules have the same shapes, dtype and device, quantised ones too."""
+    groups: dict[object, list[int]] = {}
+    for i, module in modules.items():
+        parts = [(type(m), getattr(m, "in_features", 0), getattr(m, "out_features", 0)) for m in module.modules()]
+        weights = [(p.device, p.dtype, p.shape) for p in module.parameters()]
+        groups.setdefault((tuple(parts), tuple(weights)), []).append(i)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -172,13 +214,15 @@ def _run(model: PreTrainedModel, cache: DynamicCache | None) -> Exception | None
 def _undisturbed(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> Iterator[None]:
     """Attach to a model and leave it as it was: its mode, and how far an image has moved the positions behind it."""
     detach = attach(model, dict(modules))
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     moved = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
     model.eval()
     try:
         yield
     finally:
         detach()
-        model.train(training)
+        announce(None)
+        for module in training:  # its parts may be in other modes than the whole
+            module.training = True
         for module, deltas in moved:
             module.rope_deltas = deltas
