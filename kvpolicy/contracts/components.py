@@ -58,10 +58,14 @@ class ImportanceScorer(Component):
     Class attributes:
         comparable_across_heads: numbers of different KV heads of one layer may be ranked together.
         comparable_across_layers: likewise for layers.
+        rounded: scores are computed in floating point, so that a policy takes those for equal which differ by no more
+            than rounding (a share of 4e-6, `kvpolicy.ops.levelled`). False for whole numbers and hashes, whose every
+            difference means something.
     """
 
     comparable_across_heads: ClassVar[bool] = False
     comparable_across_layers: ClassVar[bool] = False
+    rounded: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, view: CacheView) -> Scores:
@@ -104,10 +108,14 @@ class ImportanceScorer(Component):
 
 
 class RedundancyScorer(Component):
-    """Says how replaceable each entry is by another one. Higher = more replaceable."""
+    """Says how replaceable each entry is by another one. Higher = more replaceable.
+
+    Class attributes are those of `ImportanceScorer`.
+    """
 
     comparable_across_heads: ClassVar[bool] = False
     comparable_across_layers: ClassVar[bool] = False
+    rounded: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, view: CacheView) -> Scores:

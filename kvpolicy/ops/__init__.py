@@ -15,6 +15,7 @@ from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
 from kvpolicy.ops.merging import merged_values
 from kvpolicy.ops.noise import counter_uniform
 from kvpolicy.ops.normalisation import (
+    ROUNDING,
     by_maximum,
     extremes,
     from_lowest,
@@ -36,6 +37,7 @@ from kvpolicy.ops.similarity import mean_similarity, redundancy
 from kvpolicy.ops.window import smooth_scores, window_importance
 
 __all__ = [
+    "ROUNDING",
     "Backend",
     "Blocks",
     "apportion",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvpolicy.ops.order import in_order
 from kvpolicy.types import Keys, Mask, Scores, Values
 
 ROUNDING = 4e-6
 """Numbers that are equal but for the order of their sums differ by a smaller share."""
+_MANTISSA = 23  # bits of an fp32 number behind its first one
 
 
 def lengths(vectors: Keys | Values, order: float = 2.0) -> Scores:
@@ -116,23 +120,45 @@ def places(scores: Scores, mask: Mask) -> Scores:
 
 
 def levelled(scores: Scores, mask: Mask, near: float = ROUNDING) -> Scores:
-    """Make scores that are nearly equal equal: all of a chain of near neighbours take its lowest score.
+    """Make scores equal that differ by no more than rounding, so that ties go by position on every machine.
+
+    Neighbours in the order of a head's scores are near when they differ by at most `near` of the larger magnitude. A
+    run of near neighbours whose ends are near too is one level and takes its lowest score. A longer run is cut into
+    levels where fp32 numbers pass a multiple of a power of two of their last place, the largest that is within `near`.
+    No level is wider than `near`, and the order of scores stays.
+
+    Equal scores that rounding has set apart lie close together with room around them: gaps say where such a level
+    begins, and rounding does not move a gap. Where scores lie so dense that there is no gap, the cuts stand at fixed
+    numbers. Counted from the first score of the level instead, a rounding error would move all levels above it.
 
     Args:
         scores: fp32 `[B, H, N]`, finite where `mask`.
         mask: bool `[B, H, N]`.
-        near: neighbours in the order of scores are near when they differ by at most this share of the larger magnitude.
+        near: share of a score, at least 0 and below 1.
 
     Returns:
-        fp32 `[B, H, N]`, 0 outside the mask; NaN and infinity stay where they are.
+        fp32 `[B, H, N]`, 0 outside the mask; NaN and infinity stay where they are. O(N log N) per head.
     """
-    ordered, slots = torch.where(mask, scores, float("inf")).sort(-1)
+    known = mask & scores.isfinite()
+    # Adding 0 makes -0 the number whose bits are those of its equal.
+    ordered, slots = in_order(torch.where(known, scores + 0.0, torch.finfo(torch.float32).max))
     low, high = ordered[..., :-1], ordered[..., 1:]
-    apart = high - low > near * torch.maximum(low.abs(), high.abs())
-    first = pad(apart, (1, 0), value=True)[..., : ordered.shape[-1]]
-    lowest = torch.where(first, ordered, float("-inf")).cummax(-1).values
-    level = torch.zeros_like(ordered).scatter_(-1, slots, lowest)
-    return torch.where(scores.isfinite(), level, scores).masked_fill(~mask, 0.0)
+    apart = pad(_apart(low, high, near), (1, 0), value=True)[..., : ordered.shape[-1]]
+    lowest = torch.where(apart, ordered, float("-inf")).cummax(-1).values
+    last = pad(apart[..., 1:], (0, 1), value=True)[..., : ordered.shape[-1]]
+    highest = torch.where(last, ordered, float("inf")).flip(-1).cummin(-1).values.flip(-1)
+    bits = ordered.view(torch.int32)
+    cell = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> max(math.floor(math.log2(near)) + _MANTISSA, 0) if near else bits
+    cut = _apart(lowest, highest, near)[..., 1:] & (cell[..., 1:] != cell[..., :-1])
+    apart[..., 1:] |= cut
+    lowest = torch.where(apart, ordered, float("-inf")).cummax(-1).values
+    level = torch.empty_like(ordered).scatter_(-1, slots, lowest)
+    return torch.where(known, level, torch.where(mask, scores, 0.0))
+
+
+def _apart(low: Tensor, high: Tensor, near: float) -> Tensor:
+    """Say whether scores, the lower ones first, differ by more than `near` of the larger magnitude."""
+    return high - low > near * torch.maximum(low.abs(), high.abs())
 
 
 def from_lowest(scores: Scores, mask: Mask) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpolicy.ops.dispatch import dispatched
+from kvpolicy.ops.order import in_order
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 
@@ -22,16 +23,15 @@ def top_k(scores: Scores, counts: Counts, protected: Mask, valid: Mask, *, width
     Returns:
         `indices` int64 `[B, H, K]`, ascending, padded with the last kept slot (0 if none is); `lengths` are the counts.
     """
-    batch, heads, slots = scores.shape
+    slots = scores.shape[-1]
     columns = (int(counts.max()) if counts.numel() else 0) if width is None else width
     # Whatever a valid slot scores, it ranks above the others and below the protected ones.
     lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     finite = scores.nan_to_num(nan=lowest, neginf=lowest, posinf=highest)
     ranked = finite.masked_fill_(~valid, float("-inf")).masked_fill_(protected & valid, float("inf"))
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    slot = torch.arange(slots, device=scores.device)
-    rank = torch.empty_like(order).scatter_(-1, order, slot.expand(batch, heads, slots))
-    kept = rank < counts.unsqueeze(-1)
+    _, order = in_order(ranked, descending=True)
+    first = torch.arange(slots, device=scores.device) < counts.unsqueeze(-1)
+    kept = torch.zeros_like(valid).scatter_(-1, order, first)
     return _ascending(kept, counts, columns)
 
 

@@ -147,31 +147,3 @@ def test_projected_value_norm():
                 heads = [values[b, h, n].double() @ projection[h, g].double() for g in range(2)]
                 expected = statistics.fmean(float(out.abs().sum()) for out in heads) if valid[b, h, n] else 0.0
                 assert got[b, h, n].item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("shift", [0.0, 2.0, 9.0])
-@pytest.mark.parametrize("near", [0.0, 0.05, 0.4])
-def test_chains_of_near_scores_are_levelled(near, shift):
-    generator = torch.Generator().manual_seed(7)
-    scores = torch.rand(2, 3, 60, generator=generator).mul(4).round() + 0.1 * torch.rand(2, 3, 60, generator=generator)
-    mask = torch.rand(2, 3, 60, generator=generator) < 0.8
-    mask[1, 1], mask[1, 2] = False, True
-    scores -= shift
-    got = ops.levelled(scores.masked_fill(~mask, float("nan")), mask, near)
-    assert (got[~mask] == 0).all()
-    merged = 0
-    for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
-        order = sorted(mask[b, h].nonzero()[:, 0].tolist(), key=lambda n: float(scores[b, h, n]))
-        level = before = math.nan  # nothing is near to it
-        for n in order:
-            now = float(scores[b, h, n])
-            level = level if now - before <= near * max(abs(before), abs(now)) else now
-            merged += level != now
-            assert got[b, h, n].item() == pytest.approx(level, abs=0)
-            before = now
-    assert (merged > 0) == (near > 0)
-
-
-def test_nothing_is_levelled_and_has_no_place():
-    nothing, mask = torch.zeros(2, 1, 0), torch.ones(2, 1, 0, dtype=torch.bool)
-    assert ops.levelled(nothing, mask, 0.1).shape == ops.places(nothing, mask).shape == (2, 1, 0)

@@ -39,7 +39,10 @@ def pooled_shares(
         taking_part.append(mask.transpose(1, 2).flatten(1).to(home))
         owners.append(torch.arange(first, first + score.shape[1], device=home).repeat(score.shape[2]))
         first += score.shape[1]
-    counts = ops.pooled_counts(torch.cat(flat, 1), torch.cat(owners), torch.cat(taking_part, 1), free, cells)
+    together, competing = torch.cat(flat, 1), torch.cat(taking_part, 1)
+    # Heads were levelled each by itself; here scores of different heads are ranked.
+    together = ops.levelled(together.unsqueeze(1), competing.unsqueeze(1)).squeeze(1)
+    counts = ops.pooled_counts(together, torch.cat(owners), competing, free, cells)
     return (1 - floor) * counts.to(torch.float64) + floor * free.to(torch.float64)[:, None] / cells
 
 

@@ -52,6 +52,7 @@ class LagRelative(ImportanceScorer):
         partitions = view.valid & (order >= 0) & (order < parts * self.lag)
         relative = (self._relative(view.keys, partitions, parts) + self._relative(view.values, partitions, parts)) / 2
         if self.ranked:  # equal ones share the lowest rank
+            relative = ops.levelled(relative, torch.ones_like(relative, dtype=torch.bool))
             relative = torch.searchsorted(relative.sort(dim=-1).values, relative) / self.lag
         room = relative.new_zeros(batch, heads, count)
         room[..., : (parts - 1) * self.lag] = relative.flatten(2)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, SlotState
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
@@ -29,12 +30,14 @@ class LastUsed(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2502.11147"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    rounded: ClassVar[bool] = False
     laws_not_applicable: ClassVar[Mapping[str, str]] = {
         "permuting_entries": "an entry that was never used dates from its position"
     }
 
     share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the visible entries that a query stamps, rounded up; equal weights at the edge are stamped too."""
+    """Share of the visible entries that a query stamps, rounded up; at the edge, weights that are equal but for
+    rounding are stamped too."""
 
     def slot_state(self) -> tuple[SlotState, ...]:
         return (SlotState(_STATE, torch.int32, fill=-1),)
@@ -47,7 +50,7 @@ class LastUsed(ImportanceScorer):
         row = torch.where(visible, weights.amax(2), -1.0)
         count = (visible.sum(-1, keepdim=True).double() * self.share - 1e-9).ceil().to(torch.int64)
         edge = row.sort(-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
-        stamps = torch.where(visible & (row >= edge), step, -1).amax(2)
+        stamps = torch.where(visible & (row >= edge * (1 - ops.ROUNDING)), step, -1).amax(2)
         return {_STATE: torch.maximum(view.state[_STATE], stamps)}
 
     def score(self, view: CacheView) -> Scores:

@@ -23,6 +23,7 @@ class Random(ImportanceScorer):
     shorthand: ClassVar[str | None] = "seed"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    rounded: ClassVar[bool] = False
     laws_not_applicable: ClassVar[Mapping[str, str]] = {
         "permuting_heads": "each head draws its own numbers",
         "permuting_entries": "the draw belongs to the position, whatever lies there",

@@ -20,6 +20,7 @@ class Recency(ImportanceScorer):
     paper: ClassVar[str] = "arXiv:2309.17453"
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    rounded: ClassVar[bool] = False
     laws_not_applicable: ClassVar[Mapping[str, str]] = {"permuting_entries": "the position is the score"}
 
     def score(self, view: CacheView) -> Scores:

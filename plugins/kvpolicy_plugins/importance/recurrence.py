@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, SlotState
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
@@ -33,7 +34,7 @@ class Recurrence(ImportanceScorer):
     }
 
     threshold: float = Field(default=1e-4, ge=0, le=1)
-    """Attention weight above which an entry counts as active."""
+    """Attention weight above which an entry counts as active; one above it by no more than rounding is not."""
 
     def slot_state(self) -> tuple[SlotState, ...]:
         return (SlotState(_LAST, torch.int32, fill=-1), SlotState(_INTERVAL, torch.int32))
@@ -41,7 +42,7 @@ class Recurrence(ImportanceScorer):
     def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
         if view.query_positions is None:
             raise UnsupportedError("importance: recurrence needs the positions of the queries that it observes.")
-        active = weights.amax(2) > self.threshold
+        active = weights.amax(2) > self.threshold * (1 + ops.ROUNDING)
         step = view.query_positions[:, None, :, None].expand(active.shape)
         last = torch.where(active, step, -1).cummax(2).values
         start = self._last(view).unsqueeze(2)

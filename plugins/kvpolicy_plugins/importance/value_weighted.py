@@ -18,8 +18,7 @@ from kvpolicy_plugins.importance.window_attention import WindowAttention
 class ValueWeighted(ImportanceScorer):
     """Score of `base` times the norm of the value: attention to a short value moves the output little.
 
-    Meant for scores that are not negative; others are counted from the lowest of their head. Products that are equal
-    but for rounding, such as those of a repeated token under one smoothed score, are made equal: ranks count on it.
+    Meant for scores that are not negative; others are counted from the lowest of their head.
     """
 
     shorthand: ClassVar[str | None] = "base"
@@ -35,5 +34,4 @@ class ValueWeighted(ImportanceScorer):
         return self.base.laws_excused()
 
     def score(self, view: CacheView) -> Scores:
-        weighted = ops.from_lowest(once(self.base, view), view.valid) * ops.lengths(view.values, self.norm)
-        return ops.levelled(weighted, view.valid)
+        return ops.from_lowest(once(self.base, view), view.valid) * ops.lengths(view.values, self.norm)

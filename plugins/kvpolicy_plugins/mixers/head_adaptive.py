@@ -10,6 +10,7 @@ from pydantic import Field
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, Mixer
 from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy_plugins._modality import NeedsModality, modalities
 from kvpolicy_plugins.importance.value_norm import ValueNorm
@@ -35,7 +36,7 @@ class HeadAdaptive(Mixer):
     """Everything apart for text and for image tokens: `r`, extremes and means."""
 
     def mix(self, importance: Scores, redundancy: Scores, view: CacheView) -> Scores:
-        intrinsic = self.intrinsic.score(view)
+        intrinsic = once(self.intrinsic, view)
         older = ~view.newest(self.window)
         mixed = torch.zeros(view.shape, dtype=torch.float32, device=view.device)
         for part in modalities(view, self.by_modality):

@@ -16,7 +16,7 @@ class Rank(Linear):
     """``weight * rank(I) - (1 - weight) * rank(R)``: ranks within each head, from 0 to 1, equal scores alike.
 
     Insensitive to how the numbers are distributed: outliers of an attention score weigh no more than their place. A
-    rank makes a step of the smallest difference: scores that are equal but for rounding should be made equal before.
+    rank makes a step of the smallest difference; a policy's scores are equal where they differ by rounding only.
     """
 
     paper: ClassVar[str] = ""

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.contracts.components import PostOperation
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
@@ -47,6 +48,7 @@ class PruneChannels(PostOperation):
         keys = torch.where(stays.unsqueeze(-1), view.keys, 0.0).to(torch.float32)
         # Means over the same queries and keys for all channels rank as sums do.
         worth = queries.square().sum((2, 3)) * keys.square().sum(2)
+        worth = ops.levelled(worth, torch.ones_like(worth, dtype=torch.bool))
         order = worth.sort(dim=-1, stable=True).indices
         gone = torch.zeros_like(worth, dtype=torch.bool)
         gone.scatter_(-1, order[..., : int(self.ratio * worth.shape[-1])], True)

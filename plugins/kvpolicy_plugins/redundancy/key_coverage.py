@@ -37,8 +37,6 @@ class KeyCoverage(KeyDensity):
     def score(self, view: CacheView) -> Scores:
         keys = compared_keys(view, self.rope, "redundancy: key_coverage")
         matters = once(self.by, view)
-        priority = ops.levelled(matters, view.valid)
-        density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth, priority=priority, lower=self.lower)
+        density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth, priority=matters, lower=self.lower)
         # An order hides that there is no number.
-        density = density.masked_fill(view.valid & ~matters.isfinite(), float("nan"))
-        return ops.levelled(density, view.valid)
+        return density.masked_fill(view.valid & ~matters.isfinite(), float("nan"))

@@ -18,8 +18,7 @@ class KeyDensity(RedundancyScorer):
 
     ``mean_j exp((cos(k_i, k_j) - 1) / bandwidth)``: close neighbours count, others hardly do, where a mean cosine is
     mostly about keys that have little to do with each other. Without the rotary embedding a repetition is found
-    wherever it stands. Densities that are equal but for rounding, such as those of a repeated token, are made equal.
-    It takes O(N^2 D) operations and O(N) memory.
+    wherever it stands. It takes O(N^2 D) operations and O(N) memory.
     """
 
     same_for_layers: ClassVar[bool] = True
@@ -33,5 +32,4 @@ class KeyDensity(RedundancyScorer):
 
     def score(self, view: CacheView) -> Scores:
         keys = compared_keys(view, self.rope, "redundancy: key_density")
-        density = ops.key_density(keys, view.valid, bandwidth=self.bandwidth)
-        return ops.levelled(density, view.valid)
+        return ops.key_density(keys, view.valid, bandwidth=self.bandwidth)

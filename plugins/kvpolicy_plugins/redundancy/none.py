@@ -17,6 +17,7 @@ class NoRedundancy(RedundancyScorer):
     same_for_layers: ClassVar[bool] = True
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
+    rounded: ClassVar[bool] = False
 
     def score(self, view: CacheView) -> Scores:
         return torch.zeros(view.shape, dtype=torch.float32, device=view.device)

@@ -38,6 +38,6 @@ class Chunks(Selector):
         chunk = ops.numbered(slots.positions.to(torch.int64) // self.size, valid)
         number = ops.region_sums(candidates.to(torch.float64), chunk, count)
         total = ops.region_sums(torch.where(candidates, scores, 0.0).to(torch.float64), chunk, count)
-        mean = (total / number.clamp(min=1)).gather(-1, chunk)
+        mean = ops.levelled((total / number.clamp(min=1)).float(), number > 0).gather(-1, chunk)
         order = ops.ordered_by(candidates, mean, -chunk, torch.where(candidates, scores, 0.0))
         return ops.top_k(-ops.ranks_in(order).to(torch.float32), counts, protected, valid, width=slots.width)

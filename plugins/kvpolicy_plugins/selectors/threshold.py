@@ -32,7 +32,8 @@ class Threshold(Selector):
     """The threshold."""
     relative_to: Literal["none", "mean", "max"] = "mean"
     """The threshold is this many times the mean (or the highest) score of the head's unprotected entries; `none` takes
-    it as it is. Relative thresholds are meant for scores that are not negative."""
+    it as it is. A score that misses it by no more than rounding passes. Relative thresholds are meant for scores that
+    are not negative."""
 
     def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
         candidates = valid & ~protected
@@ -42,5 +43,5 @@ class Threshold(Selector):
             limit = limit * inside.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True).clamp(min=1)
         elif self.relative_to == "max":
             limit = limit * ops.extremes(scores, candidates)[1].to(torch.float64)
-        passing = protected | (candidates & (inside >= limit))
+        passing = protected | (candidates & (inside >= limit - ops.ROUNDING * limit.abs()))
         return ops.top_k(scores, torch.minimum(counts, passing.sum(-1)), protected, valid, width=slots.width)

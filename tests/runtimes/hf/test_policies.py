@@ -67,7 +67,7 @@ def _check(cache, policy):
     print(policy.name, report)
     assert report.ok, report
     assert report.decisions > 0
-    assert len(report.accepted) <= 1 + report.decisions // 20  # norms of equal tokens are equal
+    assert len(report.accepted) <= report.near_ties  # an audit accepts nothing
     assert report.output_error < 1e-4
     return report
 
@@ -94,7 +94,7 @@ def test_a_row_of_a_batch_behaves_as_if_alone(registered, tiny, small, random_pr
     print(registered, report)
     assert report.ok, report
     assert report.decisions > 0
-    assert len(report.accepted) <= 1 + report.decisions // 20
+    assert len(report.accepted) <= report.near_ties
 
 
 def test_below_the_budget_the_text_is_that_of_the_full_cache(registered, tiny, random_prompts, padded):

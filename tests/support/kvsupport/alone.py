@@ -22,7 +22,7 @@ from kvpolicy.policy.decision import Decision
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.cases import keep_indices
-from kvsupport.oracle_rows import TOLERANCE
+from kvsupport.oracle_rows import TOLERANCE, near_tie
 
 
 @dataclass
@@ -33,6 +33,7 @@ class AloneReport:
         decisions: how many times a head of a row of the batch was compacted.
         mismatches: decisions that differ from the single run's.
         accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
+        near_ties: decisions of the batch of which that may be so, by its scores alone: see `near_tie`.
         slack: largest difference of scores among the accepted ones.
         logit_error: largest absolute difference of logits.
         tokens: what each prompt was continued with.
@@ -42,6 +43,7 @@ class AloneReport:
     decisions: int = 0
     mismatches: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
+    near_ties: int = 0
     slack: float = 0.0
     logit_error: float = 0.0
     tokens: list[list[int]] = field(default_factory=list)
@@ -56,7 +58,7 @@ class AloneReport:
         more = f"; first: {self.mismatches[0]}" if self.mismatches else ""
         return (
             f"{self.decisions} decisions, {len(self.mismatches)} mismatches, {len(self.accepted)} accepted "
-            f"(slack {self.slack:.1e}), logits within {self.logit_error:.1e}{more}"
+            f"of {self.near_ties} near ties (slack {self.slack:.1e}), logits within {self.logit_error:.1e}{more}"
         )
 
 
@@ -106,6 +108,7 @@ class _Noting(Policy):
             ours = [
                 view.positions[b, h][keep.indices[b, h, :count]] for h, count in enumerate(keep.lengths[b].tolist())
             ]
+            self.report.near_ties += sum(self._near_tie(view, decision, n, b, h) for h in range(len(ours)))
             other = [h for h in range(len(ours)) if not torch.equal(ours[h], theirs[h])]
             if not other:
                 continue
@@ -132,6 +135,13 @@ class _Noting(Policy):
             self.report.slack = max(self.report.slack, slack)
         else:
             self.report.mismatches.append(text)
+
+    def _near_tie(self, view: CacheView, decision: Decision, n: int, b: int, h: int) -> bool:
+        ranking = decision.shared
+        scores, protected, allowed = (part[n][b, h] for part in (ranking.scores, ranking.protected, ranking.allowed))
+        place = int(decision.counts[n][b, h] - protected.sum())
+        close = self._nearest_cosine(view, b, h) < TOLERANCE
+        return close or near_tie(scores[allowed & ~protected].tolist(), place)
 
     def _nearest_cosine(self, view: CacheView, b: int, h: int) -> float:
         p: Any = self.redundancy

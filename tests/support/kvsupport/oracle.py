@@ -19,7 +19,7 @@ from kvsupport import oracle_memory as memory
 from kvsupport import oracle_scores as scores
 from kvsupport import oracle_statistics as statistics
 from kvsupport.events import Crop, PassEvent, RowsTaken, Settled, Trace
-from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets
+from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets, near_tie
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
@@ -185,6 +185,9 @@ class Oracle:
             safe = [any(protected[key][n] for key in group) for n in range(len(positions))]
             count = min(self._entries(row), len(positions))
             order = sorted((not safe[n], -value, n) for n, value in enumerate(score.tolist()))
+            competing = [value for value, stays in zip(score.tolist(), safe, strict=True) if not stays]
+            close = self._nearest_cosine(heads[group[0]]) < TOLERANCE  # one set for several heads has no such policy
+            self.report.near_ties += len(group) * (close or near_tie(competing, count - sum(safe)))
             kept = sorted(positions[n] for _, _, n in order[:count])
             for i, h in group:
                 self.report.decisions += 1
@@ -279,8 +282,8 @@ class Oracle:
     def _retention(self, head: scores.HeadView) -> Tensor:
         zero = torch.zeros(len(head.positions), dtype=torch.float64)
         mixer = self.policy.mixer
-        importance = self.importance(self.policy.importance, head) if mixer.uses_importance else zero
-        redundancy = self.redundancy(self.policy.redundancy, head) if mixer.uses_redundancy else zero
+        importance = scores.asked(self.importance, self.policy.importance, head) if mixer.uses_importance else zero
+        redundancy = scores.asked(self.redundancy, self.policy.redundancy, head) if mixer.uses_redundancy else zero
         return self.mixer(mixer, importance, redundancy, head)
 
     def _protected(self, row: OracleRow, positions: list[int]) -> list[bool]:
@@ -307,11 +310,7 @@ class Oracle:
         value = dict(zip(head.positions, score.tolist(), strict=True))
         slack = max(value[p] for p in ours) - min(value[p] for p in theirs)
         allowed = TOLERANCE * max(1.0, *(abs(value[p]) for p in ours + theirs))
-        near = math.inf
-        if self.redundancy is scores.key_cosine and self.policy.mixer.uses_redundancy:
-            p: Any = self.policy.redundancy
-            distance = (scores.cosines(p, head) - p.threshold).abs()
-            near = float(distance.min()) if distance.numel() else math.inf
+        near = self._nearest_cosine(head)
         text = f"{text} (scores differ by {slack:.1e}, nearest cosine {near:.1e})"
         # A clearly negative slack is no near-tie: something else, such as a protection, decided.
         if slack > -allowed and (slack < allowed or near < TOLERANCE):
@@ -319,6 +318,14 @@ class Oracle:
             self.report.slack = max(self.report.slack, slack)
         else:
             self.report.mismatches.append(text)
+
+    def _nearest_cosine(self, head: scores.HeadView) -> float:
+        """Return how close a cosine is to the threshold above which keys count as similar."""
+        if self.redundancy is not scores.key_cosine or not self.policy.mixer.uses_redundancy:
+            return math.inf
+        p: Any = self.policy.redundancy
+        distance = (scores.cosines(p, head) - p.threshold).abs()
+        return float(distance.min()) if distance.numel() else math.inf
 
     # -- attention outputs --------------------------------------------------------------------------------------------
 

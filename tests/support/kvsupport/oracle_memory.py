@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.loading.installed import catalog
 from kvsupport import oracle_scores as scores
 from kvsupport import oracle_statistics as statistics
@@ -20,7 +21,7 @@ Remember = Callable[[Any, HeadView], dict[str, Sequence[float | None]]]
 
 def _base(component: Any, head: HeadView) -> Tensor:
     known = {**scores.IMPORTANCE, **IMPORTANCE, **statistics.IMPORTANCE}
-    return known[catalog().name_of(type(component))](component, head)
+    return scores.asked(known[catalog().name_of(type(component))], component, head)
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:
@@ -49,7 +50,7 @@ def stamps(p: Any, head: HeadView) -> dict[str, Sequence[float | None]]:
     for step, weights in head.history():
         best = {n: float(weights[:, n].max()) for n, position in enumerate(head.positions) if position <= step}
         count = math.ceil(p.share * len(best) - 1e-9)
-        edge = sorted(best.values(), reverse=True)[count - 1]
+        edge = sorted(best.values(), reverse=True)[count - 1] * (1 - ops.ROUNDING)
         last = [float(step) if best.get(n, -1.0) >= edge else old for n, old in enumerate(last)]
     return {"stamps": last}
 
@@ -59,7 +60,7 @@ def pauses(p: Any, head: HeadView) -> dict[str, Sequence[float | None]]:
     last, longest = head.remembered("active", head.positions), head.remembered("pause", 0.0)
     for step, weights in head.history():
         for n in range(len(last)):
-            if float(weights[:, n].max()) > p.threshold:
+            if float(weights[:, n].max()) > p.threshold * (1 + ops.ROUNDING):
                 longest[n] = max(longest[n], step - last[n])
                 last[n] = float(step)
     return {"active": last, "pause": longest}
@@ -123,12 +124,13 @@ def critical(p: Any, head: HeadView) -> Tensor:
 def value_weighted(p: Any, head: HeadView) -> Tensor:
     """The base, counted from its lowest where that is negative, times the length of the value."""
     base = _base(p.base, head)
-    return scores.levelled((base - min(float(base.min()), 0.0)) * head.values.norm(p.norm, dim=-1))
+    weighted: Tensor = (base - min(float(base.min()), 0.0)) * head.values.norm(p.norm, dim=-1)
+    return weighted
 
 
 def key_coverage(p: Any, head: HeadView) -> Tensor:
     """The density of keys, where those that matter more count whole."""
-    matters = scores.levelled(_base(p.by, head)).tolist()
+    matters = _base(p.by, head).tolist()
     return scores.density(p, head, lambda i, j: 1.0 if (matters[j], j) > (matters[i], i) else p.lower)
 
 

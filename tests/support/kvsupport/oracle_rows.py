@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from kvpolicy import ops
+
 TOLERANCE = 1e-6
 """Gap of scores (relative to scores above 1), or distance of a cosine to its threshold, that fp32 need not resolve."""
+
+
+def near_tie(scores: Sequence[float], place: int) -> bool:
+    """Say whether rounding may decide which of some scores are the `place` highest.
+
+    Scores around the cut that are equal but for rounding, with room around them, are no near tie: position decides.
+
+    Args:
+        scores: of what competes, in any order.
+        place: how many of them stay.
+    """
+    if not 0 < place < len(scores):
+        return False
+    ordered = sorted(scores, reverse=True)
+    above, below = ordered[place - 1], ordered[place]
+    if above - below >= TOLERANCE * max(1.0, abs(above), abs(below)):
+        return False
+    rounding = ops.ROUNDING * max(abs(above), abs(below))
+    first, last = place - 1, place
+    while first > 0 and ordered[first - 1] - ordered[first] <= rounding:
+        first -= 1
+    while last + 1 < len(ordered) and ordered[last] - ordered[last + 1] <= rounding:
+        last += 1
+    edges = [ordered[n - 1] - ordered[n] for n in (first, last + 1) if 0 < n < len(ordered)]
+    return ordered[first] - ordered[last] > rounding / 2 or min(edges, default=math.inf) < 1.5 * rounding
+
 
 Sets = list[list[int]]
 """Positions by head."""
@@ -23,6 +53,7 @@ class OracleReport:
         evictions: entries that these compactions dropped.
         mismatches: places where the recorded cache holds something else than the oracle says.
         accepted: likewise, but the scores at the cut, or a cosine and its threshold, are closer than `TOLERANCE`.
+        near_ties: decisions that fp32 need not get right, by the float64 scores alone: see `near_tie`.
         slack: largest difference of scores among the accepted ones.
         output_error: largest absolute difference of recorded and recomputed attention outputs.
     """
@@ -31,6 +62,7 @@ class OracleReport:
     evictions: int = 0
     mismatches: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
+    near_ties: int = 0
     slack: float = 0.0
     output_error: float = 0.0
 
@@ -43,7 +75,8 @@ class OracleReport:
         more = f"; first: {self.mismatches[0]}" if self.mismatches else ""
         return (
             f"{self.decisions} decisions, {self.evictions} evictions, {len(self.mismatches)} mismatches, "
-            f"{len(self.accepted)} accepted (slack {self.slack:.1e}), output error {self.output_error:.1e}{more}"
+            f"{len(self.accepted)} accepted of {self.near_ties} near ties (slack {self.slack:.1e}), "
+            f"output error {self.output_error:.1e}{more}"
         )
 
 

@@ -5,6 +5,7 @@ Nothing here uses `kvpolicy.ops` except the counter-based random number, which i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -217,17 +218,40 @@ def density(p: Any, head: HeadView, weight: Callable[[int, int], float]) -> Tens
     for i, one in enumerate(unit):
         others = [weight(i, j) * ((one @ other - 1) / p.bandwidth).exp() for j, other in enumerate(unit) if j != i]
         result[i] = sum(others) / len(unit)
-    return levelled(result)
+    return result
+
+
+def asked(scorer: Scorer, component: Any, head: HeadView) -> Tensor:
+    """The scores of a component as a policy takes them, float64 `[n]`."""
+    made = scorer(component, head)
+    return levelled(made) if component.rounded else made
 
 
 def levelled(result: Tensor) -> Tensor:
-    """Scores `[n]` that differ by no more than rounding are made equal."""
+    """Scores `[n]` that differ by no more than rounding are made equal: runs of near ones, cut where they are long."""
     level = result.clone()
-    for before, i in pairwise(result.argsort().tolist()):
-        low, high = float(result[before]), float(result[i])
-        if high - low <= 4e-6 * max(abs(low), abs(high)):
-            level[i] = level[before]
+    run: list[int] = []
+    for i in [*result.argsort().tolist(), None]:
+        if run and i is not None and near(float(result[run[-1]]), float(result[i])):
+            run.append(i)
+            continue
+        for before, n in pairwise(run):
+            low, high = float(result[before]), float(result[n])
+            whole = near(float(result[run[0]]), float(result[run[-1]])) or _cell(low) == _cell(high)
+            level[n] = level[before] if whole else result[n]
+        run = [] if i is None else [i]
     return level
+
+
+def near(low: float, high: float) -> bool:
+    """Say whether two scores differ by no more than rounding."""
+    return abs(high - low) <= ops.ROUNDING * max(abs(low), abs(high))
+
+
+def _cell(score: float) -> tuple[float, int, int]:
+    """Sign, binade, and which part of it, of 2^18 equal ones; a part is the largest power of two within rounding."""
+    share, binade = math.frexp(abs(score))
+    return math.copysign(1.0, score), binade, math.floor((2 * share - 1) * 2**18)
 
 
 def mean_key(p: Any, head: HeadView) -> Tensor:
@@ -289,7 +313,7 @@ def head_adaptive(p: Any, importance: Tensor, redundancy: Tensor, head: HeadView
         share = (x - inside.min()) / (inside.max() - inside.min())
         return share * importance[:counted].abs().mean() / share[:counted].mean()
 
-    intrinsic = IMPORTANCE[catalog().name_of(type(p.intrinsic))](p.intrinsic, head)
+    intrinsic = asked(IMPORTANCE[catalog().name_of(type(p.intrinsic))], p.intrinsic, head)
     return (1 - r) * (importance + stretched(intrinsic)) + r * stretched(-redundancy)
 
 

@@ -12,7 +12,8 @@ from kvpolicy import ops, tables
 from kvpolicy.cache.queries.statistics import SKIPPED
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.loading.installed import catalog
-from kvsupport.oracle_scores import HeadView, Scorer, turn
+from kvsupport import oracle_scores as scores
+from kvsupport.oracle_scores import HeadView, Scorer, levelled, turn
 
 
 def key_diff(p: Any, head: HeadView) -> Tensor:
@@ -32,6 +33,7 @@ def lag_relative(p: Any, head: HeadView) -> Tensor:
     for first in range(p.sinks, count - 2 * lag + 1, lag):
         both = [_relative(x[first : first + lag], x[first + lag : first + 2 * lag]) for x in (head.keys, head.values)]
         mean = (both[0] + both[1]) / 2
+        mean = levelled(mean) if p.ranked else mean
         ranks = torch.tensor([int((mean < x).sum()) / lag for x in mean], dtype=torch.float64)
         result[first : first + lag] = ranks if p.ranked else mean
     return result
@@ -178,7 +180,7 @@ def non_causal(p: Any, head: HeadView) -> Tensor:
 
 def negative(p: Any, head: HeadView) -> Tensor:
     """Minus the score of an importance scorer of this module."""
-    return -IMPORTANCE[catalog().name_of(type(p.base))](p.base, head)
+    return -scores.asked(IMPORTANCE[catalog().name_of(type(p.base))], p.base, head)
 
 
 IMPORTANCE: dict[str, Scorer] = {
