@@ -91,7 +91,8 @@ def test_decoding_stays_bounded(ragged, tiny, random_prompts):
         for step in range(300):
             tiny()(torch.tensor([[3 + step % 200]]), past_key_values=cache)
             layers = [cache.engine.stores[i] for i in range(3)]
-            most = max(most, sum(sum(s.entries(i, [r.tail for r in cache.engine.rows])) for i, s in enumerate(layers)))
+            tails = cache.engine.held(slice(None)).lengths
+            most = max(most, sum(sum(s.entries(i, tails)) for i, s in enumerate(layers)))
         stats = cache.stats()
     assert most == policy.bound * 6
     assert stats.compactions > 30
@@ -116,7 +117,7 @@ def test_rows_forks_crops_and_resets(ragged, tiny, random_prompts):
         twin.reorder_cache(torch.tensor([1, 0]))
         swapped = run(twin, [1, 0], steps[:, 20:])
         torch.testing.assert_close(swapped, expected.flip(1), atol=1e-5, rtol=1e-4)
-        room = min(row.tail for row in cache.engine.rows) - 1
+        room = min(cache.engine.held(slice(None)).lengths) - 1
         assert room > 0, "the last compaction is too near for a crop"
         cache.crop(-room)
         again = run(cache, [0, 1], steps[:, 30 - room :])

@@ -189,7 +189,7 @@ def test_a_head_wise_policy_stays_bounded_over_2000_tokens(smollm2, prompts):
             token = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=torch.Generator().manual_seed(step))
             if step % 16 == 15:
                 stores = {id(store): store for store in cache.engine.stores.values()}.values()
-                tails = [row.tail for row in cache.engine.rows]
+                tails = cache.engine.held(slice(None)).lengths
                 most = max(most, sum(sum(s.entries(layer, tails)) for s in stores for layer in s.layers))
         stats = cache.stats()
     assert stats.compactions >= 28
