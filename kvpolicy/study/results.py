@@ -127,7 +127,10 @@ class Results:
         if found != _TABLES:
             raise DamagedError("its tables are not those of a results file")
         (problem,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if problem != "ok":
+        pages, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        # With a log beside it a file may be behind; SQLite itself takes a last page that is cut off for one of zeros.
+        whole = self.path.with_name(f"{self.path.name}-wal").exists() or self.path.stat().st_size == pages * size
+        if problem != "ok" or not whole:
             raise DamagedError("its pages do not fit together")
 
     def __enter__(self) -> Self:

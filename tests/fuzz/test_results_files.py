@@ -32,7 +32,7 @@ pytest.importorskip("matplotlib")
 
 SEED = int(os.environ.get("KVPOLICY_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "300"))
-SECONDS = 10
+SECONDS = 10  # of processor time: a busy machine is no hang
 SPEC = StudySpec(
     study="small",
     models=["nowhere"],
@@ -193,10 +193,10 @@ def test_a_damaged_file_gives_a_right_report_or_one_sentence(good, tmp_path, cap
         else:
             same = changed(draw, path, forged=kind == "forged")
         before, files = path.read_bytes(), {file.name for file in tmp_path.iterdir()}
-        start = time.monotonic()
+        start = time.process_time()
         name = f"case {case} ({kind})"
         found = by_command(path, capsys, name) if case % 50 == 0 else in_one_sentence(path, name)
-        assert time.monotonic() - start < SECONDS, case
+        assert time.process_time() - start < SECONDS, case
         assert path.read_bytes() == before, case
         assert {file.name for file in tmp_path.iterdir()} - files <= {"f.html", "f.md", "f.sqlite-shm", "f.sqlite-wal"}
         if found is None:

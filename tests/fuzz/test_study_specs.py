@@ -114,7 +114,7 @@ def test_a_mutated_study_is_read_or_refused_in_one_sentence(tmp_path, capsys):
     for case in range(SEED, SEED + CASES):
         draw = random.Random(f"study {case}")
         file.write_bytes(mutated(draw, mark).encode("utf-8", "surrogatepass"))
-        start = time.monotonic()
+        start = time.process_time()
         try:
             spec = StudySpec.from_file(file)
         except SpecError as error:
@@ -126,7 +126,7 @@ def test_a_mutated_study_is_read_or_refused_in_one_sentence(tmp_path, capsys):
             counts["read"] += 1
             sentence = "fuzz.yaml"
             assert StudySpec(**spec.to_data()) == spec, case
-        assert time.monotonic() - start < SECONDS, case
+        assert time.process_time() - start < SECONDS, case
         assert "fuzz.yaml" in sentence, case
         assert "\n" not in sentence, case
         assert odd_character(sentence) is None, case

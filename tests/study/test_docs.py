@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import kvpolicy
 from kvpolicy import SpecError
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.sources import SOURCES
 from kvpolicy.study.spec import FIELDS, find_study
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+PAGES = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (PAGES / "studies.md").read_text(encoding="utf-8")
 
 
 def test_every_file_and_error_is_what_it_says(tmp_path, monkeypatch):
@@ -42,3 +44,35 @@ def test_all_fields_metrics_and_datasets_are_there():
     for kind in SOURCES.values():
         for field in kind.model_fields:
             assert f"`{field}`" in PAGE or f"`{field}: " in PAGE, field
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in kvpolicy.catalog().studies()])
+def test_the_published_results_are_of_the_runs_that_their_study_asks_for(name):
+    """A variant has as many runs as the study asks for: with runs of other settings blended in it would have more."""
+    study = find_study(name)
+    page = (PAGES / "results" / f"{name}.md").read_text(encoding="utf-8")
+    expected = {}
+    for source in study.datasets:
+        count = source.samples or study.samples
+        if source.fresh_by_seed:
+            count *= len(study.seeds)
+        else:
+            paths = [source.path] if isinstance(source.path, str) else source.path
+            texts = sum(len(Path(path).read_text(encoding="utf-8").splitlines()) for path in paths)
+            count = min(count, texts)
+        expected[source.label] = count
+    found: dict[str, list[int]] = {}
+    place = ""
+    inside = False
+    for line in page.splitlines():
+        if line.startswith("## "):
+            place = line.removeprefix("## ").partition(" · ")[0]
+        if line.startswith("| variant | runs |"):
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("| ---"):
+            found.setdefault(place, []).append(int(line.split("|")[2]))
+    assert {dataset: set(counts) for dataset, counts in found.items()} == {d: {n} for d, n in expected.items()}
+    variants = len(study.variants())
+    assert all(len(counts) >= variants for counts in found.values())

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import resource
 import sqlite3
+import zlib
 
 import pytest
 
 from kvpolicy.study import results as module
+from kvpolicy.study import sealing
+from kvpolicy.study.analysis import summarise
 from kvpolicy.study.results import Results, ResultsError
+from kvpolicy.study.runner import writing
+from kvpolicy.study.sealing import DamagedError
+from kvpolicy.study.spec import StudySpec
+from kvpolicy.study.work import Outcome
+from kvsupport.scripted import scripted_study
 
 
 def test_a_file_of_another_version_is_refused_and_left_alone(tmp_path, monkeypatch):
@@ -87,3 +96,135 @@ def test_a_file_that_cannot_be_written_is_said_in_one_sentence(tmp_path):
     folder.mkdir()
     with pytest.raises(ResultsError, match=r"r.sqlite: cannot be read or written \(unable to open database file\)"):
         Results(folder, "s")
+
+
+SMALL = StudySpec(
+    study="small",
+    models=["nowhere"],
+    datasets=[{"use": "needle", "words": 20, "chat": False}],
+    axes={"policy": ["rkv", "random"]},
+    conditions={"budget": [64], "trigger.interval": [16]},
+    samples=3,
+)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The path of a small results file."""
+    scripted_study(SMALL, tmp_path / "r.sqlite", lambda task, item: Outcome(None, {"exact": 1.0, "tokens": 5.0}, "x"))
+    return tmp_path / "r.sqlite"
+
+
+def change(path, query, *values):
+    database = sqlite3.connect(path)
+    with database:
+        database.execute(query, values)
+    database.close()
+
+
+def read_all(path):
+    with Results(path) as results:
+        return summarise(results), results.problems(), results.environments(), results.study(), results.models()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'UPDATE runs SET metrics = \'{"exact": 0.0, "tokens": 5.0}\' WHERE problem = 1',
+        "UPDATE runs SET error = 'x' WHERE problem = 2",
+        "UPDATE cells SET keys = zeroblob(20) WHERE position = 1",
+        "DELETE FROM cells WHERE position = 2",
+        "UPDATE problems SET answer = 'other'",
+        "UPDATE environments SET data = '{}'",
+        "UPDATE meta SET value = '{}' WHERE name = 'spec'",
+    ],
+)
+def test_what_was_changed_after_it_was_written_is_seen(small, query):
+    pytest.importorskip("scipy")
+    read_all(small)
+    change(small, query)
+    with pytest.raises(ResultsError, match=r"r\.sqlite: is damaged: .*; take a copy of the file as it was written"):
+        read_all(small)
+
+
+def test_of_a_damaged_file_nobody_says_that_it_is_safe(small):
+    raw = small.read_bytes()
+    for end in (len(raw) // 2, len(raw) - 100, 4096, 100):
+        small.write_bytes(raw[:end])
+        for study in (None, "small"):
+            with pytest.raises(ResultsError) as caught:
+                Results(small, study)
+            assert "is damaged: " in str(caught.value) or "is not a results file" in str(caught.value)
+            assert "safe" not in str(caught.value)
+            assert small.read_bytes() == raw[:end]
+
+
+def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked(small):
+    pytest.importorskip("scipy")
+    packer = zlib.compressobj(9)
+    bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(1024)) + packer.flush()
+    with sqlite3.connect(small) as database:
+        row = list(database.execute("SELECT * FROM runs").fetchone())
+        names = list(module._COLUMNS["runs"])
+        row[names.index("output")] = row[names.index("tokens")] = bomb
+        row[-1] = sealing.seal("runs", row[:-1])
+        database.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(row))})", row)
+    database.close()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read_all(small)  # a report needs no text
+    with Results(small) as results:
+        with pytest.raises(ResultsError, match="a compressed text in it has more than 64 MiB"):
+            results.teachers()
+        (record,) = results.records({row[0]})
+        with pytest.raises(DamagedError, match="more than 64 MiB"):
+            record.output  # noqa: B018 - it is unpacked when it is asked for
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
+
+
+def test_a_reader_changes_nothing_and_leaves_nothing(small):
+    pytest.importorskip("scipy")
+    before = small.read_bytes(), small.stat().st_mtime_ns, sorted(small.parent.iterdir())
+    read_all(small)
+    assert (small.read_bytes(), small.stat().st_mtime_ns, sorted(small.parent.iterdir())) == before
+    small.parent.chmod(0o555)
+    try:
+        read_all(small)
+    finally:
+        small.parent.chmod(0o755)
+
+
+def test_what_a_killed_writer_left_is_read_too(small):
+    """SIGKILL leaves SQLite's log beside the file: the reader sees what is in it."""
+    writer = Results(small, "small")
+    writer.environment({"python": "4"})
+    copy = small.parent / "copy"
+    copy.mkdir()
+    for file in small.parent.glob("r.sqlite*"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    writer.close()
+    assert (copy / "r.sqlite-wal").stat().st_size > 0
+    with Results(copy / "r.sqlite") as results:
+        assert {"python": "4"} in results.environments().values()
+    with Results(copy / "r.sqlite", "small"):
+        pass
+    assert [file.name for file in copy.iterdir() if not file.name.endswith(".lock")] == ["r.sqlite"]
+
+
+def test_numbers_that_cannot_be_are_a_failure_of_the_run(tmp_path):
+    pytest.importorskip("scipy")
+    numbers = iter([float("nan"), 0.5, 1.0] * 3)
+    scripted_study(SMALL, tmp_path / "r.sqlite", lambda t, i: Outcome(None, {"exact": next(numbers), "tokens": 5.0}))
+    full = read_all(tmp_path / "r.sqlite")[0][0]
+    assert (full.runs, full.failed) == (1, 2)
+    assert full.error == "exact is nan, which cannot be; look for a damaged checkpoint, or use another dtype."
+
+
+def test_neither_file_nor_lock_is_a_link(small, tmp_path):
+    (tmp_path / "link.sqlite").symlink_to(small)
+    with pytest.raises(ResultsError, match="is a symbolic link; name the file itself with --out"):
+        Results(tmp_path / "link.sqlite", "small")
+    (tmp_path / "r.sqlite.lock").unlink(missing_ok=True)
+    (tmp_path / "r.sqlite.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ResultsError, match=r"r\.sqlite\.lock: is a symbolic link; remove it"), writing(small):
+        pass
+    assert not (tmp_path / "theirs").exists()
