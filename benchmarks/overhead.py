@@ -1,6 +1,6 @@
 """What a policy's cache costs per layer and token beyond `DynamicCache`, and what a compaction costs.
 
-A model of 32 narrow layers, so that nearly all of a step is Python and small launches. With ``--beside PYTHON`` the same
+A model of 32 narrow layers: nearly all of a step is Python and small launches. With ``--beside PYTHON`` the same
 is measured with another installed kvpolicy, in processes that take turns with this one's.
 """
 

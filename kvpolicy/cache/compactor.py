@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.cache.ledger import Ledger, RowId
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.policy import checks
 from kvpolicy.policy.checks import Untouched
@@ -62,12 +63,14 @@ class Compactor(Generic[RowId]):
         policy: what decides.
         ledger: what counts.
         cache: what is compacted.
+        ranks: the other ranks of tensor parallelism, which compact the same rows at the same time.
     """
 
-    def __init__(self, policy: Policy, ledger: Ledger[RowId], cache: Compactable[RowId]) -> None:
+    def __init__(self, policy: Policy, ledger: Ledger[RowId], cache: Compactable[RowId], ranks: Ranks = ALONE) -> None:
         self.policy = policy
         self.ledger = ledger
         self.cache = cache
+        self.ranks = ranks
 
     def run(self, rows: Sequence[RowId]) -> None:
         """Compact these rows.
@@ -86,7 +89,7 @@ class Compactor(Generic[RowId]):
         """Two phases: all layers are scored before any is decided, for scopes and pools may cross layers."""
         budget = [self.ledger.entries(row) for row in rows]
         views = self.cache.views(rows, budget)
-        decision = self.policy.decide(views, budget)
+        decision = self.policy.decide(views, budget, self.ranks)
         kept = decision.kept
         changing = bool(self.policy.remembering or self.policy.post)  # else no view is made for it: it may be a copy
         return Decided(

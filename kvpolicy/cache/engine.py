@@ -22,6 +22,8 @@ from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
 from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Rows
 from kvpolicy.cache.store.group import Stores
+from kvpolicy.contracts.heads import HeadSpan
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
@@ -42,15 +44,25 @@ class Engine:
         groups: layers that share shape and device, as transformers counts them.
         num_layers: layers of the whole model.
         ropes: rotary embedding per layer, for policies that need it.
+        ranks: the other ranks of tensor parallelism; this process alone by default.
+        heads: which KV heads of a layer are here, for layers of which some are elsewhere.
     """
 
     def __init__(
-        self, policy: Policy, groups: Sequence[Sequence[int]], num_layers: int, ropes: Mapping[int, Rope] | None = None
+        self,
+        policy: Policy,
+        groups: Sequence[Sequence[int]],
+        num_layers: int,
+        ropes: Mapping[int, Rope] | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        heads: Mapping[int, HeadSpan] | None = None,
     ) -> None:
         self.policy = policy
         self.groups = [tuple(g) for g in groups]
         self.num_layers = num_layers
         self.ropes = dict(ropes or {})
+        self.ranks, self.heads = ranks, dict(heads or {})
         self.layers = sorted(layer for group in self.groups for layer in group)
         self._re_rotates = any(p.changes == "positions" for p in policy.post)
         self.reset()
@@ -65,7 +77,7 @@ class Engine:
             states=self.policy.slot_states,
             re_rotates=self._re_rotates,
         )
-        self._compactor = Compactor(self.policy, self.ledger, self)
+        self._compactor = Compactor(self.policy, self.ledger, self, self.ranks)
         self._used: list[int] = []  # slots of the stores in use, per row; of a ragged store, those behind its base
         self._last_held: Rows | None = None
         self.facts: dict[int, LayerFacts] = {}
@@ -291,6 +303,7 @@ class Engine:
         return make_view(
             slots, rows, facts,
             layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer), observed=observed, extras=extras,
+            heads=self.heads.get(layer),
         )  # fmt: skip
 
     # -- observation --------------------------------------------------------------------------------------------------
@@ -403,7 +416,7 @@ class Engine:
         twin.__dict__.update(self.__dict__)
         twin.ledger, twin._used = self.ledger.clone(), list(self._used)
         twin.stores, twin.facts = self.stores.clone(), dict(self.facts)
-        twin._compactor = Compactor(self.policy, twin.ledger, twin)
+        twin._compactor = Compactor(self.policy, twin.ledger, twin, self.ranks)
         twin.log, twin._columns = self.log.clone(), self._columns.clone()
         twin.observation = self.observation.clone(torch.arange(len(self._used)))
         return twin

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.cache.queries.log import Window
 from kvpolicy.cache.store import Rows, SlotTensors
+from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.view import CacheView, Rope
 
 
@@ -56,6 +57,7 @@ def make_view(
     rope: Rope | None,
     observed: Observed | None,
     extras: dict[str, Tensor],
+    heads: HeadSpan | None = None,
 ) -> CacheView:
     """Return what components may see of one layer, for some rows.
 
@@ -87,6 +89,7 @@ def make_view(
         rope_positions=slots.rope_positions,
         budget=numbers.get("budget"),
         extras=MappingProxyType(extras),
+        heads=heads,
     )
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator, Selector, Slots
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.policy import checks
 from kvpolicy.policy import findings as findings_of
@@ -22,19 +22,22 @@ from kvpolicy.policy.checks import Untouched, called
 from kvpolicy.policy.decision import Decision, Parts, Ranked, Ranking, Scored, ScoredRun, Scoring, apart
 from kvpolicy.policy.findings import Findings
 from kvpolicy.policy.fuse import folded
+from kvpolicy.policy.gather import gathered, here
 from kvpolicy.policy.scoring import once
 from kvpolicy.types import Counts, KeepIndices, Mask
 
 
-def decide(parts: Parts, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+def decide(parts: Parts, views: Sequence[CacheView], budget: Sequence[int], ranks: Ranks = ALONE) -> Decision:
     """Decide for all layers at once which slots stay; see `Policy.decide`."""
     findings = Findings()
     scoring = score(parts, views)
-    shared = share(parts.selector, scoring)
+    everywhere = gathered(parts, scoring, ranks)
+    shared = share(parts.selector, everywhere)
     rows = torch.tensor(list(budget), dtype=torch.int64).to(shared.runs[0].scores.device)  # the one copy to a device
     _look_at_scores(findings, parts, scoring, shared, rows, budget)
     try:
-        counts = allocate(parts.allocator, scoring, shared, rows, findings)
+        counts = allocate(parts.allocator, everywhere, shared, rows, findings)
+        shared, counts = here(scoring, everywhere, shared, counts)
         kept = choose(parts, scoring, shared, counts, max(budget), findings)
     except Exception:
         findings.read()  # an allocator or selector that stumbles over what came before it is not to blame
@@ -168,16 +171,12 @@ def share(selector: Selector, scoring: Scoring) -> Ranking:
     """Reduce what heads (scope `layer`) or heads and layers (scope `model`) decide together; the same for each of them.
 
     A slot is protected where one of them protects it, and allowed where all of them allow it.
-
-    Raises:
-        UnsupportedError: heads decide together, and some of them are not here.
     """
     scope, how = selector.scope, selector.reduce
     numbers = [len(run.layers) for run in scoring.runs]
     alone = [Ranked(run.scored.retention, run.protected, run.allowed) for run in scoring.runs]
     if scope == "head":
         return Ranking(alone, numbers)
-    _all_here(scoring, f"{type(selector).__name__} (scope {scope!r}) lets all heads decide together")
     heads = [run.scores.shape[1] for run in alone]
     reduced = [
         Ranked(_reduce(run.scores.masked_fill(~run.allowed, 0.0), 1, how), run.protected.any(1), run.allowed.all(1))
@@ -220,10 +219,7 @@ def allocate(
 
     Raises:
         ComponentError: the result has other shapes, dtypes or devices, or something was written to.
-        UnsupportedError: heads share a budget, and some of them are not here.
     """
-    if allocator.counts == "per_head":
-        _all_here(scoring, f"{type(allocator).__name__} splits one budget over all heads")
     held = [(run.allowed.sum(-1), run.protected.sum(-1)) for run in shared.runs]
     valid, protected = (
         [part for both, n in zip(held, shared.numbers, strict=True) for part in apart(both[i], n)] for i in (0, 1)
@@ -260,17 +256,6 @@ def _of_request(request: AllocationRequest) -> Iterator[tuple[str, Tensor]]:
     for name in ("valid", "protected", "scores", "masks", "protected_masks"):
         for i, tensor in enumerate(getattr(request, name)):
             yield f"request.{name}[{i}]", tensor
-
-
-def _all_here(scoring: Scoring, why: str) -> None:
-    """Refuse to decide for a part of the heads what hangs on all of them."""
-    for each in scoring.slots:
-        heads = each.head_span
-        if not heads.complete:
-            raise UnsupportedError(
-                f"layer {each.layer_idx}: {why}, and {heads.here} of {heads.total} heads are here; gather the scores "
-                "of all heads first, or use `scope: head` with `allocator: uniform`."
-            )
 
 
 # -- choose -----------------------------------------------------------------------------------------------------------

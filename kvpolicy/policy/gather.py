@@ -1,48 +1,68 @@
-"""The scores of all ranks, for decisions that hang on heads which lie on other ranks, and back to those that are here."""
+"""The scores of all ranks of tensor parallelism, where a decision for one head hangs on heads that lie on others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.ranks import Ranks
-from kvpolicy.policy.decide import Parts, Ranking, Scoring
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.policy.decision import Parts, Ranked, Ranking, Scoring
 from kvpolicy.types import Counts
 
 
-def crosses_heads(parts: Parts) -> bool:
-    """Whether a policy's decision for one head hangs on others: a shared set, or a budget that heads share."""
-    return parts.selector.scope != "head" or parts.allocator.counts == "per_head"
+def gathered(parts: Parts, scoring: Scoring, ranks: Ranks) -> Scoring:
+    """Return what was scored with the heads of all ranks, `[B, H, N]` of the whole layer and the same on each of them.
+
+    Where every head decides for itself, or all heads are here, it is `scoring` itself and nobody waits for anybody.
+
+    Raises:
+        UnsupportedError: heads decide together, and `ranks` does not bring those that are elsewhere.
+    """
+    together = _together(parts)
+    if together is None or all(each.head_span.complete for each in scoring.slots):
+        return scoring
+    runs = []
+    for run in scoring.runs:
+        retention, protected, allowed = map(ranks.gather, (run.scored.retention, run.protected, run.allowed))
+        span = run.slots.head_span
+        if retention.shape[1] != span.total:
+            raise UnsupportedError(
+                f"layer {run.layers[0]}: {together}, and {span.here} of {span.total} heads are here; give the cache "
+                "`ranks` that gather the others, or use `scope: head` with `allocator: uniform`."
+            )
+        runs.append(run._replace(scored=run.scored._replace(retention=retention), protected=protected, allowed=allowed))
+    slots = [replace(each, heads=HeadSpan.whole(each.head_span.total)) for each in scoring.slots]
+    return Scoring(runs, slots, scoring.num_layers)
 
 
-def gathered(scoring: Scoring, ranks: Ranks) -> Scoring:
-    """Return what was scored on all ranks: `[B, H, N]` of the whole layer, the same on each of them."""
-    ranking = Ranking(*(_together(part, ranks) for part in scoring.ranking))
-    slots = [replace(each, head_span=HeadSpan.whole(each.head_span.total)) for each in scoring.slots]
-    return replace(scoring, ranking=ranking, slots=slots)
+def _together(parts: Parts) -> str | None:
+    """Say in which way a decision for one head hangs on others, if it does."""
+    selector, allocator = parts.selector, parts.allocator
+    if selector.scope != "head":
+        return f"{type(selector).__name__} (scope {selector.scope!r}) lets all heads decide together"
+    if allocator.counts == "per_head":
+        return f"{type(allocator).__name__} splits one budget over all heads"
+    return None
 
 
-def _together(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Gather one tensor per layer, in one call where their shapes allow it: a call waits for the slowest rank."""
-    if len({each.shape for each in tensors}) == 1 and len({each.device for each in tensors}) == 1:
-        return list(ranks.gather(torch.stack(tensors)).unbind(0))
-    return [ranks.gather(each) for each in tensors]
+def here(
+    scoring: Scoring, everywhere: Scoring, shared: Ranking, counts: Sequence[Counts]
+) -> tuple[Ranking, list[Counts]]:
+    """Return the part of what was decided with all heads that belongs to this rank's heads and slots.
 
-
-def here(scoring: Scoring, shared: Ranking, counts: Sequence[Counts]) -> tuple[Ranking, list[Counts]]:
-    """Return the part of a ranking and of counts over all heads that belongs to this rank's heads and slots."""
-    spans = [each.head_span for each in scoring.slots]
-    widths = [mask.shape[-1] for mask in scoring.ranking.allowed]
-    mine = Ranking(
-        *(
-            [span.of(each, 1)[..., :width] for each, span, width in zip(part, spans, widths, strict=True)]
-            for part in shared
-        )
-    )
-    return mine, [span.of(each, 1) for each, span in zip(counts, spans, strict=True)]
-
-
+    Args:
+        scoring: what was scored here.
+        everywhere: what `gathered` made of it.
+        shared: what is ranked, over all heads.
+        counts: int64 `[B, H]` of the whole layer, one per layer.
+    """
+    if everywhere is scoring:
+        return shared, list(counts)
+    runs = []
+    for run, ranked in zip(scoring.runs, shared.runs, strict=True):
+        span, width = run.slots.head_span, run.allowed.shape[-1]
+        runs.append(Ranked(*(span.of(each, 1)[..., :width] for each in ranked)))
+    mine = [each.head_span.of(count, 1) for each, count in zip(scoring.slots, counts, strict=True)]
+    return Ranking(runs, shared.numbers), mine

@@ -20,6 +20,7 @@ from kvpolicy.contracts.components import (
     SlotState,
     Trigger,
 )
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
 from kvpolicy.policy import decide as stages
@@ -224,12 +225,13 @@ class Policy:
         """Return what `decide` keeps of each layer; arguments and exceptions are the same."""
         return self.decide(views, budget).kept
 
-    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int], ranks: Ranks = ALONE) -> Decision:
         """Decide for all layers at once which slots stay, in the stages of `kvpolicy.policy.decide`.
 
         Args:
             views: one view per layer, all of the same rows.
             budget: entries per head and layer to keep, one integer per row.
+            ranks: brings the scores of heads that lie on other ranks, where heads decide together.
 
         Returns:
             For every layer what was scored, ranked and allocated, and one `KeepIndices`, strictly increasing, exactly
@@ -240,4 +242,4 @@ class Policy:
             ScoreError: scores have a wrong shape, dtype or device, or are not finite.
             ComponentError: a component returned something else that its contract does not allow, or wrote to its input.
         """
-        return stages.decide(self, views, budget)
+        return stages.decide(self, views, budget, ranks)

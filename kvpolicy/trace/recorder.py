@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.decision import Decision
 from kvpolicy.policy.policy import Policy
@@ -141,9 +142,9 @@ class _WatchedPolicy(Policy):
 
     recorder: Recorder = field(default_factory=Recorder, repr=False, compare=False)
 
-    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int], ranks: Ranks = ALONE) -> Decision:
         _one_row(len(budget))
-        decision = super().decide(views, budget)
+        decision = super().decide(views, budget, ranks)
         self.recorder.note(views, decision, self)
         return decision
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.decision import Decision
@@ -78,9 +79,9 @@ class _Noting(Policy):
     reference: list[list[_Noted]] | None
     report: AloneReport
 
-    def decide(self, views: Sequence[CacheView], budget: Sequence[int]) -> Decision:
+    def decide(self, views: Sequence[CacheView], budget: Sequence[int], ranks: Ranks = ALONE) -> Decision:
         """Decide, note, compare."""
-        decision = super().decide(views, budget)
+        decision = super().decide(views, budget, ranks)
         keeps = decision.kept
         for b, row in enumerate(self.rows):
             seen = int(views[0].seen[b])
