@@ -122,7 +122,11 @@ class EvictingLayer(CacheLayerMixin):
         assert forward is not None
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
-        facts = self._known(module) or self._facts(module, query, value, kwargs)
+        facts = self._known(module)
+        if facts is None:
+            facts = self._facts(module, query, value, kwargs)
+            if engine.stores.ragged:
+                _check_ragged(module, kwargs)
         if mask is not None and mask.shape[-1] != key.shape[2]:
             raise UnsupportedError(
                 "this model asks for a mask that is not simply causal, after padding or an eviction; "
@@ -130,6 +134,7 @@ class EvictingLayer(CacheLayerMixin):
             )
         base_entries = engine.ragged_base(self.layer_idx)
         if base_entries is not None:
+            _check_ragged(module, kwargs)
             attended = self._attend_ragged(base_entries, query, key, value, mask, facts)
             self._record(module, query, facts, key.shape[1])
             return attended, None
@@ -238,3 +243,17 @@ class EvictingLayer(CacheLayerMixin):
 def _last(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """Return the lines of a mask for the last tokens of a pass: a layer without keys of its own may skip the others."""
     return mask if mask is None or mask.shape[2] == query.shape[2] else mask[:, :, -query.shape[2] :]
+
+
+def _check_ragged(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse what attention over heads that hold different numbers of entries does not compute."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise UnsupportedError(
+            "output_attentions: under a policy that gives heads different numbers of entries there is no matrix of "
+            "weights to return; leave it out, or choose a policy that keeps the same number for every head."
+        )
+    if kwargs.get("dropout"):
+        raise UnsupportedError(
+            f"{type(module).__name__} drops attention weights at random in training mode, which attention over heads "
+            "with different numbers of entries does not; call model.eval() first."
+        )
