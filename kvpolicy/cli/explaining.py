@@ -72,6 +72,7 @@ def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
     """Yield labels and sentences that say what is kept, when, and how it is chosen."""
     if policy.budget.fraction == 1.0:
         yield "keeps", "Everything: the budget is the text itself."
+        yield from _traits(policy)
         return
     tokens = policy.budget.tokens
     kept = f"{tokens:,} entries" if tokens is not None else f"{policy.budget.fraction:.4g} of the tokens seen so far,"
@@ -100,6 +101,22 @@ def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
 
     for need in sorted(policy.needs):
         yield "needs", f"{need}: {NEEDS[need]}."
+    yield from _traits(policy)
+
+
+def _traits(policy: Policy) -> Iterator[tuple[str, str]]:
+    """Yield what a runtime must know, with the names that it refuses by."""
+    traits = policy.traits
+    says = {
+        "equal_counts": ("every head holds as many entries", "heads hold different numbers of entries"),
+        "length_is_counted": ("lengths follow from counters alone", "lengths are known when the device says them"),
+        "re_rotates": ("kept keys get other positions", "positions stay"),
+        "whole_prompt": ("the prompt comes in one pass", "the prompt may come in chunks"),
+    }
+    for number, (name, (yes, no)) in enumerate(says.items()):
+        yield "" if number else "runtimes", f"{name}: {yes if getattr(traits, name) else no}."
+    states = ", ".join(f"{each.name} ({str(each.dtype).removeprefix('torch.')})" for each in traits.state)
+    yield "", f"state: {states or 'none'}."
 
 
 def _said(ref: ComponentRef) -> str:

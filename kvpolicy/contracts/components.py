@@ -61,11 +61,13 @@ class ImportanceScorer(Component):
         rounded: scores are computed in floating point, so that a policy takes those for equal which differ by no more
             than rounding (a share of 4e-6, `kvpolicy.ops.levelled`). False for whole numbers and hashes, whose every
             difference means something.
+        constant: every entry gets the same number, so that nothing is ranked.
     """
 
     comparable_across_heads: ClassVar[bool] = False
     comparable_across_layers: ClassVar[bool] = False
     rounded: ClassVar[bool] = True
+    constant: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: CacheView) -> Scores:
@@ -116,6 +118,7 @@ class RedundancyScorer(Component):
     comparable_across_heads: ClassVar[bool] = False
     comparable_across_layers: ClassVar[bool] = False
     rounded: ClassVar[bool] = True
+    constant: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: CacheView) -> Scores:
@@ -205,9 +208,12 @@ class Protection(Component):
 
     Class attributes:
         effect: ``keep`` or ``drop``.
+        only_padding: a promise of a protection that drops: it marks no slot with a token, so that every head still
+            holds its share of the budget. False is always right.
     """
 
     effect: ClassVar[Literal["keep", "drop"]] = "keep"
+    only_padding: ClassVar[bool] = False
 
     @abstractmethod
     def mask(self, view: CacheView) -> Mask:

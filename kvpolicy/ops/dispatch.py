@@ -22,7 +22,7 @@ from kvpolicy.errors import UnsupportedError, did_you_mean
 from kvpolicy.ops import arguments
 
 BACKENDS: Final = ("auto", "torch", "triton")
-"""What the field `backend` of a policy may say."""
+"""What the field `backend` of a policy may always say; `backend_names` has those that are registered too."""
 
 BACKEND_VARIABLE: Final = "KVPOLICY_BACKEND"
 """Environment variable: the backend of policies that say `auto`; any registered name."""
@@ -144,6 +144,11 @@ def _implementation(name: str, op: str, args: Any, kwargs: Any) -> Callable[...,
             return function
         _say(f"backend: auto takes torch for {op}, because {candidate} cannot run it: {reason}.")
     return None
+
+
+def backend_names() -> list[str]:
+    """Return what the field `backend` of a policy may say: `BACKENDS` and the names of registered backends."""
+    return list(dict.fromkeys((*BACKENDS, *_all())))
 
 
 def _all() -> dict[str, Backend]:

@@ -25,10 +25,10 @@ from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
 from kvpolicy.policy import decide as stages
 from kvpolicy.policy.decision import Decision, Scored
+from kvpolicy.policy.traits import Traits
 from kvpolicy.types import KeepIndices, Mask, Scores
 
 Phase = Literal["prefill", "decode", "both"]
-Backend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Policy:
     post: tuple[PostOperation, ...] = ()
     phase: Phase = "decode"
     prefill_chunk: int | None = None
-    backend: Backend = "auto"
+    backend: str = "auto"
     paper: str = ""
     departures: tuple[str, ...] = field(default=(), repr=False)
     description: str = field(default="", repr=False)
@@ -81,9 +81,15 @@ class Policy:
                 f"({parts}); "
                 "raise the budget or protect less."
             )
+        if not self.ranks and not self.protections and self.budget.fraction != 1.0:
+            raise SpecError(
+                f"budget: policy {self.name!r} ranks nothing and protects nothing, so that a budget would keep the "
+                "oldest entries whatever they are; leave the budget at 1.0, or choose an importance such as `recency` "
+                "or `random`."
+            )
         self._check_phase()
         if self.counts != "equal" and any(p.changes == "positions" for p in self.post):
-            dropping: list[Component] = [p for p in self.protections if p.effect == "drop"]
+            dropping: list[Component] = [p for p in self.protections if p.effect == "drop" and not p.only_padding]
             uneven = self.allocator if self.selector.exact else self.selector
             raise SpecError(
                 "post: re-rotated keys need the same number of entries in every head, which "
@@ -164,6 +170,15 @@ class Policy:
         return tuple(found)
 
     @cached_property
+    def ranks(self) -> bool:
+        """Whether scores tell entries apart; where they do not, protections and age decide."""
+        used: list[ImportanceScorer | RedundancyScorer] = [self.importance] if self.mixer.uses_importance else []
+        used += [self.redundancy] if self.mixer.uses_redundancy else []
+        held = [m for m in self.mixer.members() if isinstance(m, ImportanceScorer | RedundancyScorer)]
+        # A mixer that uses neither makes scores of its own.
+        return not used or not all(scorer.constant for scorer in (*used, *held))
+
+    @cached_property
     def remembering(self) -> tuple[Component, ...]:
         """The components that remember something at a compaction, in slot state."""
         return tuple(c for c in self.components if type(c).remember is not Component.remember)
@@ -175,7 +190,7 @@ class Policy:
         A protection that drops slots can leave a head with fewer than its share of the budget, so that only what was
         really kept says how many.
         """
-        fewer = not self.selector.exact or any(p.effect == "drop" for p in self.protections)
+        fewer = not self.selector.exact or any(p.effect == "drop" and not p.only_padding for p in self.protections)
         return "per_head" if fewer else self.allocator.counts
 
     @property
@@ -200,6 +215,21 @@ class Policy:
             return None
         chunk = self.prefill_chunk if self.prefill_chunk is not None and self.phase == "both" else 0
         return self.budget.tokens + max(self.trigger.buffer(), chunk)
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What a runtime must know before it starts."""
+        equal = self.counts == "equal"
+        return Traits(
+            equal_counts=equal,
+            # `counts` is "equal" only with an exact selector and without protections that drop entries, and budgets of
+            # both kinds are numbers that follow from tokens seen and the prompt.
+            length_is_counted=equal,
+            needs=self.needs,
+            state=self.slot_states,
+            re_rotates=any(p.changes == "positions" for p in self.post),
+            whole_prompt=any(c.whole_prompt for c in self.components),
+        )
 
     def reserved(self, prompt_length: int = 0) -> int:
         """Entries per head that the protections keep in a long row with that prompt."""

@@ -23,7 +23,8 @@ from kvpolicy.contracts.budget import Budget
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog
-from kvpolicy.policy.policy import Backend, Phase, Policy
+from kvpolicy.ops import dispatch
+from kvpolicy.policy.policy import Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
 from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, from_pydantic
@@ -33,6 +34,14 @@ from kvpolicy.spec.reference import ComponentRef, resolve
 def _checked_name(name: str) -> str:
     if not POLICY_NAME.fullmatch(name):
         raise ValueError("should be a name of at most 64 small letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _checked_backend(name: str) -> str:
+    known = dispatch.backend_names()
+    if name not in known:
+        near = did_you_mean(name, known).strip().rstrip("?").replace("Did", "did", 1)
+        raise ValueError(f"should be one of {', '.join(known)}{f' ({near}?)' if near else ''}")
     return name
 
 
@@ -83,8 +92,8 @@ class PolicySpec(BaseModel):
     """How scores become kept entries."""
     post: tuple[InstanceOf[ComponentRef], ...] = ()
     """Operations on what is kept, in order."""
-    backend: Backend = "auto"
-    """Which implementation of the operations to use."""
+    backend: Annotated[str, AfterValidator(_checked_backend)] = "auto"
+    """Which implementation of the operations to use: auto, torch, triton or a registered one."""
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -14,6 +14,7 @@ from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog, Entry, held_kinds
+from kvpolicy.ops import dispatch
 from kvpolicy.spec import forms
 from kvpolicy.spec.model import PolicySpec
 from kvpolicy.spec.reference import ComponentRef
@@ -72,7 +73,7 @@ def _fields(catalog: Catalog, definitions: _Schema) -> _Schema:
         "budget": _budget(),
         "phase": {"enum": ["prefill", "decode", "both"], "default": "decode"},
         "prefill_chunk": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None},
-        "backend": {"enum": ["auto", "torch", "triton"], "default": "auto"},
+        "backend": {"enum": dispatch.backend_names(), "default": "auto"},
         "protect": _protect(catalog, definitions),
         "post": {"type": "array", "items": {"$ref": "#/$defs/post"}, "default": []},
     }

@@ -18,6 +18,8 @@ Design = Literal["grid", "one-at-a-time", "paired"]
 POLICY: Final = "policy"
 """The axis whose values are whole policies."""
 BUDGET: Final = "budget"
+FULL: Final = "full"
+"""Name of the full cache, the reference of every study."""
 MOST_VARIANTS: Final = 10_000
 
 _LARGE: Final = 1 << 30  # stands for a budget that is known only after the full cache has run
@@ -121,6 +123,8 @@ def expand(
         design: grid: all combinations of the axes; one-at-a-time: the base, and each other value of each axis alone;
             paired: the first values of all axes, the second values of all axes, and so on.
         exclude: combinations that are left out, as path -> value.
+
+    The full cache is left out, whatever its budget: every study measures it once, as the reference.
     """
     choices = list(_assignments(axes, design))
     circumstances = list(_assignments(conditions, "grid"))
@@ -134,6 +138,8 @@ def expand(
         if _excluded((*choice, *condition), exclude):
             continue
         variant = _variant(base, choice, condition, design)
+        if variant is None:
+            continue
         what = json.dumps([identity(variant.policy), str(variant.trace)])
         if (variant.condition, what) in known:
             if design == "one-at-a-time":  # a value that the base has
@@ -145,7 +151,11 @@ def expand(
         known[variant.condition, what] = variant.name
         variants[variant.label] = variant
     if not variants:
-        raise FieldError(("exclude",), "leaves no variant; remove some of it.")
+        if exclude:
+            raise FieldError(("exclude",), "leaves no variant; remove some of it.")
+        raise FieldError(
+            ("axes",), "name nothing but the full cache, which every study measures; name a policy that evicts."
+        )
     return list(variants.values())
 
 
@@ -171,13 +181,16 @@ def _excluded(assignment: Assignment, exclude: Sequence[Mapping[str, Any]]) -> b
     return any(all(values.get(path) == _short(value) for path, value in each.items()) for each in exclude)
 
 
-def _variant(base: PolicySpec | None, choice: Assignment, condition: Assignment, design: Design) -> Variant:
+def _variant(base: PolicySpec | None, choice: Assignment, condition: Assignment, design: Design) -> Variant | None:
+    """Return one policy that is measured, or None when it is the full cache."""
     chosen = {axis.path: axis.values[i] for axis, i in (*condition, *choice)}
     start = chosen.pop(POLICY, base)
     trace = chosen.get(BUDGET)
     changes = {path: value for path, value in chosen.items() if not isinstance(value, TraceBudget)}
     if isinstance(trace, TraceBudget):
         changes[BUDGET] = {"tokens": _LARGE}
+    if _is_full(start, changes):
+        return None
     try:
         policy = start.replace(changes) if changes else start
     except SpecError as error:
@@ -190,6 +203,18 @@ def _variant(base: PolicySpec | None, choice: Assignment, condition: Assignment,
         trace if isinstance(trace, TraceBudget) else None,
         tuple((axis.path, _short(axis.values[i])) for axis, i in (*choice, *condition)),
     )
+
+
+def _is_full(start: PolicySpec, changes: Mapping[str, Any]) -> bool:
+    """Whether a policy keeps everything and still ranks nothing once all but its budget has been changed."""
+    if start.budget.fraction != 1.0:
+        return False
+    others = {path: value for path, value in changes.items() if path.split(".")[0] != BUDGET}
+    try:
+        built = (start.replace(others) if others else start).build()
+    except SpecError:
+        return False  # which is said with the rest
+    return not built.ranks
 
 
 def _blamed(start: PolicySpec, assignment: Assignment, error: SpecError) -> FieldError:

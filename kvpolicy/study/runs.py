@@ -13,7 +13,7 @@ from typing import Any, Final
 from kvpolicy.errors import KVPolicyError, SpecError
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study import keys
-from kvpolicy.study.design import Variant, identity
+from kvpolicy.study.design import FULL, Variant, identity
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.models import ModelRef
 from kvpolicy.study.problem import Problem
@@ -22,7 +22,7 @@ from kvpolicy.study.sources import Source
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Item, Task
 
-REFERENCE: Final = "full"
+REFERENCE: Final = FULL
 """Name of the variant that keeps everything; every study has it."""
 
 

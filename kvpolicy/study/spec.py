@@ -16,7 +16,7 @@ from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, dotted, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
-from kvpolicy.study.design import POLICY, Axis, Design, Variant, expand
+from kvpolicy.study.design import FULL, POLICY, Axis, Design, Variant, expand
 from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
 from kvpolicy.study.reading import Reader
 from kvpolicy.study.sampling import Sampling
@@ -147,7 +147,7 @@ class StudySpec(BaseModel):
                     ("metrics", i),
                     f"there is no metric {shown(metric)}.{did_you_mean(metric, METRICS)} Known: {', '.join(METRICS)}.",
                 )
-        names = list(dict.fromkeys(variant.name for variant in self.variants()))
+        names = list(dict.fromkeys((*(variant.name for variant in self.variants()), FULL)))
         if self.compare_to is not None and self.compare_to not in names:
             raise FieldError(
                 ("compare_to",),

@@ -64,6 +64,25 @@ def test_whole_policies_and_excluded_combinations():
     ]  # fmt: skip
 
 
+def test_the_full_cache_is_no_variant_whatever_the_budget():
+    policies = Axis("policy", (RKV, kvpolicy.load("full")))
+    for budgets in ((64, 128), (TraceBudget(0.1), TraceBudget(0.2))):
+        for condition in ((Axis("budget", budgets, "conditions"),), (Axis("protect.prompt", (False, True)),)):
+            found = expand(None, (policies,), condition, "grid")
+            assert [v.name for v in found] == ["rkv", "rkv"]
+    assert [v.name for v in expand(None, (policies,), (), "grid")] == ["rkv"]
+    scored = expand(kvpolicy.load("full"), (Axis("importance", ("recency",)), Axis("budget", (64,))), (), "grid")
+    assert [v.policy.budget.tokens for v in scored] == [64]
+    with pytest.raises(Exception, match="name nothing but the full cache, which every study measures"):
+        expand(None, (Axis("policy", (kvpolicy.load("full"),)),), (Axis("budget", (64,)),), "grid")
+
+
+def test_variants_may_be_compared_with_the_full_cache():
+    parts = {"models": ["m"], "datasets": ["gsm8k"], "conditions": {"budget": [64, 128]}}
+    study = StudySpec(study="s", axes={"policy": ["rkv", "full"]}, compare_to="full", **parts)
+    assert [v.label for v in study.variants()] == ["rkv | budget=64", "rkv | budget=128"]
+
+
 def test_the_same_policy_twice_is_refused():
     twin = RKV.replace("policy", "twin")
     with pytest.raises(Exception, match="'twin' and 'rkv' are the same policy; remove one"):

@@ -171,7 +171,10 @@ def declared_shares_are_true(subject: Any, case: Case) -> None:
 
 @law("Masks are combined with those of other components.", ("protection",), one_case)
 def mask_is_bool(subject: Any, case: Case) -> None:
-    """The mask is bool `[B, H, N]`, and no slot without a token is said to stay."""
+    """The mask is bool `[B, H, N]`, and no slot without a token is said to stay.
+
+    With `only_padding` none with a token is said to go.
+    """
     got = outcome(subject, case)[0]
     if got.dtype != torch.bool or got.shape != case.view.shape:
         raise broken(f"returned {got.dtype} {list(got.shape)} instead of torch.bool {list(case.view.shape)}.")
@@ -179,6 +182,10 @@ def mask_is_bool(subject: Any, case: Case) -> None:
     if subject.effect == "keep" and bool(wrong.any()):
         b, h, n = wrong.nonzero()[0].tolist()
         raise broken(f"row {b}, head {h}: slot {n} is not valid and is to stay.")
+    gone = got & case.view.valid
+    if subject.effect == "drop" and subject.only_padding and bool(gone.any()):
+        b, h, n = gone.nonzero()[0].tolist()
+        raise broken(f"row {b}, head {h}: slot {n} holds a token and is to go, and it declares `only_padding`.")
 
 
 def _drops(protection: Any) -> str | None:

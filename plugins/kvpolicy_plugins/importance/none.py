@@ -18,6 +18,7 @@ class NoImportance(ImportanceScorer):
     comparable_across_heads: ClassVar[bool] = True
     comparable_across_layers: ClassVar[bool] = True
     rounded: ClassVar[bool] = False
+    constant: ClassVar[bool] = True
 
     def score(self, view: CacheView) -> Scores:
         return torch.zeros(view.shape, dtype=torch.float32, device=view.device)

@@ -14,6 +14,7 @@ class Pads(Protection):
 
     same_for_layers: ClassVar[bool] = True
     effect: ClassVar[Literal["keep", "drop"]] = "drop"
+    only_padding: ClassVar[bool] = True
 
     def mask(self, view: CacheView) -> Mask:
         return ~view.valid
