@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kernels test-aot test-browser lint types check bench models
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser lint types check bench models
 
 BIN := .venv/bin
 
@@ -30,6 +30,12 @@ test-slow: setup ## the long matrix on the demo model
 
 test-kernels: setup ## the Triton kernels in the interpreter, in a process of its own
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
+
+# Policies of all kinds: norms, ranks, attention, stages, pooled heads, chunks, thresholds.
+PROCESSOR_POLICIES := knorm rkv rkv-density keydiff lagkv adakv-snapkv chunkkv criticalkv threshold
+
+test-processors: setup ## kept sets under other instruction sets, with one and two threads
+	$(BIN)/python -P scripts/kept_sets.py processors $(PROCESSOR_POLICIES)
 
 test-aot: setup ## the Triton kernels compiled for GPUs that need not be there
 	$(BIN)/pytest -n 2 -m "aot and not slow" tests/aot

@@ -1,7 +1,8 @@
 """Which entries every registered policy keeps of one text on the demo model: write it down, or compare two records.
 
-python -P scripts/kept_sets.py record FILE [--threads 1] [--follow OTHER] [POLICY ...]
+python -P scripts/kept_sets.py record [--tiny] [--threads 1] [--follow OTHER] FILE [POLICY ...]
 python -P scripts/kept_sets.py compare FILE OTHER [--first]
+python -P scripts/kept_sets.py processors [--demo] [POLICY ...]
 
 A prompt of some 280 tokens, 40 forced steps, a second turn of 24 tokens and 24 more steps; 88 entries and an interval
 of 24 unless a policy needs other numbers. A record is a zip of arrays (`numpy.load`): positions that each head kept at
@@ -11,12 +12,19 @@ then the other record's is carried out, so that a near tie that falls the other 
 `compare` names policy, compaction, layer and head where sets differ, how many positions do, and by how much the scores
 of `FILE` differ there, as a share of the head's largest; its exit code is 1 when sets differ. Without ``--follow``,
 what comes after a policy's first difference is its consequence; ``--first`` leaves it out.
+
+`processors` records on a tiny model (``--demo``: on the demo model) with one and two threads and with the instruction
+sets that PyTorch can be told to use (`ATEN_CPU_CAPABILITY`), all following the first of them, and compares.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +35,7 @@ from torch import Tensor
 
 import kvpolicy
 from kvpolicy import KVPolicyError, Policy, Selector
+from kvpolicy.testing.tables import stand_in_tables
 from kvpolicy.types import KeepIndices
 
 BUDGET, INTERVAL = 88, 24
@@ -132,15 +141,24 @@ def run(policy: Policy, model: Any, tokens: list[int]) -> None:
         cache.kept(0, 0)  # what is due runs
 
 
-def record(file: Path, names: list[str], follow: Path | None) -> None:
-    """Write the record of all policies, or of those that are named."""
+def subject(tiny: bool) -> tuple[Any, list[int]]:
+    """Return a model and the text as its tokens; the tiny one knows letters only, and many come again."""
+    if tiny:
+        from kvpolicy.testing.tiny import tiny_model
+
+        return tiny_model("llama"), [3 + ord(letter) % 200 for letter in text()]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 
     folder = ensure_demo_model()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = AutoTokenizer.from_pretrained(folder)(text())["input_ids"]
+    return model, AutoTokenizer.from_pretrained(folder)(text())["input_ids"]
+
+
+def record(file: Path, names: list[str], follow: Path | None, tiny: bool = False) -> None:
+    """Write the record of all policies, or of those that are named."""
+    model, tokens = subject(tiny)
     assert len(tokens) >= PROMPT + FORCED + 2 * TURN, len(tokens)
     other = None if follow is None else dict(np.load(follow))
     found: dict[str, np.ndarray] = {}
@@ -167,7 +185,26 @@ def record(file: Path, names: list[str], follow: Path | None) -> None:
         np.savez_compressed(stream, **found)
 
 
-def compare(file: Path, other: Path, first: bool) -> int:
+def processors(names: list[str], demo: bool) -> int:
+    """Record under all instruction sets and with one and two threads; return how many decisions differ."""
+    plain = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
+    differ = 0
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first.npz"
+        for capability in (None, "avx2", "default"):
+            for threads in ("1", "2"):
+                file = Path(folder) / "next.npz" if first.exists() else first
+                follow = [] if file == first else ["--follow", str(first)]
+                model = [] if demo else ["--tiny"]
+                told = {} if capability is None else {"ATEN_CPU_CAPABILITY": capability}
+                command = [sys.executable, "-P", __file__, "record", "--threads", threads, *model, *follow]
+                subprocess.run([*command, str(file), *names], env=plain | told, check=True, stdout=subprocess.DEVNULL)
+                print(f"instruction set {capability or 'as it is'}, threads {threads}:", flush=True)
+                differ += compare(first, file, first=False, quiet=True)
+    return differ
+
+
+def compare(file: Path, other: Path, first: bool, quiet: bool = False) -> int:
     """Print where two records differ; return how many heads of all compactions do."""
     ours, theirs = np.load(file), np.load(other)
     names = sorted({key.split("/")[0] for key in (*ours, *theirs)})
@@ -198,6 +235,8 @@ def compare(file: Path, other: Path, first: bool) -> int:
                     f"for {np.flatnonzero(won).tolist()}, scores differ by {gap:.1e}"
                 )
         total += lines
+        if quiet and not lines:
+            continue
         print(f"{name}: {lines} of {heads} decisions differ" + (f", scores by at most {worst:.1e}" if lines else ""))
     return total
 
@@ -221,17 +260,24 @@ def main() -> int:
     recording = commands.add_parser("record")
     recording.add_argument("file", type=Path)
     recording.add_argument("policies", nargs="*")
+    recording.add_argument("--tiny", action="store_true", help="a tiny model with random weights")
     recording.add_argument("--threads", type=int, default=1)
     recording.add_argument("--follow", type=Path)
     comparing = commands.add_parser("compare")
     comparing.add_argument("file", type=Path)
     comparing.add_argument("other", type=Path)
     comparing.add_argument("--first", action="store_true", help="leave out what comes after a first difference")
+    both = commands.add_parser("processors")
+    both.add_argument("policies", nargs="*")
+    both.add_argument("--demo", action="store_true", help="the demo model")
     options = parser.parse_args()
+    if options.command == "processors":
+        return 1 if processors(options.policies, options.demo) else 0
     if options.command == "compare":
         return 1 if compare(options.file, options.other, options.first) else 0
     torch.set_num_threads(options.threads)
-    record(options.file, options.policies, options.follow)
+    with stand_in_tables() if options.tiny else nullcontext():  # the bundled tables are of the demo model
+        record(options.file, options.policies, options.follow, options.tiny)
     return 0
 
 

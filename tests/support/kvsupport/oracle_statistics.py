@@ -100,8 +100,9 @@ def expected_attention(p: Any, head: HeadView) -> Tensor:
     inside = torch.tensor([position >= p.sinks for position in head.positions])
     weights = torch.zeros(len(head.positions), dtype=torch.float64)
     dim = head.keys.shape[1]
-    turned = [turn(torch.eye(dim).double(), head.info, [_next(head) + t] * dim).T for t in range(p.future)]
-    average = torch.stack(turned).mean(0)
+    places = [_next(head) + t for t in range(p.future) for _ in range(dim)]
+    turned = turn(torch.eye(dim).double().repeat(p.future, 1), head.info, places)
+    average = turned.unflatten(0, (p.future, dim)).mean(0).T
     for asked in head.asked().unbind(1):
         plain = turn(asked, head.info, [-t for t in range(len(asked))])[SKIPPED:]
         plain = plain if len(plain) else torch.zeros(1, dim, dtype=torch.float64)
