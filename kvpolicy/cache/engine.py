@@ -224,8 +224,7 @@ class Engine:
 
         A ragged base is packed for the whole batch, so its parts move together.
         """
-        everyone = len(self._used)
-        parts = [list(range(everyone))] if len(rows) == everyone else [[b] for b in rows]
+        parts = [list(rows)] if len(rows) == len(self._used) else [[b] for b in rows]
         return [parts] if self.stores.ragged else [[part] for part in parts]
 
     def views(self, rows: Sequence[int], budget: Sequence[int]) -> Sequence[CacheView]:
@@ -245,43 +244,34 @@ class Engine:
         rows = self.held(slice(one.rows[0], one.rows[-1] + 1), [self.ledger.entries(row) for row in one.rows])
         for i, layer in enumerate(self.layers):
             self.stores[layer].write(layer, rows, one.changes(i))
-        left = self.stores.keep(
-            rows, dict(zip(self.layers, one.kept, strict=True)), dict(zip(self.layers, one.counts, strict=True))
-        )
+        counts = dict(zip(self.layers, one.counts, strict=True))
+        left = self.stores.keep(rows, dict(zip(self.layers, one.kept, strict=True)), counts)
         for row, length in zip(one.rows, left.lengths, strict=True):
             self._used[row] = length
         return dict(zip(one.rows, left.lengths, strict=True))
 
     def _repack(self, decided: Sequence[Decided[int]]) -> dict[int, int]:
         """Move all rows' entries to new bases and empty the tails; rows that are not due keep everything."""
-        everyone = self.held(slice(None))
-        for i, layer in enumerate(self.layers):
-            store = self.stores[layer]
-            assert isinstance(store, RaggedStore)
-            made = [(slice(d.rows[0], d.rows[-1] + 1), d.kept[i], d.changes(i)) for d in decided]
-            store.repack(layer, everyone, made)
-        for store in self.stores.distinct():
-            store.resize(0, 0)
+
+        def of_layer(layer: int) -> list[tuple[slice, KeepIndices, Mapping[str, Tensor]]]:
+            i = self.layers.index(layer)
+            return [(slice(d.rows[0], d.rows[-1] + 1), d.kept[i], d.changes(i)) for d in decided]
+
+        left = self.stores.repack(self.held(slice(None)), of_layer)
         self._used = [0] * len(self._used)
-        counts = [self.stores[layer].entries(layer, self._used) for layer in self.layers]
-        heads = sum(self.stores[layer].layout.heads for layer in self.layers)
-        totals = [-(-sum(total) // heads) for total in zip(*counts, strict=True)]
-        due = {row for d in decided for row in d.rows}
-        for row in set(range(len(totals))) - due:
+        due = [row for d in decided for row in d.rows]
+        for row in set(range(len(self._used))).difference(due):
             self.ledger.repacked(row)
-        return {row: totals[row] for row in due}
+        return {row: left.lengths[row] for row in due}
 
     def held(self, part: slice, budget: Sequence[int] | None = None) -> Rows:
         """Return what stores and views are told of some rows; one object, and its tensors, while nothing changes."""
-        some, used = self.rows[part], self._used[part]
-        numbers = {
-            "prompt_length": [row.prompt for row in some],
-            "seen": [row.seen for row in some],
-            "compaction": [row.compactions for row in some],
-        }
-        if budget is not None:
-            numbers["budget"] = list(budget)
-        rows = Rows.of(range(len(self._used))[part], used, **numbers)
+        some = self.rows[part]
+        rows = Rows.of(
+            range(len(self._used))[part], self._used[part],
+            prompt_length=[row.prompt for row in some], seen=[row.seen for row in some],
+            compaction=[row.compactions for row in some], **({} if budget is None else {"budget": budget}),
+        )  # fmt: skip
         if rows != self._last_held:
             self._last_held = rows
         assert self._last_held is not None
@@ -337,11 +327,7 @@ class Engine:
     # -- rows and rollback --------------------------------------------------------------------------------------------
 
     def check_crop(self, columns: int) -> list[int]:
-        """Return how many tokens each row would lose with the last `columns` columns.
-
-        Raises:
-            CacheStateError: a row has been compacted since, or has observed attention that it cannot forget.
-        """
+        """Return how many tokens each row would lose with the last `columns` columns; see `tokens_to_crop`."""
         unobserved = self.log.unobserved if self.observation.active else None
         return tokens_to_crop(self.rows, self._columns, columns, unobserved=unobserved, policy=self.policy.name)
 
@@ -372,24 +358,13 @@ class Engine:
         observed = self.columns - self.log.unobserved if self.observation.active else 0
         hidden = slots_to_keep(self.rows, self._used, known, past, observed=observed, policy=self.policy.name)
         for row, (slots, visible) in hidden.items():
-            self._drop(row, slots)
+            with ops.using_backend(self.policy.backend):
+                self.stores.drop(row, slots)
             prompt = self.rows[row].prompt
             self.ledger.hide(row, int((~visible).sum()), int((~visible[:prompt]).sum()))
             self._used[row] = slots.numel()
             self.log.hide(row, visible)
         self._columns.replace(past)
-
-    def _drop(self, row: int, slots: Tensor) -> None:
-        """Keep only some slots of a row, int64 `[n]` on the CPU, and number them anew."""
-        count = slots.numel()
-        for store in self.stores.distinct():
-            index = slots.to(store.layout.device).expand(1, store.layout.heads, -1)
-            lengths = torch.full(index.shape[:2], count, device=index.device)
-            with ops.using_backend(self.policy.backend):
-                for layer in store.layers:
-                    store.compact(layer, slice(row, row + 1), KeepIndices(index, lengths))
-            if count and int(slots[-1]) >= count:  # something stands behind a hidden token
-                store.renumber(row, count)
 
     def take_rows(self, index: Tensor) -> None:
         """Reorder, repeat or select rows; `index` int64 `[B']`. Raises CacheStateError for rows that there are not."""

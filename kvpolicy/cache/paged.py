@@ -22,6 +22,8 @@ from kvpolicy.cache.queries.ring import QueryRing, waiting_of
 from kvpolicy.cache.store.packed import Packed
 from kvpolicy.cache.store.paged import PagedStore
 from kvpolicy.cache.store.protocol import RowId, Rows, SlotTensors
+from kvpolicy.contracts.heads import HeadSpan
+from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
@@ -71,6 +73,8 @@ class PagedCache:
         num_layers: layers of the whole model.
         ropes: rotary embedding per layer, for policies that need it.
         rollback: tokens that may be taken back (the widest step of candidates).
+        ranks: the other ranks of tensor parallelism; this process alone by default.
+        heads: which KV heads of each layer are here; None for all of them.
 
     Raises:
         UnsupportedError: the policy has a trait that a paged cache cannot serve; it is named.
@@ -84,6 +88,8 @@ class PagedCache:
         ropes: Mapping[int, Rope] | None = None,
         *,
         rollback: int = 0,
+        ranks: Ranks = ALONE,
+        heads: HeadSpan | None = None,
     ) -> None:
         for trait, why in unserved_traits(policy).items():
             raise UnsupportedError(f"policy {policy.name!r} cannot be served by a paged cache (trait {trait}): {why}.")
@@ -98,7 +104,8 @@ class PagedCache:
         feeds = Observation(policy, self.ropes).active
         self.ring = QueryRing(policy.observed_queries, waiting=_WAITING if feeds else 0, rollback=rollback)
         self._observations: dict[RowId, Observation] = {}  # statistics of queries belong to a row
-        self._compactor = Compactor(policy, self.ledger, self)
+        self._compactor = Compactor(policy, self.ledger, self, ranks)
+        self.heads = heads
         self._freed: dict[RowId, tuple[int, ...]] = {}
         self._step: Step | None = None
         self._pending: set[int] = set()
@@ -337,4 +344,5 @@ class PagedCache:
         return make_view(
             self.store.read(layer, rows) if slots is None else slots, rows, self.facts[layer],
             layer=layer, num_layers=self.num_layers, rope=self.ropes.get(layer), observed=observed, extras=extras,
+            heads=self.heads,
         )  # fmt: skip

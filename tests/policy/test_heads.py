@@ -49,7 +49,7 @@ def test_some_heads_keep_what_they_keep_among_all(name):
     whole = four_heads(policy)
     part = some(whole)
     if policy.selector.scope != "head" or policy.allocator.counts == "per_head":
-        with pytest.raises(UnsupportedError, match=r"layer 0: .* 2 of 4 heads are here; gather the scores"):
+        with pytest.raises(UnsupportedError, match=r"layer 0: .* 2 of 4 heads are here; give the cache `ranks`"):
             policy.select(part.views, part.budget)
         return
     (expected,), (got,) = policy.select(whole.views, whole.budget), policy.select(part.views, part.budget)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from kvpolicy.cache.store.arena import ArenaStore
@@ -90,6 +91,36 @@ class Stores(dict[int, ArenaStore]):
         for store in self.distinct():
             store.keep(rows, {layer: each for layer, each in kept.items() if self[layer] is store}, read)
         return Kept(lengths)
+
+    def repack(
+        self, rows: Rows, decided: Callable[[int], Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]]
+    ) -> Kept:
+        """Pack what rows keep into new ragged bases, layer by layer, and empty the tails.
+
+        Args:
+            rows: the whole batch, as it is now.
+            decided: asked for each layer, one after the other: see `RaggedStore.repack`.
+        """
+        for layer in sorted(self):
+            store = self[layer]
+            assert isinstance(store, RaggedStore)
+            store.repack(layer, rows, decided(layer))
+        for store in self.distinct():
+            store.resize(0, 0)
+        counts = [self[layer].entries(layer, [0] * len(rows)) for layer in self]
+        heads = sum(self[layer].layout.heads for layer in self)
+        return Kept(tuple(-(-sum(total) // heads) for total in zip(*counts, strict=True)))
+
+    def drop(self, row: int, slots: Tensor) -> None:
+        """Keep only some slots of a row's tail, int64 `[n]` on the CPU, and number what is left `0 ... n-1`."""
+        count = slots.numel()
+        for store in self.distinct():
+            index = slots.to(store.layout.device).expand(1, store.layout.heads, -1)
+            lengths = torch.full(index.shape[:2], count, device=index.device)
+            for layer in store.layers:
+                store.compact(layer, slice(row, row + 1), KeepIndices(index, lengths))
+            if count and int(slots[-1]) >= count:  # something stands behind a hidden token
+                store.renumber(row, count)
 
     def take(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
