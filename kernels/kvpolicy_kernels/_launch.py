@@ -101,13 +101,3 @@ def as_bytes(mask: Tensor) -> Tensor:
 def padded(count: int, least: int = 16) -> int:
     """Return the power of two that holds `count`; a matrix instruction takes no fewer than 16 columns."""
     return max(least, 1 << max(0, count - 1).bit_length())
-
-
-def expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device) -> None:
-    """Check one argument; raises ValueError that names it."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; give {list(shape)}, to fit the other arguments.")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; give {dtype}.")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but other arguments are on {device}; move it there.")

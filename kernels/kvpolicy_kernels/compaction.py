@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.ops import arguments
 from kvpolicy.types import KeepIndices
-from kvpolicy_kernels._launch import expect, launch, padded
+from kvpolicy_kernels._launch import launch, padded
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LANES = 32
@@ -36,11 +37,9 @@ def as_words(tensor: Tensor) -> Tensor | None:
 
 def compact(tensor: Tensor, kept: KeepIndices) -> None:
     """As `kvpolicy.ops.compact`. Raises ValueError when arguments do not fit together."""
-    batch, heads, capacity = tensor.shape[:3]
+    arguments.compact(tensor, kept)
+    batch, heads = tensor.shape[:2]
     columns = kept.indices.shape[2]
-    expect(kept.indices, "kept.indices", (batch, heads, columns), torch.int64, tensor.device)
-    if columns > capacity:
-        raise ValueError(f"kept.indices has {columns} columns but the storage holds {capacity} slots; keep fewer.")
     words = as_words(tensor)
     if words is None:
         raise ValueError(

@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kvpolicy.ops import arguments
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, expect, launch, padded, upcast
+from kvpolicy_kernels._launch import as_bytes, launch, padded, upcast
 
 TILE = 64
 _PROGRAMS = 256  # about two per multiprocessor of a large GPU
@@ -40,13 +41,8 @@ def ragged_attention(
     heads, tail = tail_keys.shape[1:3]
     out_dim = tail_values.shape[-1]
     blocks, slots = base.keys.shape[:2]
-    device, dtype = queries.device, tail_keys.dtype
-    expect(tail_keys, "tail_keys", (batch, heads, tail, dim), queries.dtype, device)
-    expect(tail_values, "tail_values", (batch, heads, tail, out_dim), dtype, device)
-    expect(base.keys, "base.keys", (blocks, slots, dim), dtype, device)
-    expect(base.values, "base.values", (blocks, slots, out_dim), dtype, device)
-    expect(base.owner, "base.owner", (blocks,), torch.int64, device)
-    expect(base.filled, "base.filled", (blocks,), torch.int64, device)
+    device = queries.device
+    arguments.ragged_attention(queries, base, tail_keys, tail_values, visible)
     group = query_heads // heads
     owners, lines = batch * heads, group * count
     out = torch.empty(batch, query_heads, count, out_dim, dtype=queries.dtype, device=device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kvpolicy.ops import arguments
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
-from kvpolicy_kernels._launch import as_bytes, expect, launch, padded
+from kvpolicy_kernels._launch import as_bytes, launch, padded
 
 RESIDENT = 4096
 """Slots of a row that fit into the registers of one program."""
@@ -16,12 +17,9 @@ def top_k(scores: Scores, counts: Counts, protected: Mask, valid: Mask, *, width
 
     Raises ValueError when arguments do not fit together.
     """
+    arguments.top_k(scores, counts, protected, valid)
     batch, heads, n = scores.shape
     device = scores.device
-    expect(scores, "scores", (batch, heads, n), torch.float32, device)
-    expect(counts, "counts", (batch, heads), torch.int64, device)
-    expect(protected, "protected", (batch, heads, n), torch.bool, device)
-    expect(valid, "valid", (batch, heads, n), torch.bool, device)
     columns = (int(counts.max()) if counts.numel() else 0) if width is None else width
     indices = torch.empty(batch, heads, columns, dtype=torch.int64, device=device)
     resident = n <= RESIDENT

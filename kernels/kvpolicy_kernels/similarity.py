@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kvpolicy.ops import arguments
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
+from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, upcast
 
 TILE = 64
 
@@ -85,7 +86,7 @@ def _scores(
     keys: Keys, mask: Mask, threshold: float, beta: int, own: bool, index_zero: bool, *, softmax: bool
 ) -> Scores:
     served.require(served.redundancy(keys, mask, beta=beta))
-    expect(mask, "valid", tuple(keys.shape[:3]), torch.bool, keys.device)
+    arguments.mean_similarity(keys, mask, name="valid")
     out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
     if out.numel() == 0:
         return out

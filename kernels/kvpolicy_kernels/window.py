@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from kvpolicy.ops import arguments
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, batches, expect, launch, padded, upcast
+from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, upcast
 from kvpolicy_kernels.similarity import TILE, Norms
 
 
@@ -46,14 +47,10 @@ def window_importance(
             smooth=smooth, smooth_kind=smooth_kind, smooth_stage=smooth_stage,
         )
     )  # fmt: skip
-    batch, heads, n, dim = keys.shape
-    size, count = queries.shape[2:4]
+    batch, heads, n = keys.shape[:3]
+    count = queries.shape[3]
     device = keys.device
-    expect(queries, "queries", (batch, heads, size, count, dim), keys.dtype, device)
-    expect(query_positions, "query_positions", (batch, count), torch.int32, device)
-    expect(query_valid, "query_valid", (batch, count), torch.bool, device)
-    expect(positions, "positions", (batch, heads, n), torch.int32, device)
-    expect(valid, "valid", (batch, heads, n), torch.bool, device)
+    arguments.window_importance(queries, query_positions, query_valid, keys, positions, valid)
     if count == 0 or n == 0 or batch == 0:
         return torch.zeros(batch, heads, n, dtype=torch.float32, device=device)
     out = torch.empty(batch, heads, n, dtype=torch.float32, device=device)
