@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Final
+
+_LONGEST_NAME: Final = 200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +31,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stderr.write(f"error: {harmless(str(error))}\n")
         return 1
+    except OSError as error:
+        if options.debug:
+            raise
+        return _system_error(error)
     finally:
         warnings.formatwarning = old_format
     return 0
+
+
+def _system_error(error: OSError) -> int:
+    """Say in a sentence what the system complains of: a path it does not take, or output that cannot be written."""
+    from kvpolicy.spec.odd_text import harmless
+
+    if error.filename is None:
+        where = "standard output"
+        # What is left in the buffers would be tried again at the end, and complained of once more.
+        with contextlib.suppress(OSError, ValueError):  # a stream of Python alone has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        name = os.fsdecode(error.filename)
+        where = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {harmless(where)}: cannot be used ({error.strerror}); name another one.\n")
+    return 1

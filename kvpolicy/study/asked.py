@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, Self
 
@@ -104,14 +104,25 @@ class Older:
 
 
 def cells_so_far(plan: Plan, results: Results) -> list[Cell]:
-    """Return the variants with their budgets, as far as the full cache has run."""
+    """Return the variants with their budgets, as far as the full cache has run.
+
+    A budget that is not known yet is no error; it is one when the full cache has failed on every problem.
+    """
     reference = plan.reference_runs()
     found = results.lengths(run.key for run in reference)
+    failed = results.finished(failed=True)
     lengths: dict[tuple[str, str], list[int]] = defaultdict(list)
+    waiting = set()
     for run in reference:
         if run.key in found:
             lengths[run.model.name, run.dataset].append(found[run.key])
-    return plan.cells(plan.traces(lengths))
+        elif run.key not in failed:
+            waiting.add((run.model.name, run.dataset))
+    unknown = waiting - lengths.keys()
+    return [
+        replace(cell, error=None) if cell.variant.trace is not None and (cell.model, cell.dataset) in unknown else cell
+        for cell in plan.cells(plan.traces(lengths))
+    ]
 
 
 def _places(document: keys.Document) -> Iterator[tuple[Any, ...]]:

@@ -67,9 +67,13 @@ class Results:
     def __init__(self, path: str | Path, study: str | None = None) -> None:
         self.path = Path(path)
         self._writes = study is not None
-        if study is None and not self.path.is_file():
+        try:
+            there, link = self.path.is_file(), self.path.is_symlink()
+        except (OSError, ValueError):  # too long for a name
+            raise ResultsError(f"{str(self.path)[:200]}...: cannot be the name of a file; name another one.") from None
+        if study is None and not there:
             raise ResultsError(f"{self.path}: there is no such file; run the study first, or name its file with --out.")
-        if study is not None and self.path.is_symlink():
+        if study is not None and link:
             raise ResultsError(f"{self.path}: is a symbolic link; name the file itself with --out.")
         with self._said():
             self._db = self._connected()

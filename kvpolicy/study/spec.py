@@ -267,9 +267,16 @@ def find_study(name: str | os.PathLike[str]) -> StudySpec:
     if isinstance(name, str) and text in registered:
         found = files.Found.of_entry(registered[text])
         return StudySpec._read(found)  # noqa: SLF001
-    if not isinstance(name, str) or "/" in text or text.endswith(files.SUFFIXES) or Path(text).is_file():
+    if not isinstance(name, str) or "/" in text or text.endswith(files.SUFFIXES) or _is_file(text):
         return StudySpec.from_file(Path(text).expanduser())
     raise installed.catalog().unknown("study", text, registered)
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL in it
+        return False
 
 
 def _check_head(data: Mapping[str, Any]) -> None:

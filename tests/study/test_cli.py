@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +133,33 @@ def test_wrong_use_is_said_in_one_sentence(run, arguments, message):
     assert (code, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_output_that_cannot_be_written_is_one_sentence(run, tmp_path):
+    run("run", "small.yaml")
+    command = [sys.executable, "-P", "-m", "kvpolicy", "study", "status", "small.sqlite"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (
+        1, "error: standard output: cannot be used (No space left on device); name another one.\n",
+    )  # fmt: skip
+
+
+def test_a_study_that_waits_for_the_full_cache_has_not_failed(run, tmp_path, monkeypatch):
+    text = (tmp_path / "small.yaml").read_text().replace("budget: [64]", "budget: [{trace: 0.5}]")
+    (tmp_path / "small.yaml").write_text(text)
+
+    def stop(self, task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executors.Inline, "submit", stop)
+    assert run("run", "small.yaml")[0] == 130
+    for study in ("small.yaml", "small.sqlite"):
+        out = run("status", study)[1]
+        runs = 12 if study == "small.yaml" else 4  # without the study, those of the full cache are all that is known
+        assert out.startswith(f"small.sqlite: 0 of {runs} runs are recorded, 0 of them failed")
+        assert out.count("\n") == 1
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
