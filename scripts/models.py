@@ -16,21 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 import torch
 import transformers
 
-from kvsupport.model_table import PAGE, cell, page, written
+from kvsupport.model_table import PAGE, ModelRow, cell, page, written
 from kvsupport.shrinking import CAUSAL, IMAGE_TEXT, CannotBuildError, tiny_of
-from kvsupport.sweep import sweep
+from kvsupport.sweep import FEW, POLICIES, sweep
 
 _MEMORY = 6 << 30
 _SECONDS = 120
 
 
-def _try(family: str, answers: multiprocessing.SimpleQueue[tuple[str, str]]) -> None:
+def _try(family: str, answers: multiprocessing.SimpleQueue[ModelRow]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    policies = POLICIES if family in CAUSAL else FEW
     try:
-        outcome = sweep(tiny_of(family))
-        answers.put((outcome.model, cell(outcome)))
+        outcome = sweep(tiny_of(family), policies)
+        answers.put(ModelRow(outcome.model, policies, cell(outcome)))
     except CannotBuildError as error:
-        answers.put(("", f"not built: {str(error).rstrip('.:').replace('|', '/')}"))
+        answers.put(ModelRow("", policies, f"not built: {str(error).rstrip('.:').replace('|', '/')}"))
 
 
 def main(chosen: list[str]) -> int:
@@ -52,11 +53,10 @@ def main(chosen: list[str]) -> int:
         if worker.exitcode == 0:
             found[family] = answers.get()
         else:
-            found[family] = ("", f"not built: it takes more than {_SECONDS} s or {_MEMORY >> 30} GiB")
-        print(family, *found[family], flush=True)
-    rows = [{family: found[family] for family in known if family in found} for known in (CAUSAL, IMAGE_TEXT)]
-    PAGE.write_text(page(rows[0], rows[1]), encoding="utf-8")
-    return int(any(text.startswith("FAULT") for _, text in found.values()))
+            found[family] = ModelRow("", POLICIES, f"not built: it takes more than {_SECONDS} s or {_MEMORY >> 30} GiB")
+        print(family, found[family].name, found[family].text, flush=True)
+        PAGE.write_text(page(found), encoding="utf-8")
+    return int(any("FAULT" in row.text for row in found.values()))
 
 
 if __name__ == "__main__":

@@ -184,6 +184,11 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
         raise UnsupportedError(
             f"{name} makes no mask for what its cache holds, as a model in which each token sees all others; {instead}."
         )
+    if seeing := [i for i, module in modules.items() if getattr(module, "is_causal", True) is False]:
+        raise UnsupportedError(
+            f"{name}: the tokens of layer {seeing[0]} see those that follow them, so that none may be evicted before "
+            "the text ends; use a causal decoder."
+        )
     if error is None:
         _tried.add(model)
 

@@ -66,3 +66,16 @@ def test_a_cache_in_use_does_not_notice_that_its_model_is_tried(compose, random_
     with PolicyCache(compose(), model):
         got = model(ids[:, 20:], past_key_values=plain).logits[0]
     assert torch.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"is_decoder": False}),
+        ("roberta", {"is_decoder": False}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_an_encoder_is_refused(family, changes, compose):
+    with pytest.raises(UnsupportedError, match="see those that follow them|each token sees all others"):
+        PolicyCache(compose(), tiny_of(family, **changes))

@@ -89,8 +89,9 @@ def _turned(
     """Attend as if what a query sees stood at the positions 0, 1, 2 and so on, and the query at the last of them."""
     heads, steps, length = visible.shape
     groups = query.shape[1] // heads
-    ranks = visible.long().cumsum(-1) - 1  # [H, Q, K]
     places = torch.arange(length)
+    visible = visible & (places <= places[length - steps :, None])
+    ranks = visible.long().cumsum(-1) - 1  # [H, Q, K]
     queries = query.unflatten(1, (heads, groups)).transpose(2, 3)  # [B, H, Q, G, D]
     queries = ops.rotate(queries, rope, (ranks[..., -1] - places[length - steps :])[None, :, :, None])
     keys = ops.rotate(key[:, :, None].expand(-1, -1, steps, -1, -1), rope, (ranks - places)[None])  # [B, H, Q, K, D]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers
 
+from kvsupport.shrinking import CAUSAL, IMAGE_TEXT
 from kvsupport.sweep import POLICIES, SweepOutcome
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 
-_ROW = re.compile(r"^\| `([^`]+)` \| (\S*) \| (.*) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| `([^`]+)` \| (\S*) \| ([^|]*) \| (.*) \|$", re.MULTILINE)
 _NOT_WITH = re.compile(r"^not with (.+?): (.*)$")
 
 _HEAD = """# Model classes
 
 What becomes of every model type that `AutoModelForCausalLM` of transformers {version} knows, and of the language models
 behind `AutoModelForImageTextToText`, fed with text. Each class that can be built without files is built tiny, with
-random weights, and tried with
+random weights, and tried with policies of every mechanism; *all* are
 {policies}.
 This page is written by `make models`; `tests/runtimes/hf/test_model_classes.py` holds it against what happens.
 
@@ -34,8 +36,18 @@ three, the others through the second.
 """
 
 
+class ModelRow(NamedTuple):
+    """A model type: its class, the policies that it was tried with, and what became of it."""
+
+    name: str
+    tried: tuple[str, ...]
+    text: str
+
+
 def cell(outcome: SweepOutcome) -> str:
     """Say in one cell of the table what an outcome is."""
+    if outcome.untried:
+        return f"not tried: {outcome.untried}".replace("|", "/")
     reasons: dict[str, list[str]] = {}
     for name, reason in outcome.refused.items():
         reasons.setdefault(_brief(reason, outcome.model), []).append(name)
@@ -55,7 +67,7 @@ def _brief(reason: str, model: str) -> str:
 
 def refusals(text: str) -> dict[str, str] | None:
     """Return policy -> reason of a cell: every policy where all are refused; None where the class was not built."""
-    if text.startswith("not built"):
+    if text.startswith(("not built", "not tried")):
         return None
     if text.startswith("refused: "):
         return dict.fromkeys(POLICIES, text.removeprefix("refused: "))
@@ -66,32 +78,35 @@ def refusals(text: str) -> dict[str, str] | None:
     return found
 
 
-def page(causal: Mapping[str, tuple[str, str]], image_text: Mapping[str, tuple[str, str]]) -> str:
-    """Return the page.
-
-    Args:
-        causal: model type -> class and cell.
-        image_text: likewise.
-    """
-    everything = [text for _, text in (*causal.values(), *image_text.values())]
+def page(rows: Mapping[str, ModelRow]) -> str:
+    """Return the page of rows by model type."""
     head = _HEAD.format(
         version=transformers.__version__,
         policies=", ".join(f"`{name}`" for name in POLICIES),
-        served=sum(text.startswith("served") for text in everything),
-        refused=sum(text.startswith("refused") for text in everything),
-        unbuilt=sum(text.startswith("not built") for text in everything),
+        served=sum(row.text.startswith("served") for row in rows.values()),
+        refused=sum(row.text.startswith("refused") for row in rows.values()),
+        unbuilt=sum(row.text.startswith(("not built", "not tried")) for row in rows.values()),
     )
     parts = [head]
-    for title, rows in (("Causal language models", causal), ("Text behind images", image_text)):
-        parts.append(f"## {title}\n\n| model type | class | |\n|---|---|---|")
-        parts.append("\n".join(f"| `{family}` | {name} | {text} |" for family, (name, text) in sorted(rows.items())))
+    for title, known in (("Causal language models", CAUSAL), ("Text behind images", IMAGE_TEXT)):
+        parts.append(f"## {title}\n\n| model type | class | tried with | |\n|---|---|---|---|")
+        parts.append("\n".join(_line(family, rows[family]) for family in sorted(known) if family in rows))
         parts.append("")
     return "\n".join(parts)
 
 
-def written() -> tuple[str, dict[str, tuple[str, str]]]:
-    """Return the transformers version of the page as it is, and model type -> class and cell."""
+def _line(family: str, row: ModelRow) -> str:
+    tried = "all" if set(row.tried) == set(POLICIES) else ", ".join(f"`{name}`" for name in row.tried)
+    return f"| `{family}` | {row.name} | {tried} | {row.text} |"
+
+
+def written() -> tuple[str, dict[str, ModelRow]]:
+    """Return the transformers version of the page as it is, and its rows by model type."""
     text = PAGE.read_text(encoding="utf-8")
     version = re.search(r"of transformers (\S+) knows", text)
     assert version is not None
-    return version[1], {family: (name, what) for family, name, what in _ROW.findall(text)}
+    rows = {
+        family: ModelRow(name, POLICIES if tried == "all" else tuple(re.findall(r"`([^`]+)`", tried)), what)
+        for family, name, tried, what in _ROW.findall(text)
+    }
+    return version[1], rows

@@ -22,6 +22,9 @@ POLICIES = (
 )  # fmt: skip
 """One per mechanism: queries, positions, un-rotated keys, a prompt, weights, the last query, turned keys, ragged."""
 
+FEW = ("rkv", "streaming-llm", "adakv-snapkv")
+"""A dense store, turned keys and a ragged store."""
+
 _WHOLE = ("rkv", "adakv-snapkv")  # a dense and a ragged store: below the budget, and with padding
 _PROMPT, _CHUNK, _AFTER = 20, 3, 3
 _BUDGET = 12
@@ -38,6 +41,7 @@ class SweepOutcome:
     refused: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    untried: str | None = None  # why it cannot run at all
 
 
 def small(name: str, budget: int = _BUDGET) -> Policy:
@@ -79,8 +83,7 @@ class _Replay:
             return
         for layer, heads in self._heads().items():
             seen = self.visible.setdefault(layer, torch.zeros(heads, _LIMIT, _LIMIT, dtype=torch.bool))
-            own = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-            seen[:, start : self.at, start : self.at] = own
+            seen[:, start : self.at, start : self.at] = True  # the model's own mask is honoured besides
             for head in range(heads):
                 seen[head, start : self.at, held.get(layer, [[]] * heads)[head]] = True
 
@@ -194,6 +197,10 @@ def _native(model: PreTrainedModel, ids: Tensor, outcome: SweepOutcome) -> _Nati
     try:
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    except Exception as error:  # noqa: BLE001  whatever a model file raises
+        outcome.untried = f"it takes no text alone ({_said(error)[:120]})"
+        return None
+    try:
         stepwise = _steps(model, ids, DynamicCache(config=model.config), chunk=False)
     except Exception as error:  # noqa: BLE001  whatever a model file raises
         outcome.faults.append(f"accepted, but the model does not run with a DynamicCache: {_said(error)}")
