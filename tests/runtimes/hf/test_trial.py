@@ -77,5 +77,5 @@ def test_a_cache_in_use_does_not_notice_that_its_model_is_tried(compose, random_
     ],
 )
 def test_an_encoder_is_refused(family, changes, compose):
-    with pytest.raises(UnsupportedError, match="see those that follow them|each token sees all others"):
+    with pytest.raises(UnsupportedError, match=r"see those that follow them|each token sees all others"):
         PolicyCache(compose(), tiny_of(family, **changes))
