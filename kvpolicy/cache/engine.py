@@ -20,14 +20,13 @@ from kvpolicy.cache.plan import Forward, check_forward, plan_forward
 from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
-from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Rows
+from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Repacked, Rows
 from kvpolicy.cache.store.group import Stores
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.types import KeepIndices
 
 _UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
 
@@ -253,9 +252,10 @@ class Engine:
     def _repack(self, decided: Sequence[Decided[int]]) -> dict[int, int]:
         """Move all rows' entries to new bases and empty the tails; rows that are not due keep everything."""
 
-        def of_layer(layer: int) -> list[tuple[slice, KeepIndices, Mapping[str, Tensor]]]:
+        def of_layer(layer: int) -> list[Repacked]:
             i = self.layers.index(layer)
-            return [(slice(d.rows[0], d.rows[-1] + 1), d.kept[i], d.changes(i)) for d in decided]
+            parts = [slice(d.rows[0], d.rows[-1] + 1) for d in decided]
+            return [Repacked(p, d.kept[i], d.counts[i], d.changes(i)) for p, d in zip(parts, decided, strict=True)]
 
         left = self.stores.repack(self.held(slice(None)), of_layer)
         self._used = [0] * len(self._used)

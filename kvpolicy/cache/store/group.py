@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.cache.store.arena import ArenaStore
 from kvpolicy.cache.store.protocol import Kept, Layout, Rows, counted, equal_lengths
-from kvpolicy.cache.store.ragged import BLOCK, RaggedStore
+from kvpolicy.cache.store.ragged import BLOCK, RaggedStore, Repacked
 from kvpolicy.contracts.components import SlotState
 from kvpolicy.types import KeepIndices
 
@@ -92,9 +92,7 @@ class Stores(dict[int, ArenaStore]):
             store.keep(rows, {layer: each for layer, each in kept.items() if self[layer] is store}, read)
         return Kept(lengths)
 
-    def repack(
-        self, rows: Rows, decided: Callable[[int], Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]]
-    ) -> Kept:
+    def repack(self, rows: Rows, decided: Callable[[int], Sequence[Repacked]]) -> Kept:
         """Pack what rows keep into new ragged bases, layer by layer, and empty the tails.
 
         Args:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from kvpolicy.cache.store.arena import ArenaStore, neighbours
-from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors
+from kvpolicy.cache.store.protocol import Kept, Layout, Rows, SlotTensors, counted
 from kvpolicy.errors import CacheStateError
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy.types import Counts, KeepIndices, Mask
@@ -29,37 +29,53 @@ class Base:
 
     Attributes:
         counts: int64 `[B, H]`, entries per head.
+        known: the same as plain integers, so that nobody needs to read them.
         arenas: flat `[M, BLOCK, ...]` by name: keys, values, positions, perhaps rope_positions, and slot state.
         owner: int64 `[M]`, `row * H + head` of each block, ascending.
         filled: int64 `[M]`, entries in each block.
-        most: the largest count.
     """
 
     counts: Counts
+    known: list[list[int]]
     arenas: dict[str, Tensor]
     owner: Tensor
     filled: Tensor
-    most: int
+
+    @property
+    def most(self) -> int:
+        """The largest count."""
+        return max((count for row in self.known for count in row), default=0)
 
     @staticmethod
-    def of(slots: SlotTensors, kept: Mask) -> Base:
-        """Pack the kept slots of a layer."""
+    def of(slots: SlotTensors, kept: Mask, known: list[list[int]] | None = None) -> Base:
+        """Pack the kept slots of a layer.
+
+        Args:
+            slots: what the layer holds.
+            kept: bool `[B, H, N]`.
+            known: how many each row and head keeps; without it the device is read.
+        """
         batch, heads, _ = kept.shape
         counts = kept.sum(-1)
+        known = counts.tolist() if known is None else known
+        total = sum(-(-count // BLOCK) for row in known for count in row)
         blocks = (counts.flatten() + BLOCK - 1) // BLOCK
         first = blocks.cumsum(0) - blocks
-        owner = torch.repeat_interleave(torch.arange(batch * heads, device=kept.device), blocks)
+        every = torch.arange(batch * heads, device=kept.device)
+        owner = torch.repeat_interleave(every, blocks, output_size=total)
         number = torch.arange(owner.numel(), device=kept.device) - first[owner]
         filled = (counts.flatten()[owner] - number * BLOCK).clamp(max=BLOCK)
-        at = (first.view(batch, heads, 1) * BLOCK + kept.cumsum(-1) - 1)[kept]
+        # What goes is written behind the last block: picking out what stays would ask the device how much that is.
+        at = first.view(batch, heads, 1) * BLOCK + kept.cumsum(-1) - 1
+        at = torch.where(kept, at, total * BLOCK).flatten()
 
         def pack(tensor: Tensor) -> Tensor:
-            flat = tensor.new_zeros(owner.numel() * BLOCK, *tensor.shape[3:])
-            flat[at] = tensor[kept]
-            return flat.view(-1, BLOCK, *tensor.shape[3:])
+            flat = tensor.new_zeros(total * BLOCK + 1, *tensor.shape[3:])
+            flat.index_copy_(0, at, tensor.flatten(0, 2))
+            return flat[:-1].view(-1, BLOCK, *tensor.shape[3:])
 
         arenas = {name: pack(tensor) for name, tensor in slots.arenas().items()}
-        return Base(counts, arenas, owner, filled, int(counts.max()) if counts.numel() else 0)
+        return Base(counts, known, arenas, owner, filled)
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Return for each of `[B, H, most]` slots its place in the flat arenas, and whether it holds an entry."""
@@ -78,16 +94,32 @@ class Base:
         rows = torch.cat([torch.full_like(of_row[b], i) for i, b in enumerate(index.tolist())])
         return Base(
             self.counts.index_select(0, index),
+            [list(self.known[b]) for b in index.tolist()],
             {name: arena.index_select(0, order) for name, arena in self.arenas.items()},
             rows * heads + self.owner[order] % heads,
             self.filled[order],
-            self.most,
         )
 
     @property
     def blocks(self) -> Blocks:
         """Return what attention reads."""
         return Blocks(self.arenas["keys"], self.arenas["values"], self.owner, self.filled)
+
+
+class Repacked(NamedTuple):
+    """What some neighbouring rows of a layer keep.
+
+    Attributes:
+        rows: which.
+        kept: their slots that stay.
+        counts: how many those are, int64 `[B, H]` on the CPU.
+        changes: replacements by the names of `SlotTensors.arenas`, `[B, H, N, ...]`, made before anything moves.
+    """
+
+    rows: slice
+    kept: KeepIndices
+    counts: Counts
+    changes: Mapping[str, Tensor]
 
 
 class RaggedStore(ArenaStore):
@@ -150,31 +182,32 @@ class RaggedStore(ArenaStore):
                 f"{len(rows)} of {self.batch} rows are to be compacted, but a ragged base is packed for the whole "
                 "batch; give all rows, or repack() with those that are due."
             )
+        read = counted(kept, counts)
         for layer, each in kept.items():
-            self.repack(layer, rows, [(slice(None), each, {})])
+            self.repack(layer, rows, [Repacked(slice(None), each, read[layer], {})])
         self.resize(0, 0)
-        totals = torch.stack([base.counts.sum(1) for base in self.bases.values()]).sum(0).tolist()
         heads = len(self.bases) * self.layout.heads
-        return Kept(tuple(-(-int(total) // heads) for total in totals))
+        totals = [sum(sum(base.known[b]) for base in self.bases.values()) for b in range(self.batch)]
+        return Kept(tuple(-(-total // heads) for total in totals))
 
-    def repack(
-        self, layer: int, rows: Rows, decided: Sequence[tuple[slice, KeepIndices, Mapping[str, Tensor]]]
-    ) -> None:
+    def repack(self, layer: int, rows: Rows, decided: Sequence[Repacked]) -> None:
         """Make what is kept of a layer its base; the tail is the caller's to empty.
 
         Args:
             layer: index of the layer.
             rows: the whole batch; its lengths are slots in use of each row's tail.
-            decided: rows, what they keep, and replacements of arenas for them; other rows keep everything.
+            decided: what some of the rows keep; the others keep everything.
         """
-        slots = self.read(layer, rows)
+        slots, base = self.read(layer, rows), self.bases.get(layer)
         kept, arenas = slots.valid.clone(), slots.arenas()
-        for part, indices, changes in decided:
-            kept[part] = indices.mask(kept.shape[2])
+        older = [[0] * self.layout.heads] * self.batch if base is None else base.known
+        known = [[count + tail for count in row] for row, tail in zip(older, rows.lengths, strict=True)]
+        for part, indices, counts, changes in decided:
+            kept[part], known[part] = indices.mask(kept.shape[2]), counts.tolist()
             for name, tensor in changes.items():
                 arenas[name] = arenas[name].clone()
                 arenas[name][part, :, : tensor.shape[2]] = tensor  # shorter where longer rows are not among them
-        self.bases[layer] = Base.of(SlotTensors.of(arenas, slots.valid), kept)
+        self.bases[layer] = Base.of(SlotTensors.of(arenas, slots.valid), kept, known)
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select batch rows; `index` int64 `[B']` on any device."""
@@ -195,7 +228,7 @@ class RaggedStore(ArenaStore):
         """Return the entries that each row of a layer holds, over all heads; `lengths` are those of its tail."""
         recent = super().entries(layer, lengths)
         base = self.bases.get(layer)
-        older = [0] * len(recent) if base is None else [int(n) for n in base.counts.sum(1).tolist()]
+        older = [0] * len(recent) if base is None else [sum(row) for row in base.known]
         return [a + b for a, b in zip(recent, older, strict=True)]
 
     def bytes_allocated(self, layer: int) -> tuple[int, int]:
