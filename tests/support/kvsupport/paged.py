@@ -79,10 +79,10 @@ class Worker:
         compared: compactions whose kept sets were compared with the request alone.
     """
 
-    def __init__(self, policy: Policy, *, blocks: int, block: int, candidates: int = 0, compare: bool = True) -> None:
+    def __init__(self, policy: Policy, *, blocks: int, block: int, candidates: int = 0) -> None:
         states = policy.slot_states
         layout = Layout(LAYERS, HEADS, DIM, VALUE_DIM, torch.float32, torch.device("cpu"), states)
-        self.policy, self.compare = policy, compare
+        self.policy = policy
         self.store = PagedStore.allocate(layout, blocks, block)
         for pages in (*self.store._keys.values(), *self.store._values.values()):
             pages.fill_(float("nan"))  # whoever reads what was not written sees it
@@ -94,8 +94,7 @@ class Worker:
         """One step."""
         for name, tokens in order.retracted.items():
             self.cache.retract(name, tokens)
-            if self.compare:
-                self.alone[name].retract(tokens)
+            self.alone[name].retract(tokens)
         for name in order.released:
             self.cache.release(name)
             self.alone.pop(name, None)
@@ -122,8 +121,7 @@ class Worker:
             self.cache.record(layer, queries, FACTS)
         for name, resident in order.resident.items():
             assert self.cache.ledger.resident(name) == self.store.tables[name].length == resident
-        if self.compare:
-            self._compare(order)
+        self._compare(order)
 
     def _compare(self, order: Order) -> None:
         for name, incoming in order.step.items():
