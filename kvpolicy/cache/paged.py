@@ -35,13 +35,14 @@ _TOGETHER = 1 << 16  # slots of rows (and of layers) that are copied to be seen 
 def unserved_traits(policy: Policy) -> dict[str, str]:
     """Return what a paged cache cannot serve of a policy: name of the trait -> why; empty when it can be served."""
     found = {}
-    if policy.counts != "equal":
+    traits = policy.traits
+    if not traits.equal_counts:
         found["equal_counts"] = "heads or layers would keep different numbers of entries, and a block table is for all"
-    if any(post.changes == "positions" for post in policy.post):
+    if traits.re_rotates:
         found["re_rotates"] = "kept keys would be turned to other positions than the engine gives new ones"
-    if any(component.whole_prompt for component in policy.components):
+    if traits.whole_prompt:
         found["whole_prompt"] = "an engine may read a prompt in pieces"
-    if "modality" in policy.needs:
+    if "modality" in traits.needs:
         found["modality"] = "an engine does not say which tokens are images"
     return found
 
