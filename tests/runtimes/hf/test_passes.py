@@ -122,7 +122,14 @@ def test_candidates_of_assisted_decoding_are_no_prompt_even_if_all_were_accepted
     plain = model.generate(looping, max_new_tokens=24, do_sample=False)
     # A text that the model continues as it did before: every candidate is accepted.
     known = torch.cat([plain, looping[:, :3], plain[:, 3 : looping.shape[1] + 4]], 1)
-    model.generate(known, past_key_values=cache, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=count)
+    model.generate(
+        known,
+        past_key_values=cache,
+        max_new_tokens=24,
+        do_sample=False,
+        prompt_lookup_num_tokens=count,
+        eos_token_id=255,
+    )
     wide = [kind for columns, kind in cache.seen[1:] if columns > 1]
     assert cache.kinds[0] == "prompt"
     assert wide
@@ -152,7 +159,9 @@ def test_accepted_candidates_are_followed_by_a_verification(model, looping, monk
 
 
 def test_the_turn_after_assisted_decoding_is_a_prompt(model, cache, looping):
-    out = model.generate(looping, past_key_values=cache, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    out = model.generate(
+        looping, past_key_values=cache, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=255
+    )
     _feed(model, cache, torch.cat([out[:, cache.get_seq_length() :], looping[:, :6]], 1))
     assert cache.kinds[-1] == "prompt"
 
