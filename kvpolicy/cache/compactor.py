@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.cache.ledger import Ledger, RowId
+from kvpolicy.cache.ledger import AnyRow, Ledger
 from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.policy import checks
@@ -19,7 +19,7 @@ from kvpolicy.types import KeepIndices
 
 
 @dataclass(frozen=True)
-class Decided(Generic[RowId]):
+class Decided(Generic[AnyRow]):
     """What has been decided for some rows that are seen in one view.
 
     Attributes:
@@ -31,24 +31,24 @@ class Decided(Generic[RowId]):
             post-operation may return the values of a whole layer, and only one layer's should live at a time.
     """
 
-    rows: Sequence[RowId]
+    rows: Sequence[AnyRow]
     kept: Sequence[KeepIndices]
     counts: Sequence[Tensor]
     changes: Callable[[int], Mapping[str, Tensor]]
 
 
-class Compactable(Protocol[RowId]):
+class Compactable(Protocol[AnyRow]):
     """A cache, as its compactor sees it: it shows rows, and keeps of them what it is told."""
 
-    def together(self, rows: Sequence[RowId]) -> Sequence[Sequence[Sequence[RowId]]]:
+    def together(self, rows: Sequence[AnyRow]) -> Sequence[Sequence[Sequence[AnyRow]]]:
         """Return the rows in groups that must move together, each in parts that can be seen in one view."""
         ...
 
-    def views(self, rows: Sequence[RowId], budget: Sequence[int]) -> Sequence[CacheView]:
+    def views(self, rows: Sequence[AnyRow], budget: Sequence[int]) -> Sequence[CacheView]:
         """Return what components may see of some rows, one view per layer; `budget` has one integer per row."""
         ...
 
-    def keep(self, decided: Sequence[Decided[RowId]]) -> Mapping[RowId, int]:
+    def keep(self, decided: Sequence[Decided[AnyRow]]) -> Mapping[AnyRow, int]:
         """Replace and move what was decided for one group of `together`; return what each of its rows holds now.
 
         Counted, per head on average and rounded up: a row's length is what was kept, never what a budget promised.
@@ -56,7 +56,7 @@ class Compactable(Protocol[RowId]):
         ...
 
 
-class Compactor(Generic[RowId]):
+class Compactor(Generic[AnyRow]):
     """Runs compactions of one cache under one policy.
 
     Args:
@@ -66,13 +66,15 @@ class Compactor(Generic[RowId]):
         ranks: the other ranks of tensor parallelism, which compact the same rows at the same time.
     """
 
-    def __init__(self, policy: Policy, ledger: Ledger[RowId], cache: Compactable[RowId], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, policy: Policy, ledger: Ledger[AnyRow], cache: Compactable[AnyRow], ranks: Ranks = ALONE
+    ) -> None:
         self.policy = policy
         self.ledger = ledger
         self.cache = cache
         self.ranks = ranks
 
-    def run(self, rows: Sequence[RowId]) -> None:
+    def run(self, rows: Sequence[AnyRow]) -> None:
         """Compact these rows.
 
         Raises:
@@ -85,7 +87,7 @@ class Compactor(Generic[RowId]):
                 for row, kept in self.cache.keep(decided).items():
                     self.ledger.compacted(row, kept)
 
-    def _decide(self, rows: Sequence[RowId]) -> Decided[RowId]:
+    def _decide(self, rows: Sequence[AnyRow]) -> Decided[AnyRow]:
         """Two phases: all layers are scored before any is decided, for scopes and pools may cross layers."""
         budget = [self.ledger.entries(row) for row in rows]
         views = self.cache.views(rows, budget)

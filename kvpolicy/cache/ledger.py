@@ -17,8 +17,8 @@ from kvpolicy.errors import CacheStateError
 Kind = Literal["prompt", "decode", "verify"]
 """What a row's incoming tokens are: more of a prompt, a decode step, or candidates that decoding may take back."""
 
-RowId = TypeVar("RowId", bound=Hashable)
-"""What names a row: its number in a batch, or a request's id."""
+AnyRow = TypeVar("AnyRow", bound=Hashable)
+"""What names the rows of one ledger: their numbers in a batch, or requests' ids."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RowCounts:
         return self.last is not None and self.last != "prompt"
 
 
-class Ledger(Generic[RowId]):
+class Ledger(Generic[AnyRow]):
     """Counts the entries and tokens of rows under one policy, and says which rows are due for a compaction.
 
     A step is `due` (which rows must be compacted before these tokens?), `compacted` for each of those, then `advance`.
@@ -95,13 +95,13 @@ class Ledger(Generic[RowId]):
     def __init__(self, schedule: Schedule, *, re_rotates: bool = False) -> None:
         self.schedule = schedule
         self.re_rotates = re_rotates
-        self.rows: dict[RowId, RowCounts] = {}
-        self._owed: set[RowId] = set()  # rows that `due` named and that have not been compacted yet
+        self.rows: dict[AnyRow, RowCounts] = {}
+        self._owed: set[AnyRow] = set()  # rows that `due` named and that have not been compacted yet
         self._fixed = schedule.budget.tokens  # asked at every step: the common case does without arithmetic
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def due(self, step: Mapping[RowId, Incoming]) -> list[RowId]:
+    def due(self, step: Mapping[AnyRow, Incoming]) -> list[AnyRow]:
         """Return the rows that must be compacted before these tokens are appended, in the order of the step."""
         found = [
             row
@@ -122,12 +122,12 @@ class Ledger(Generic[RowId]):
             Counters(counts.resident, entries, incoming, counts.seen, counts.prompt)
         )
 
-    def entries(self, row: RowId) -> int:
+    def entries(self, row: AnyRow) -> int:
         """Return the entries per head that a compaction of the row now aims at: what its budget says."""
         counts = self.rows[row]
         return self.schedule.entries(counts.seen, counts.prompt)
 
-    def compacted(self, row: RowId, kept: int | None = None) -> int:
+    def compacted(self, row: AnyRow, kept: int | None = None) -> int:
         """Note that a row has been compacted, and return the entries that it holds now.
 
         Args:
@@ -144,16 +144,16 @@ class Ledger(Generic[RowId]):
         self._owed.discard(row)
         return counts.resident
 
-    def repacked(self, row: RowId) -> None:
+    def repacked(self, row: AnyRow) -> None:
         """Note that a row's entries have been moved together without losing one: it cannot be cropped behind that."""
         self.rows[row].floor = self.rows[row].seen
 
-    def enter(self, rows: Iterable[RowId]) -> None:
+    def enter(self, rows: Iterable[AnyRow]) -> None:
         """Begin to count new rows, which hold nothing yet."""
         for row in rows:
             self.rows.setdefault(row, RowCounts())
 
-    def advance(self, step: Mapping[RowId, Incoming]) -> None:
+    def advance(self, step: Mapping[AnyRow, Incoming]) -> None:
         """Count tokens that are appended; a row that is new comes into being.
 
         Raises:
@@ -180,15 +180,15 @@ class Ledger(Generic[RowId]):
 
     # -- what was counted ---------------------------------------------------------------------------------------------
 
-    def resident(self, row: RowId) -> int:
+    def resident(self, row: AnyRow) -> int:
         """Return the entries that a row holds per head: what attention reads."""
         return self.rows[row].resident
 
-    def position(self, row: RowId) -> int:
+    def position(self, row: AnyRow) -> int:
         """Return the position of the row's next token, which no compaction changes."""
         return self.rows[row].seen
 
-    def room(self, row: RowId, most: int) -> int:
+    def room(self, row: AnyRow, most: int) -> int:
         """Return how many tokens may be decoded at once, at most `most`, without moving a compaction.
 
         With so many in one step a row is compacted between the same two tokens as when they come one by one.
@@ -210,7 +210,7 @@ class Ledger(Generic[RowId]):
 
     # -- what is taken back -------------------------------------------------------------------------------------------
 
-    def retract(self, row: RowId, tokens: int) -> None:
+    def retract(self, row: AnyRow, tokens: int) -> None:
         """Take back the newest tokens of a row: a crop, or candidates that were not right.
 
         Raises:
@@ -229,7 +229,7 @@ class Ledger(Generic[RowId]):
         if counts.seen == counts.prompt and counts.decoded:
             counts.decoded, counts.last = False, "prompt"
 
-    def hide(self, row: RowId, tokens: int, prompt: int) -> None:
+    def hide(self, row: AnyRow, tokens: int, prompt: int) -> None:
         """Forget tokens, anywhere in a row that has not been compacted, that do not count any more.
 
         Later tokens move down in position, as in a mask that shows the others only.
@@ -245,18 +245,18 @@ class Ledger(Generic[RowId]):
         counts.prompt -= prompt
         counts.floor = counts.seen
 
-    def drop(self, row: RowId) -> None:
+    def drop(self, row: AnyRow) -> None:
         """Forget a row: it has finished, or everything that it holds has been given up."""
         self.rows.pop(row, None)
         self._owed.discard(row)
 
-    def take(self, rows: Mapping[RowId, RowId]) -> None:
+    def take(self, rows: Mapping[AnyRow, AnyRow]) -> None:
         """Go on with copies of rows under new names, new -> old: a batch that is reordered, repeated or thinned out."""
         self.rows = {new: replace(self.rows[old]) for new, old in rows.items()}
         self._owed.clear()
 
-    def clone(self) -> Ledger[RowId]:
+    def clone(self) -> Ledger[AnyRow]:
         """Return an independent copy."""
-        twin: Ledger[RowId] = Ledger(self.schedule, re_rotates=self.re_rotates)
+        twin: Ledger[AnyRow] = Ledger(self.schedule, re_rotates=self.re_rotates)
         twin.rows = {row: replace(counts) for row, counts in self.rows.items()}
         return twin
