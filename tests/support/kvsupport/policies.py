@@ -11,7 +11,7 @@ from kvpolicy import Policy
 def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
     """Return a registered policy at a small budget; what is larger than that is made to fit."""
     spec = kvpolicy.load(name)
-    changes: dict[str, Any] = {"budget": 0.4 if spec.budget.fraction else budget}
+    changes: dict[str, Any] = {} if spec.budget.fraction == 1.0 else {"budget": 0.4 if spec.budget.fraction else budget}
     data = spec.to_data()
     if data["trigger"]["use"] == "every":
         changes["trigger.interval"] = interval
