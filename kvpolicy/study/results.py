@@ -47,6 +47,7 @@ _COLUMNS: Final[Mapping[str, Sequence[str]]] = {  # the first one is the table's
     "cells": CELL_COLUMNS,
     "runs": RUN_COLUMNS,
 }
+_NOTED: Final = "SELECT value FROM meta WHERE name = 'runs'"
 
 
 class ResultsError(KVPolicyError):
@@ -195,10 +196,21 @@ class Results:
         """Yield the rows of a table in order of their key, each checked to be as it was written."""
         names = ", ".join((*_COLUMNS[table], "checksum"))
         with self._said():
-            query = f"SELECT {names} FROM {table} ORDER BY {_COLUMNS[table][0]}"  # noqa: S608 - our own names
-            for *row, checksum in self._db.execute(query):
+            # In one statement, for somebody may be writing: what was noted of all runs belongs to these runs.
+            query = f"SELECT {names}, ({_NOTED}) FROM {table} ORDER BY {_COLUMNS[table][0]}"  # noqa: S608 - our own names
+            count, together, last, noted = 0, 0, None, None
+            for *row, checksum, told in self._db.execute(query):
                 sealing.check(table, row, checksum)
+                if last is not None and not last < row[0]:
+                    raise DamagedError(f"the rows of its table `{table}` are not in order")
+                last, noted, count, together = row[0], told, count + 1, together ^ int.from_bytes(checksum)
                 yield tuple(row)
+            if table == "runs":
+                if not count:
+                    query = f"SELECT ({_NOTED}) FROM (SELECT 1) WHERE NOT EXISTS (SELECT 1 FROM runs)"  # noqa: S608
+                    noted = next((told for (told,) in self._db.execute(query)), None)
+                if (noted or _noted(0, 0)) != _noted(count, together):
+                    raise DamagedError("runs are missing in it")
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -247,7 +259,9 @@ class Results:
             )
         with self._said(), self._db:
             self._put("problems", problems, "INSERT OR IGNORE")
+            before = self._checksums(run.key for run in runs)
             self._put("runs", rows)
+            self._note_change(before, self._checksums(run.key for run in runs))
 
     def remove(self, keys: Collection[str]) -> None:
         """Remove runs, and the problems and environments that only they have; the file shrinks.
@@ -260,12 +274,27 @@ class Results:
         used = {record.environment for record in left}
         with self._said():
             with self._db:
+                before = self._checksums(keys)
                 self._db.executemany("DELETE FROM runs WHERE key = ?", [(key,) for key in keys])
+                self._note_change(before, [])
                 gone = [digest for digest, *_ in self._rows("problems") if digest not in contents]
                 self._db.executemany("DELETE FROM problems WHERE digest = ?", [(digest,) for digest in gone])
                 numbers = [number for number, _ in self._rows("environments") if number not in used]
                 self._db.executemany("DELETE FROM environments WHERE id = ?", [(number,) for number in numbers])
             self._db.execute("VACUUM")
+
+    def _checksums(self, keys: Iterable[str]) -> list[bytes]:
+        query = "SELECT checksum FROM runs WHERE key = ?"
+        return [checksum for key in keys for (checksum,) in self._db.execute(query, (key,))]
+
+    def _note_change(self, before: Sequence[bytes], after: Sequence[bytes]) -> None:
+        """Note what stands for all runs, for some have changed: none of them can go without a trace."""
+        ((told,),) = self._db.execute(f"SELECT ({_NOTED})")
+        count, _, hexadecimal = (told or _noted(0, 0)).partition(" ")
+        together = int(hexadecimal, 16)
+        for checksum in (*before, *after):
+            together ^= int.from_bytes(checksum)
+        self._put("meta", [("runs", _noted(int(count) + len(after) - len(before), together))])
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -355,3 +384,8 @@ class Results:
 def _together(cells: Sequence[Sequence[Scalar]]) -> str:
     """Return what stands for all rows of the table of cells: none of them can go without a trace."""
     return sealing.seal("all cells", [sealing.seal("cells", row) for row in cells]).hex()
+
+
+def _noted(runs: int, together: int) -> str:
+    """Return the number of runs and the exclusive or of their checksums, which does not depend on their order."""
+    return f"{runs} {together:032x}"
