@@ -201,7 +201,7 @@ class Results:
             count, together, last, noted = 0, 0, None, None
             for *row, checksum, told in self._db.execute(query):
                 sealing.check(table, row, checksum)
-                if last is not None and not last < row[0]:
+                if last is not None and (type(last) is not type(row[0]) or not last < row[0]):
                     raise DamagedError(f"the rows of its table `{table}` are not in order")
                 last, noted, count, together = row[0], told, count + 1, together ^ int.from_bytes(checksum)
                 yield tuple(row)
