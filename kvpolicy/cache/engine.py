@@ -43,8 +43,8 @@ class Engine:
         groups: layers that share shape and device, as transformers counts them.
         num_layers: layers of the whole model.
         ropes: rotary embedding per layer, for policies that need it.
-        ranks: the other ranks of tensor parallelism; this process alone by default.
-        heads: which KV heads of a layer are here, for layers of which some are elsewhere.
+        ranks: the other ranks of tensor parallelism, if there are any.
+        heads: which KV heads are here, for layers of which some are elsewhere.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def rows(self) -> list[RowCounts]:
-        """The counters of the rows, in order."""
+        """The counters of the rows."""
         return list(self.ledger.rows.values())
 
     @property
@@ -166,7 +166,10 @@ class Engine:
             )
         store = self.stores.get(layer)
         if store is None:
-            ops.choose_backend(self.policy.backend, keys)  # refuses now, rather than at the first compaction
+            # Both refuse now, rather than at the first compaction.
+            ops.choose_backend(self.policy.backend, keys)
+            if layer in self.heads:
+                self.heads[layer].check(layer, keys.shape[1])
             store = self.stores.make(layer, keys, values)
             self._make_room(store, 0)
         store.layout.check(layer, keys)

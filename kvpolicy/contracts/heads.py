@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from kvpolicy.errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class HeadSpan:
@@ -37,6 +39,14 @@ class HeadSpan:
     def whole(heads: int) -> HeadSpan:
         """Return the span of all heads."""
         return HeadSpan(0, heads, heads)
+
+    def check(self, layer: int, heads: int) -> None:
+        """Raise UnsupportedError unless a layer has come with as many heads as are said to be here."""
+        if heads != self.here:
+            raise UnsupportedError(
+                f"layer {layer} was given {heads} KV heads, and tensor parallelism leaves {self.here} of {self.total} "
+                "here; use a plan that splits the attention evenly over all ranks."
+            )
 
     @property
     def complete(self) -> bool:

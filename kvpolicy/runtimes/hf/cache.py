@@ -23,6 +23,7 @@ from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
+from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
@@ -70,7 +71,8 @@ class PolicyCache(Cache):
         for shape in dict.fromkeys(head_shapes(model, evictable)):
             check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
-        engine = Engine(self.policy, alike(modules), len(layers), ropes)
+        ranks, heads = parallel_heads(model, evictable)
+        engine = Engine(self.policy, alike(modules), len(layers), ropes, ranks=ranks, heads=heads)
         every = attention_modules(model)
         self._passes = Passes(engine, model, every, has_images=bool(image_tokens(model)))
         shared = readers(model, every)

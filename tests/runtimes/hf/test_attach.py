@@ -34,7 +34,9 @@ def _reloaded(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _reloaded], ids=str)
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _reloaded], ids=["deepcopy", "pickle", "torch.save"]
+)
 def test_a_copy_of_an_attached_model_was_never_attached(model, compose, way):
     before = _names(model)
     with PolicyCache(compose(), model):
