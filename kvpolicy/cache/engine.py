@@ -16,7 +16,7 @@ from kvpolicy.cache.columns import Columns
 from kvpolicy.cache.compactor import Compactor, Decided
 from kvpolicy.cache.ledger import Incoming, Kind, Ledger, RowCounts
 from kvpolicy.cache.picture import LayerFacts, Observed, make_view, marked
-from kvpolicy.cache.plan import Forward, check_forward, plan_forward
+from kvpolicy.cache.plan import Forward, check_chunk, check_forward, plan_forward
 from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
@@ -118,12 +118,8 @@ class Engine:
             BudgetError, ScoreError: from the policy.
         """
         check_forward(self.forward, len(self.ledger.rows), batch, valid)
-        chunk = self.policy.prefill_chunk
-        if kind == "prompt" and chunk is not None and columns > chunk and self.policy.phase != "decode":
-            raise UnsupportedError(
-                f"policy {self.policy.name!r} compresses the prompt in chunks of {chunk} tokens, but {columns} came at "
-                "once; call cache.prefill(input_ids, attention_mask) before generate(), or leave out prefill_chunk."
-            )
+        if kind == "prompt":
+            check_chunk(self.policy, columns)
         host = None if valid is None or bool(valid.all()) else valid.to("cpu")
         counts = [columns] * batch if host is None else [int(n) for n in host.sum(1).tolist()]
         step = {b: Incoming(count, kind) for b, count in enumerate(counts)}

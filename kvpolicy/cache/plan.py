@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvpolicy.cache.ledger import Kind, RowCounts
 from kvpolicy.cache.store.arena import WritePlan
-from kvpolicy.errors import CacheStateError
+from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.policy.policy import Policy
 
 
 @dataclass
@@ -98,6 +99,16 @@ def check_forward(last: Forward | None, rows: int, batch: int, valid: Tensor | N
     if valid is not None and valid.shape[0] != batch:
         raise CacheStateError(
             f"attention_mask has {valid.shape[0]} rows but the forward pass has {batch}; give one row for each."
+        )
+
+
+def check_chunk(policy: Policy, columns: int) -> None:
+    """Raise UnsupportedError if a policy compresses the prompt in chunks, and more than one came at once."""
+    chunk = policy.prefill_chunk
+    if chunk is not None and columns > chunk and policy.phase != "decode":
+        raise UnsupportedError(
+            f"policy {policy.name!r} compresses the prompt in chunks of {chunk} tokens, but {columns} came at "
+            "once; call cache.prefill(input_ids, attention_mask) before generate(), or leave out prefill_chunk."
         )
 
 

@@ -43,7 +43,7 @@ def text(name: str, longest: int = 400) -> Token:
     return Token(*(torch.randn(len(LAYERS), heads, longest, dim, generator=generator) for heads, dim in shapes))
 
 
-class Alone:
+class RowAlone:
     """One request in an arena, with the same tokens in the same steps."""
 
     def __init__(self, policy: Policy, name: str) -> None:
@@ -87,7 +87,7 @@ class Worker:
         for pages in (*self.store._keys.values(), *self.store._values.values()):
             pages.fill_(float("nan"))  # whoever reads what was not written sees it
         self.cache = PagedCache(policy, self.store, MODEL_LAYERS, ROPES, rollback=candidates)
-        self.alone: dict[str, Alone] = {}
+        self.alone: dict[str, RowAlone] = {}
         self.compared = 0
 
     def carry_out(self, order: Order) -> None:
@@ -126,7 +126,7 @@ class Worker:
     def _compare(self, order: Order) -> None:
         for name, incoming in order.step.items():
             if name not in self.alone:
-                self.alone[name] = Alone(self.policy, name)
+                self.alone[name] = RowAlone(self.policy, name)
             self.alone[name].feed(incoming)
         for name in order.due:
             assert self.positions(name) == self.alone[name].positions(), name
