@@ -82,7 +82,7 @@ class _Watched(DynamicLayer):
         return self.problem
 
 
-class _Trial(DynamicCache):
+class _TryingCache(DynamicCache):
     """A cache that notes whether a mask was made for it by transformers' mask functions."""
 
     asked = False
@@ -160,7 +160,7 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
     if model in _tried:
         return
     name = type(model).__name__
-    cache = _Trial(config=model.config)
+    cache = _TryingCache(config=model.config)
     watched = {i: _Watched() for i in modules}
     for i, layer in watched.items():
         cache.layers[i] = layer
