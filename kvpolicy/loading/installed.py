@@ -206,8 +206,8 @@ def _collect(manager: pluggy.PluginManager, origin: Origin) -> Catalog:
 
 
 def _inside_an_import() -> bool:
-    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "<module>")
-    return any(frame.f_globals.get("__name__") != "__main__" for frame in frames)
+    # Module code may also be run by others (`exec` in a worker process): only the import system holds locks meanwhile.
+    return any(f.f_globals.get("__name__") == "importlib._bootstrap" for f, _ in traceback.walk_stack(None))
 
 
 def _guarded(origin: Origin, step: Callable[[], T]) -> T:

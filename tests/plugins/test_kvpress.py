@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,13 @@ def non_causal(layer):
     state = {s.name: torch.full(view.shape, s.fill, dtype=s.dtype) for s in scorer.slot_state()}
     for first in range(0, view.shape[2], 32):
         part = slice(first, first + 32)
-        seen = CacheView(**{**vars(view), "state": state})
+        seen = replace(view, state=state)
         state = dict(
             scorer.observe_queries(
                 seen, view.queries[:, :, :, part], view.query_positions[:, part], view.query_valid[:, part]
             )
         )
-    ours = scorer.score(CacheView(**{**vars(view), "state": state}))
+    ours = scorer.score(replace(view, state=state))
     return (ours - ours.mean()) / ours.std(), layer.tensors["non_causal"]
 
 

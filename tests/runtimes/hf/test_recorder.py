@@ -72,7 +72,7 @@ class Noting(Policy):
 
     log: list
 
-    def decide(self, views, budget):
+    def decide(self, views, budget, *ranks):
         views = [views[i] for i in range(len(views))]
         one = {"importance": [], "redundancy": [], "retention": []}
         for view in views:
@@ -80,7 +80,7 @@ class Noting(Policy):
             for kind, parts in one.items():
                 parts.append(getattr(scored, kind)[0][valid])
         self.log.append({kind: torch.cat(parts).numpy() for kind, parts in one.items()})
-        return super().decide(views, budget)
+        return super().decide(views, budget, *ranks)
 
 
 @pytest.mark.parametrize("name", ["rkv", "snapkv", "rkv-pyramid", "h2o", "adakv-snapkv", "streaming-llm"])
