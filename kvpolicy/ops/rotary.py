@@ -51,7 +51,9 @@ def turn(x: Float[Tensor, "*dims D"], cos: Tensor, sin: Tensor, *, interleaved: 
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def mean_rotation(rope: Rope, positions: Int[Tensor, "B P"]) -> tuple[Float[Tensor, "B half"], Float[Tensor, "B half"]]:
-    """Average the rotations to several positions; `(cos, sin)` for `turn`, fp32 `[B, R/2]` each."""
+def mean_rotation(
+    rope: Rope, positions: Int[Tensor, "*rows P"]
+) -> tuple[Float[Tensor, "*rows half"], Float[Tensor, "*rows half"]]:
+    """Average the rotations to several positions; `(cos, sin)` for `turn`, fp32 `[..., R/2]` each."""
     angle = positions.to(torch.float32).unsqueeze(-1) * rope.inv_freq.to(device=positions.device, dtype=torch.float32)
-    return angle.cos().mean(dim=1), angle.sin().mean(dim=1)
+    return angle.cos().mean(dim=-2), angle.sin().mean(dim=-2)

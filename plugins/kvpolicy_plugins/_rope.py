@@ -39,16 +39,16 @@ def compared_keys(view: CacheView, rope: Literal["pre", "post"], who: str) -> Ke
     return unrotated_keys(view, f"{who} with `rope: pre`") if rope == "pre" else view.keys
 
 
-def next_position(view: CacheView) -> Int64[Tensor, " B"]:
-    """Rotary position of each row's next token.
+def next_position(view: CacheView) -> Int64[Tensor, "B H"]:
+    """Rotary position of each row's next token, as each head's entries say it.
 
     It is the number of tokens seen, less what the row's new tokens are turned back by since keys were re-rotated; the
-    newest entry carries that difference.
+    newest entry carries that difference. Every head asks its own: a rank may hold only some of them.
     """
-    seen = view.seen.to(device=view.device, dtype=torch.int64)
+    seen = view.seen.to(device=view.device, dtype=torch.int64).unsqueeze(1).expand(view.shape[:2])
     if view.rope_positions is None:
         return seen
-    positions = view.positions.to(torch.int64).masked_fill(~view.valid, -1).flatten(1)
-    newest = positions.argmax(dim=1, keepdim=True)
-    shift = (positions.gather(1, newest) - view.rope_positions.flatten(1).gather(1, newest)).squeeze(1)
-    return torch.where(view.valid.flatten(1).any(dim=1), seen - shift, seen)
+    positions = view.positions.to(torch.int64).masked_fill(~view.valid, -1)
+    newest = positions.argmax(dim=2, keepdim=True)
+    shift = (positions.gather(2, newest) - view.rope_positions.gather(2, newest)).squeeze(2)
+    return torch.where(view.valid.any(dim=2), seen - shift, seen)

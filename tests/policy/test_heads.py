@@ -10,7 +10,7 @@ import torch
 import kvpolicy
 from kvpolicy.contracts.components import AllocationRequest
 from kvpolicy.contracts.heads import HeadSpan
-from kvpolicy.contracts.view import CacheView
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.fuse import folded
@@ -125,3 +125,28 @@ def test_a_span_fits_its_tensors():
     for wrong in ((-1, 2, 4), (3, 2, 4), (0, -1, 4)):
         with pytest.raises(ValueError, match="are not among"):
             HeadSpan(*wrong)
+
+
+def test_the_next_position_is_each_heads_own():
+    """Heads whose newest entries are turned back by different amounts, seen together and alone."""
+    scorer = catalog().get("importance", "expected_attention")(future=8)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 3, 12, 8, generator=generator)
+    positions = torch.arange(12, dtype=torch.int32).expand(1, 3, 12)
+    turned = positions - torch.tensor([0, 3, 5], dtype=torch.int32)[:, None]
+    root = torch.randn(1, 3, 2, 8, 8, generator=generator)
+    whole = CacheView(
+        keys, keys, positions, torch.ones(1, 3, 12, dtype=torch.bool), 0.35, 0, 1,
+        torch.tensor([4]), torch.tensor([12]), torch.tensor([0]),
+        rope=Rope(torch.tensor([1.0, 0.5, 0.1, 0.02])), rope_positions=turned,
+        extras={
+            "query_mean": torch.randn(1, 3, 2, 8, generator=generator),
+            "query_covariance": root @ root.transpose(-1, -2), "query_count": torch.tensor([9]),
+        },
+    )  # fmt: skip
+    some = replace(
+        whole, keys=keys[:, 1:], values=keys[:, 1:], positions=positions[:, 1:], valid=whole.valid[:, 1:],
+        rope_positions=turned[:, 1:], heads=HeadSpan(1, 2, 3),
+        extras={k: v if k == "query_count" else v[:, 1:] for k, v in whole.extras.items()},
+    )  # fmt: skip
+    assert torch.allclose(scorer.score(whole)[:, 1:], scorer.score(some), atol=1e-6)

@@ -59,8 +59,8 @@ class ExpectedAttention(ImportanceScorer):
     def _logits(self, view: CacheView, keys: Tensor) -> Tensor:
         """Logarithm of the expected exponential, fp32 `[B, H, G, N]`; `keys` fp32 `[B, H, N, D]`, scaled."""
         rope = rope_of(view, "importance: expected_attention")
-        ahead = next_position(view).unsqueeze(1) + torch.arange(self.future, device=view.device)
-        cos, sin = (part[:, None, None] for part in ops.mean_rotation(rope, ahead))
+        ahead = next_position(view).unsqueeze(2) + torch.arange(self.future, device=view.device)
+        cos, sin = (part.unsqueeze(2) for part in ops.mean_rotation(rope, ahead))
 
         def turned(x: Tensor) -> Tensor:
             return ops.turn(x, cos, sin, interleaved=rope.interleaved)

@@ -60,16 +60,16 @@ class Trigonometric(ImportanceScorer):
         """Products of keys `[B, H, N, R]` with the query `[H, G, R]` rotated ahead, fp32 `[B, H, G, N]`."""
         rope = rope_of(view, "importance: trigonometric")
         powers = 2 ** torch.arange(self.reach.bit_length(), device=view.device)
-        ahead = next_position(view).unsqueeze(1) + powers
+        ahead = next_position(view).unsqueeze(2) + powers
 
         def product(positions: Tensor) -> Tensor:
-            cos, sin = (part[:, None, None] for part in ops.mean_rotation(rope, positions))
+            cos, sin = (part.unsqueeze(2) for part in ops.mean_rotation(rope, positions))
             turned = ops.turn(query.unsqueeze(0), cos, sin, interleaved=rope.interleaved)
             return torch.matmul(turned, keys.transpose(-1, -2))
 
         if self.distances == "mean":  # the product is linear: one rotation that is the average of all
             return product(ahead)
-        best = product(ahead[:, :1])
-        for column in range(1, ahead.shape[1]):
-            best = torch.maximum(best, product(ahead[:, column : column + 1]))
+        best = product(ahead[..., :1])
+        for column in range(1, ahead.shape[-1]):
+            best = torch.maximum(best, product(ahead[..., column : column + 1]))
         return best
