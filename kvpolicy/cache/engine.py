@@ -267,9 +267,9 @@ class Engine:
         """Return what stores and views are told of some rows; one object, and its tensors, while nothing changes."""
         some = self.rows[part]
         rows = Rows.of(
-            range(len(self._used))[part], self._used[part],
-            prompt_length=[row.prompt for row in some], seen=[row.seen for row in some],
-            compaction=[row.compactions for row in some], **({} if budget is None else {"budget": budget}),
+            range(len(self._used))[part], self._used[part], prompt_length=[row.prompt for row in some],
+            seen=[row.seen for row in some], compaction=[row.compactions for row in some],
+            turned_back=[row.shift for row in some], **({} if budget is None else {"budget": budget}),
         )  # fmt: skip
         if rows != self._last_held:
             self._last_held = rows

@@ -90,6 +90,7 @@ def make_view(
         budget=numbers.get("budget"),
         extras=MappingProxyType(extras),
         heads=heads,
+        turned_back=numbers.get("turned_back"),
     )
 
 

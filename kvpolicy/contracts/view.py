@@ -64,6 +64,8 @@ class CacheView:
             output projection that each query head's values meet. ``modality``: `modality` bool `[B, H, N]`, True for
             image tokens.
         heads: which of the model's KV heads these are; None for all of them.
+        turned_back: int `[B]`, how far behind its position the key of the row's next token will be rotated; None where
+            nobody counts it, and the newest entry says.
         memo: scorers and what they returned for this view, for `kvpolicy.policy.scoring.once`; a changed copy
             (`dataclasses.replace`) begins with none.
 
@@ -91,6 +93,7 @@ class CacheView:
     budget: Lengths | None = None
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
     heads: HeadSpan | None = None
+    turned_back: Lengths | None = None
     memo: list[tuple[Any, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -90,6 +90,7 @@ def _fold(views: Sequence[CacheView]) -> CacheView | None:
         seen=first.seen.repeat(count),
         compaction=first.compaction.repeat(count),
         budget=repeated(first.budget),
+        turned_back=repeated(first.turned_back),
         rope_positions=joined([t for t in turned if t is not None]) if turned[0] is not None else None,
         state=MappingProxyType({name: joined([v.state[name] for v in views]) for name in first.state}),
     )

@@ -42,10 +42,12 @@ def compared_keys(view: CacheView, rope: Literal["pre", "post"], who: str) -> Ke
 def next_position(view: CacheView) -> Int64[Tensor, "B H"]:
     """Rotary position of each row's next token, as each head's entries say it.
 
-    It is the number of tokens seen, less what the row's new tokens are turned back by since keys were re-rotated; the
-    newest entry carries that difference. Every head asks its own: a rank may hold only some of them.
+    It is the number of tokens seen, less what the row's new tokens are turned back by since keys were re-rotated. Where
+    the view does not say that, the newest entry does; every head asks its own, for a rank may hold only some of them.
     """
     seen = view.seen.to(device=view.device, dtype=torch.int64).unsqueeze(1).expand(view.shape[:2])
+    if view.turned_back is not None:
+        return seen - view.turned_back.to(device=view.device, dtype=torch.int64).unsqueeze(1)
     if view.rope_positions is None:
         return seen
     positions = view.positions.to(torch.int64).masked_fill(~view.valid, -1)

@@ -12,6 +12,7 @@ from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tiny import tiny_model
+from kvpolicy_plugins._rope import next_position
 
 IDS = torch.randint(3, 250, (2, 60), generator=torch.Generator().manual_seed(0))
 MORE = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -148,3 +149,22 @@ def test_what_an_accumulating_scorer_has_observed_cannot_be_hidden(model):
             kvpolicy.CacheStateError, match="what policy 'h2o' has observed of their queries cannot be forgotten"
         ):
             hide_later(model, cache, 100, 3, slice(10, 15))
+
+
+@pytest.mark.parametrize("name", ["streaming-llm", "expected-attention"])
+def test_the_next_token_is_turned_as_the_model_turns_it(model, name):
+    """Right after a mask hid tokens in the middle, the newest entry's own rotation says nothing of the next one's."""
+    spec = small(name) if name == "streaming-llm" else kvpolicy.load(name, budget=64)
+    with PolicyCache(spec, model) as cache, torch.no_grad():
+        model(IDS[:, :12], past_key_values=cache)
+        past = torch.ones(2, 12, dtype=torch.bool)
+        past[0, 3:8] = False
+        cache.engine.hide(past)
+        assert next_position(cache.engine.view(0, slice(0, 2))).tolist() == [[7, 7], [12, 12]]
+        if name == "streaming-llm":  # and once keys have been re-rotated, they lag behind by what has gone
+            model(IDS[:, 12:40], past_key_values=cache)
+            model(MORE[:, :1], past_key_values=cache)
+            row = cache.engine.rows[1]
+            assert row.compactions
+            assert next_position(cache.engine.view(0, slice(1, 2))).tolist() == [[row.seen - row.shift] * 2]
+            assert row.shift > 0
