@@ -1,0 +1,1 @@
+"""vLLM: serve a policy in an engine, as a plugin."""
