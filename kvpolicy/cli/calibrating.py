@@ -26,10 +26,10 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
 ) -> None:
     """Measure on a model the table that a method needs, such as the scores of its heads; minutes on a CPU."""
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
     from kvpolicy.cli.generating import GenerationRequest, load_model
-    from kvpolicy.cli.terminal import messages, output
+    from kvpolicy.cli.terminal import messages, output, text_column
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.tables import SUFFIX, save_table
 
@@ -44,7 +44,8 @@ def calibrate(
     command = ["kvpolicy", "calibrate", method, "--model", model]
     command += [part for file in text for part in ("--text", file.as_posix())]
     command += ["--runs", str(runs), "--length", str(length), "--seed", str(seed), "--out", out.as_posix()]
-    with Progress(console=note, transient=True) as bar:
+    columns = (text_column("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=note, transient=True) as bar:
         task = bar.add_task(method, total=None)
 
         def show(left: int) -> None:

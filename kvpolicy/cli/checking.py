@@ -14,14 +14,15 @@ import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from kvpolicy.testing.checking import ProfileName, Result, Subject
 
 _MARKS = {
-    "passed": "[green]✓[/]",
-    "failed": "[bold red]✗[/]",
-    "undecided": "[bold yellow]?[/]",
-    "not applicable": "[dim]–[/]",
+    "passed": ("✓", "green"),
+    "failed": ("✗", "bold red"),
+    "undecided": ("?", "bold yellow"),
+    "not applicable": ("–", "dim"),
 }
 _JOBS = min(8, os.cpu_count() or 1)
 _FEW = 4  # subjects that get a column each, under their names
@@ -114,9 +115,9 @@ def _class(target: str) -> Subject:
 
 def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str], jobs: int = 1) -> list[Result]:
     """Check all subjects with a progress bar on standard error, in `jobs` processes."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from kvpolicy.cli.terminal import messages
+    from kvpolicy.cli.terminal import messages, text_column
     from kvpolicy.errors import did_you_mean
     from kvpolicy.testing.checking import check as check_subject
     from kvpolicy.testing.laws import LAWS
@@ -128,7 +129,7 @@ def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str]
     jobs = min(jobs, len(subjects))
     results: list[Result] = []
     console = messages()
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (text_column("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(len(laws) for laws in chosen.values()))
         if jobs > 1:
@@ -158,7 +159,7 @@ def _checked(work: tuple[Subject, ProfileName, list[str]]) -> list[Result]:
 
 def _report(results: Sequence[Result]) -> bool:
     """Print the table, the failures and a summary; return whether there are failures."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from kvpolicy.cli.terminal import output
     from kvpolicy.testing.checking import BAD
@@ -170,12 +171,12 @@ def _report(results: Sequence[Result]) -> bool:
     console.print(_by_law(laws, subjects, found) if len(subjects) <= _FEW else _by_subject(laws, subjects, found))
     if len(subjects) > _FEW:
         for number, law in enumerate(laws, 1):
-            console.print(f"[dim]{number:>3}[/] {law:<28}", end="\n" if number % 3 == 0 else "")
+            console.print(Text.assemble((f"{number:>3}", "dim"), f" {law:<28}"), end="\n" if number % 3 == 0 else "")
         console.print("\n" if len(laws) % 3 else "")
     bad = [r for r in results if r.status in BAD]
     for result in bad:
-        console.rule(f"[bold red]{escape(result.subject)} · {escape(result.law)}")
-        console.print(escape(str(result)), soft_wrap=True)
+        console.rule(Text(f"{result.subject} · {result.law}", "bold red"))
+        console.print(str(result), soft_wrap=True)
     counts = {status: sum(r.status == status for r in results) for status in _MARKS}
     seconds = sum(r.seconds for r in results)
     console.print(
@@ -186,31 +187,32 @@ def _report(results: Sequence[Result]) -> bool:
     return bool(bad)
 
 
-def _mark(result: Result | None) -> str:
-    return "" if result is None else _MARKS[result.status]
+def _mark(result: Result | None) -> Text:
+    from rich.text import Text
+
+    return Text() if result is None else Text(*_MARKS[result.status])
 
 
 def _by_law(laws: Sequence[str], subjects: Sequence[str], found: dict[tuple[str, str], Result]) -> Table:
     """Return a table with a row per law, a column per subject, and why a law does not apply."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("law", *[escape(s) for s in subjects], "", box=None, pad_edge=False, header_style="bold")
+    table = Table("law", *subjects, "", box=None, pad_edge=False, header_style="bold")
     for law in laws:
         results = [found.get((law, subject)) for subject in subjects]
         why = dict.fromkeys(r.reason for r in results if r is not None and r.reason)
-        table.add_row(law, *map(_mark, results), f"[dim]{escape('; '.join(why))}[/]")
+        table.add_row(law, *map(_mark, results), Text("; ".join(why), "dim"))
     return table
 
 
 def _by_subject(laws: Sequence[str], subjects: Sequence[str], found: dict[tuple[str, str], Result]) -> Table:
     """Return a table with a row per subject and a numbered column per law."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
     for number in range(1, len(laws) + 1):
         table.add_column(f"{number // 10 or ' '}\n{number % 10}", justify="center")
     for subject in subjects:
-        table.add_row(escape(subject), *(_mark(found.get((law, subject))) for law in laws))
+        table.add_row(subject, *(_mark(found.get((law, subject))) for law in laws))
     return table

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from rich.markup import escape
 from rich.table import Table
 
 import kvpolicy
@@ -21,12 +20,12 @@ def print_difference(first: str, second: str) -> None:
     console = output()
     rows = list(differences(left.to_data(), right.to_data()))
     if rows:
-        table = Table("field", escape(left.policy), escape(right.policy), box=None, pad_edge=False, header_style="bold")
+        table = Table("field", left.policy, right.policy, box=None, pad_edge=False, header_style="bold")
         for field, one, other in rows:
-            table.add_row(field, escape(one), escape(other))
+            table.add_row(field, one, other)
         console.print(table)
     else:
-        console.print(f"{escape(left.policy)} and {escape(right.policy)} do the same.")
+        console.print(f"{left.policy} and {right.policy} do the same.")
     words = [field for field in _WORDS if getattr(left, field) != getattr(right, field)]
     if words:
         console.print(f"Other words in: {', '.join(words)}.")

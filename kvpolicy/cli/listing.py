@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table as Rows
+from rich.text import Text
 
 import kvpolicy
 from kvpolicy.cli.terminal import output
@@ -36,13 +36,13 @@ def print_list(kind: str | None, *, as_json: bool) -> None:
     table = Rows("kind", "name", "what it is", "from", box=None, pad_edge=False, header_style="bold")
     last = None
     for row in rows:
-        table.add_row(row["kind"] if row["kind"] != last else "", row["name"], escape(row["summary"]), row["from"])
+        table.add_row(row["kind"] if row["kind"] != last else "", row["name"], row["summary"], row["from"])
         last = row["kind"]
     console.print(table)
     for failure in left_out:
-        console.print(f"[red]not loaded:[/] {escape(failure['error'])}")
+        console.print(Text.assemble(("not loaded:", "red"), " ", failure["error"]))
     for origin in off:
-        console.print(f"[yellow]turned off:[/] plugin {escape(origin)}")
+        console.print(Text.assemble(("turned off:", "yellow"), f" plugin {origin}"))
 
 
 def summary(component: type[Component]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.markup import escape
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 import kvpolicy
 from kvpolicy.cli.listing import summary
@@ -21,13 +21,13 @@ def print_policy(name_or_file: str) -> None:
     """Print a policy in full; raises KVPolicyError when there is none or it is not valid."""
     spec = kvpolicy.load(name_or_file)
     console = output()
-    console.print(f"[bold]{escape(spec.policy)}[/]  {escape(spec.description)}".rstrip())
+    console.print(Text.assemble((spec.policy, "bold"), f"  {spec.description}".rstrip()))
     if spec.paper:
-        console.print(f"paper: {escape(spec.paper)}")
+        console.print(f"paper: {spec.paper}")
     if spec.departures:
         console.print("departures from the paper:")
         for departure in spec.departures:
-            console.print(Padding(f"- {escape(departure)}", (0, 0, 0, 2), expand=False))
+            console.print(Padding(f"- {departure}", (0, 0, 0, 2), expand=False))
     console.print()
     short = spec.model_copy(update={"description": "", "departures": ()})
     if console.is_terminal:
@@ -46,33 +46,33 @@ def _parameters(spec: PolicySpec) -> Table:
     catalog = kvpolicy.catalog()
     for part, ref in parts:
         origin = catalog.entry("protection" if part == "protect" else part, ref.use).origin
-        source = escape(f"[{origin.distribution} {origin.version}]".replace(" ]", "]"))
-        table.add_row(
-            f"[bold]{part}[/]", f"[bold]{ref.use}[/]", "", "", f"{escape(summary(type(ref.component)))} {source}"
-        )
+        source = f"[{origin.distribution} {origin.version}]".replace(" ]", "]")
+        table.add_row(_bold(part), _bold(ref.use), "", "", f"{summary(type(ref.component))} {source}")
         for row in _rows(ref):
             table.add_row("", *row)
     return table
 
 
-def _rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str, str, str]]:
+def _bold(text: str) -> Text:
+    return Text(text, "bold")
+
+
+def _rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str | Text, str, str]]:
     properties = type(ref.component).model_json_schema().get("properties", {})
-    rows = []
+    rows: list[tuple[str, str | Text, str, str]] = []
     held = ref.held
     for name, value in ref.params.items():
         schema = properties[name]
         if name in held:
             what = f"{schema.get('description', '')} Here: {summary(type(held[name].component))}.".strip()
             kind = f"a component: {kind_of(type(held[name].component))}"
-            rows.append((f"{'  ' * depth}{name}", f"[bold]{held[name].use}[/]", kind, escape(what)))
+            rows.append((f"{'  ' * depth}{name}", _bold(held[name].use), kind, what))
             rows += _rows(held[name], depth + 1)
             continue
         shown = _text(value)
         if "default" in schema and value != schema["default"]:
             shown += f" (default {_text(schema['default'])})"
-        rows.append(
-            (f"{'  ' * depth}{name}", escape(shown), escape(allowed(schema)), escape(schema.get("description", "")))
-        )
+        rows.append((f"{'  ' * depth}{name}", shown, allowed(schema), schema.get("description", "")))
     return rows
 
 

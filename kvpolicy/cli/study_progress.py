@@ -8,7 +8,9 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+
+from kvpolicy.cli.terminal import text_column
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,12 +33,12 @@ class Bar:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            text_column("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[runs]} runs"),
-            TextColumn("{task.fields[speed]} tokens/s"),
+            text_column("{task.fields[runs]} runs"),
+            text_column("{task.fields[speed]} tokens/s"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            text_column("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,

@@ -32,11 +32,11 @@ def prune(
         name, older = results.meta("study"), asked.older(results)
     console = output()
     if caution is not None:
-        messages().print(caution, markup=False)
+        messages().print(caution, soft_wrap=True)
     if not older.keys:
-        console.print(f"{source.path}: every run in it counts; there is nothing to remove.", markup=False)
+        console.print(f"{source.path}: every run in it counts; there is nothing to remove.", soft_wrap=True)
         return
-    console.print(f"{older}.", markup=False)
+    console.print(f"{older}.", soft_wrap=True)
     if not yes:
         if not sys.stdin.isatty():
             raise KVPolicyError("prune: nobody can be asked here; write --yes to remove them.")
@@ -45,4 +45,4 @@ def prune(
     with writing(source.path), Results(source.path, name) as results:
         results.remove(older.keys)
     count = len(older.keys)
-    console.print(f"{source.path}: {count:,} run{'' if count == 1 else 's'} removed.", markup=False)
+    console.print(f"{source.path}: {count:,} run{'' if count == 1 else 's'} removed.", soft_wrap=True)

@@ -52,7 +52,7 @@ def report(
         replace_file(html, texts[html], "--html")
         replace_file(markdown, texts[markdown], "--markdown")
     if caution is not None:
-        note.print(caution, markup=False)
-    output().print(f"Written: {html} and {markdown}.", markup=False)
+        note.print(caution, soft_wrap=True)
+    output().print(f"Written: {html} and {markdown}.", soft_wrap=True)
     if made.older:
-        output().print(f"{made.older}; `kvpolicy study prune {path}` removes them.", markup=False)
+        output().print(f"{made.older}; `kvpolicy study prune {path}` removes them.", soft_wrap=True)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -65,7 +64,7 @@ def _width(console: Console, table: Table) -> int:
 def _table(
     place: tuple[str, str], here: Sequence[VariantSummary], names: Sequence[str], differences: Mapping[int, Comparison]
 ) -> Table:
-    table = Table(title=escape(f"{place[1]} · {place[0]}"), title_justify="left", header_style="bold", box=None)
+    table = Table(title=f"{place[1]} · {place[0]}", title_justify="left", header_style="bold", box=None)
     # Where not even the least fits, a text goes on in the next line.
     table.add_column("variant", overflow="fold")
     table.add_column("condition", max_width=24, overflow="fold")
@@ -74,14 +73,14 @@ def _table(
         table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     compared = [differences[id(row.cell)] for row in here if id(row.cell) in differences]
     if compared:
-        title = f"{compared[0].metric.replace('_', ' ')} − {escape(compared[0].baseline)}"
+        title = f"{compared[0].metric.replace('_', ' ')} − {compared[0].baseline}"
         table.add_column(title, justify="right", min_width=8, overflow="fold")
     for row in here:
         cells = [_cell(row.metrics.get(name), name) for name in names]
         failed = f" ({row.failed} failed)" if row.failed else ""
         runs = f"{row.runs}{failed}" + (f" of {row.runs + row.failed + row.missing}" if row.missing else "")
         change = [_change(differences.get(id(row.cell)))] if compared else []
-        table.add_row(escape(row.cell.name), escape(row.cell.condition), runs, *cells, *change)
+        table.add_row(row.cell.name, row.cell.condition, runs, *cells, *change)
     return table
 
 
@@ -90,10 +89,10 @@ def _cell(estimate: Estimate | None, metric: str) -> str:
     if estimate is None:
         return ""
     plain = replace(estimate, low=math.nan, high=math.nan)
-    return escape(shown(estimate if METRICS[metric].quality else plain, metric))
+    return shown(estimate if METRICS[metric].quality else plain, metric)
 
 
 def _change(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
-    return escape(f"{shown(comparison.difference, comparison.metric)}, p (Holm) = {comparison.p_holm:.3g}")
+    return f"{shown(comparison.difference, comparison.metric)}, p (Holm) = {comparison.p_holm:.3g}"

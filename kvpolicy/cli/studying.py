@@ -65,8 +65,8 @@ def plan(
     widen(console, [described])
     console.print(described)
     for model in made.models:
-        console.print(f"{model.name} runs in {model.dtype} on {model.device}.", markup=False, soft_wrap=True)
-    console.print(_sized(size, count), markup=False, soft_wrap=True)
+        console.print(f"{model.name} runs in {model.dtype} on {model.device}.", soft_wrap=True)
+    console.print(_sized(size, count), soft_wrap=True)
     _say_older(console, older, path)
 
 
@@ -100,7 +100,7 @@ def run(
             except KeyboardInterrupt:
                 bar.stop()
                 text = f"Stopped. {path} holds what is finished; the same command goes on from there."
-                console.print(text, markup=False, soft_wrap=True)
+                console.print(text, soft_wrap=True)
                 raise typer.Exit(130) from None
     _print_results(path, spec)
 
@@ -132,11 +132,10 @@ def status(study: Argument, *, quick: Quick = False, out: Out = None, device: De
     failed = sum({(row.cell.model, row.cell.dataset, row.cell.digest): row.failed for row in rows}.values())
     console.print(
         f"{source.path}: {done:,} of {runs:,} runs are recorded, {failed:,} of them failed{left}.",
-        markup=False,
         soft_wrap=True,
     )
     for reason, count in failures(rows).items():
-        console.print(f"{count} failed: {reason}", markup=False, soft_wrap=True)
+        console.print(f"{count} failed: {reason}", soft_wrap=True)
     _say_older(console, older, source.path)
 
 
@@ -146,7 +145,7 @@ study.command()(prune)
 
 def _say_older(console: Console, older: str, path: Path) -> None:
     if older:
-        console.print(f"{older}; `kvpolicy study prune {path}` removes them.", markup=False, soft_wrap=True)
+        console.print(f"{older}; `kvpolicy study prune {path}` removes them.", soft_wrap=True)
 
 
 def _executor(on: str, address: str | None, workers: int | None, device: str) -> Executor:
@@ -162,13 +161,12 @@ def _executor(on: str, address: str | None, workers: int | None, device: str) ->
 
 
 def _described(plan: Plan) -> Any:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("variant", "condition", "what differs", box=None, header_style="bold")
     for variant in plan.variants:
         differs = ", ".join(f"{path}={value}" for path, value in variant.settings)
-        table.add_row(*map(escape, (variant.name, variant.condition, differs)))
+        table.add_row(variant.name, variant.condition, differs)
     return table
 
 
@@ -208,6 +206,6 @@ def _print_results(path: Path, spec: StudySpec) -> None:
             names = ", ".join(left_out)
             console.print(f"Not shown for lack of room: {names}; a wider terminal or the report has them.")
     for reason, count in failures(rows).items():
-        console.print(f"{count} failed: {reason}", markup=False, soft_wrap=True)
-    console.print(f"Recorded in {path}.", markup=False, soft_wrap=True)
+        console.print(f"{count} failed: {reason}", soft_wrap=True)
+    console.print(f"Recorded in {path}.", soft_wrap=True)
     _say_older(console, older, path)

@@ -90,15 +90,15 @@ def test_everything_else_is_text(text):
 
 
 def test_what_reaches_a_terminal_is_printed_harmlessly():
-    console = terminal._Harmless(
-        file=io.StringIO(), force_terminal=True, color_system="standard", width=200, highlight=False
+    console = terminal._Plain(
+        file=io.StringIO(), force_terminal=True, color_system="standard", width=200, highlight=False, markup=False
     )
     assert type(terminal.output()) is type(terminal.messages()) is type(console)
     text = "".join(ODD)
     table = Table(title=text)
     table.add_column(text)
     table.add_row(text)
-    console.print(text, style="red", markup=False)
+    console.print(text, style="red")
     console.print(table)
     printed = console.file.getvalue()
     assert "\x1b[31m" in printed, "its own colours stay"
