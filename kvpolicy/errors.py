@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -11,7 +11,15 @@ class KVPolicyError(Exception):
 
 
 class SpecError(KVPolicyError, ValueError):
-    """A policy file or specification is not valid; the message names file and line, or the field."""
+    """A policy file or specification is not valid; the message names file and line, or the field.
+
+    Attributes:
+        problems: all that is wrong, a sentence each; the message is the first of them and says how many follow.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class UnknownComponentError(SpecError):
@@ -46,7 +54,12 @@ class CacheStateError(KVPolicyError, RuntimeError):
     """A cache was asked for something its present state does not allow."""
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the one of `known` that looks most like a word, None when none looks like it."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest of `known`, or an empty string when nothing is near."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return "" if near is None else f" Did you mean {near!r}?"

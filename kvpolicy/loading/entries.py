@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +13,7 @@ from typing import Any, Final, Union, cast, get_args, get_origin
 
 from kvpolicy.contracts.backend import Backend
 from kvpolicy.contracts.components import KINDS, Component, kind_of
-from kvpolicy.errors import PluginError, UnknownComponentError, did_you_mean
+from kvpolicy.errors import PluginError, UnknownComponentError, nearest
 
 COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -40,6 +40,8 @@ class Origin:
 
 
 THIS_PROCESS: Final = Origin("this process")
+KINDS_OF_ENTRIES: Final = ("policy", *KINDS, "study", "table", "backend")
+"""All that can be registered."""
 BUNDLED: Final = "kvpolicy"
 """The distribution of the bundled plugins."""
 
@@ -197,9 +199,34 @@ class Catalog:
         """Return the error for a name that is not among the known ones, with the plugins that could have brought it."""
         known = sorted(known)
         there = f" Known: {', '.join(known)}." if known else f" No {kind} is registered."
+        others = {other: self.names(other) for other in KINDS_OF_ENTRIES if other != kind}
+        meant = led(name, {kind: known, **others})
         broken = "".join(f" Note: {failure.error}" for failure in self.failures)
         off = "".join(f" Note: plugin {origin.plugin!r} is turned off." for origin in self.disabled)
-        return UnknownComponentError(f"unknown {kind} {shown(name)}.{did_you_mean(name, known)}{there}{broken}{off}")
+        return UnknownComponentError(f"unknown {kind} {shown(name)}.{meant}{there}{broken}{off}")
+
+
+def led(name: str, known: Mapping[str, Collection[str]]) -> str:
+    """Return a sentence that leads from a name that is not there to what is called so, or to the nearest name.
+
+    Args:
+        name: what was asked for.
+        known: the names of every kind; of the first kind that was asked for, a name is led to without its kind.
+    """
+    kinds = [with_article(kind) for kind, names in known.items() if name in names]
+    if kinds:
+        return f" That is the name of {' and '.join(kinds)}."
+    near = nearest(name, [each for names in known.values() for each in names])
+    found = [kind for kind, names in known.items() if near in [*names]]
+    if not found:
+        return ""
+    of_kind = "" if found[0] == next(iter(known)) else f"the {found[0]} "
+    return f" Did you mean {of_kind}{near!r}?"
+
+
+def with_article(word: str) -> str:
+    """Write a word as one of its kind: ``a policy``, ``an importance``."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _way_out(*sides: Origin) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ from typing import Any, Final
 from kvpolicy.errors import SpecError
 from kvpolicy.loading.entries import Catalog, Entry
 from kvpolicy.spec import forms, yaml_text
-from kvpolicy.spec.problems import FieldError, shown
+from kvpolicy.spec.problems import FieldError, Problems, shown, together
 from kvpolicy.spec.yaml_text import Document
 
 SEARCH_VARIABLE: Final = "KVPOLICY_POLICY_PATH"
@@ -107,29 +107,53 @@ def in_folders(search: Search = ()) -> dict[str, Path]:
     return found
 
 
+OWN: Final = ("description", "paper", "departures")
+"""What a policy says of itself, and not of those that extend it."""
+
+
 def resolved(
-    found: Found, catalog: Catalog, search: Search = (), chain: tuple[Found, ...] = ()
+    document: Document,
+    found: Found,
+    catalog: Catalog,
+    search: Search = (),
+    *,
+    problems: Problems,
+    chain: tuple[Found, ...] = (),
 ) -> tuple[dict[str, Any], forms.Marks]:
-    """Read a file and all that it extends; the canonical mapping and its marks. Raises SpecError with the place."""
-    return resolved_document(yaml_text.parse(found.text, found.source), found, catalog, search, chain)
+    """Return the canonical mapping of a file and all that it extends, and its marks.
 
+    Args:
+        document: the file, or a policy that is part of another file.
+        found: the file that it stands in.
+        catalog: knows the names.
+        search: further folders with policies.
+        problems: takes what is wrong in this document; what is wrong is left out of the mapping.
+        chain: the files that extend this one.
 
-def resolved_document(
-    document: Document, found: Found, catalog: Catalog, search: Search = (), chain: tuple[Found, ...] = ()
-) -> tuple[dict[str, Any], forms.Marks]:
-    """Do what `resolved` does for a text that has been parsed, or for a policy that is part of another file."""
+    Raises:
+        SpecError: a base is wrong, with the place.
+        FieldError: there is no such base.
+    """
     data, marks = document
+    _check_head(document, found, problems)
+    overlay = forms.Canonical(
+        {field: value for field, value in data.items() if field != "extends"}, catalog, marks, problems=problems
+    )
+    if "extends" not in data:
+        return forms.unfold(overlay.data, catalog), overlay.marks
     try:
-        _check_head(document, found)
-        extends = data.pop("extends", None)
-        overlay = forms.Canonical(data, catalog, marks)
-        if extends is None:
-            return forms.unfold(overlay.data, catalog), overlay.marks
-        base = _base(extends, found, catalog, search, (*chain, found))
+        base = _base(data["extends"], found, catalog, search, (*chain, found))
+    except FieldError as problem:  # what the rest means is not known without it
+        raise together([*problems.found, problem]) from None
+    beneath = Problems()
+    read = yaml_text.parse(base.text, base.source)
+    try:
+        base_data, base_marks = resolved(read, base, catalog, search, problems=beneath, chain=(*chain, found))
+        beneath.check()
     except FieldError as problem:
-        raise problem.located(marks) from None
-    base_data, base_marks = resolved(base, catalog, search, (*chain, found))
-    merged, marks = forms.merge(base_data, overlay.data, base_marks, overlay.marks)
+        raise problem.located(read.marks) from None
+    inherited = {field: value for field, value in base_data.items() if field not in OWN}
+    merged, marks = forms.merge(inherited, overlay.data, base_marks, overlay.marks)
     return forms.unfold(merged, catalog), marks
 
 
@@ -147,19 +171,27 @@ def _base(extends: Any, found: Found, catalog: Catalog, search: Search, chain: t
     return base
 
 
-def _check_head(document: Document, found: Found) -> None:
+def _check_head(document: Document, found: Found, problems: Problems) -> None:
     data = document.data
+    with problems:
+        check_version(data)
+    with problems:
+        if "policy" not in data:
+            raise FieldError(
+                ("policy",), "is missing; give the policy a name of its own, such as `policy: my-variant`."
+            )
+        if found.registered is not None and data["policy"] != found.registered:
+            raise FieldError(
+                ("policy",),
+                f"is {shown(data['policy'])}, but the file is registered as {found.registered!r}; use one name.",
+            )
+
+
+def check_version(data: Mapping[str, Any]) -> None:
+    """Raise FieldError when a file's version is missing or is not 1."""
+    at = ("schema_version",)
     if "schema_version" not in data:
-        raise FieldError(("schema_version",), "is missing; write `schema_version: 1` in the first line.")
+        raise FieldError(at, "is missing; write `schema_version: 1` in the first line.")
     version = data["schema_version"]
     if version is True or version != 1 or not isinstance(version, int):
-        raise FieldError(
-            ("schema_version",), f"{shown(version)} is not known here; this kvpolicy reads `schema_version: 1`."
-        )
-    if "policy" not in data:
-        raise FieldError(("policy",), "is missing; give the policy a name of its own, such as `policy: my-variant`.")
-    if found.registered is not None and data["policy"] != found.registered:
-        raise FieldError(
-            ("policy",),
-            f"is {shown(data['policy'])}, but the file is registered as {found.registered!r}; use one name.",
-        )
+        raise FieldError(at, f"{shown(version)} is not known here; this kvpolicy reads `schema_version: 1`.")

@@ -8,15 +8,15 @@ of it is an *overlay*: a file with `extends`, or a replacement.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.components import Component, kind_of
-from kvpolicy.errors import UnknownComponentError, did_you_mean
+from kvpolicy.errors import UnknownComponentError, did_you_mean, nearest
 from kvpolicy.loading.entries import Catalog, held_kinds
-from kvpolicy.spec.problems import FieldError, shown
+from kvpolicy.spec.problems import FieldError, Problems, shown
 from kvpolicy.spec.reference import ComponentRef, plain, unfolded
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 
@@ -47,24 +47,29 @@ class Canonical:
         catalog: Catalog,
         marks: Mapping[KeyPath, Mark] | None = None,
         beneath: Mapping[str, Any] | None = None,
+        problems: Problems | None = None,
     ) -> None:
-        """Raises FieldError when a value has no known form; what components say of their parameters comes later.
+        """Fields that have no known form are left out; what components say of their parameters comes later.
 
-        `beneath` is the canonical mapping that this one will be laid over, if it is an overlay and that is known.
+        Args:
+            data: the mapping.
+            catalog: knows the names.
+            marks: where its values stand.
+            beneath: the canonical mapping that this one will be laid over, if it is an overlay and that is known.
+            problems: takes what is wrong; without it, a FieldError is raised.
         """
         self.catalog = catalog
         self.beneath = beneath or {}
         self.given = dict(marks or {})
         self.marks: Marks = {path: mark for path, mark in self.given.items() if len(path) <= 1}
         self.data: dict[str, Any] = {}
+        self.problems = problems or Problems()
         for field, value in data.items():
-            if field not in FIELDS:
-                raise FieldError(
-                    (field,), f"there is no such field.{did_you_mean(field, FIELDS)} Fields: {', '.join(FIELDS)}."
-                )
-            for path in _nan_paths(value, (field,)):
-                raise FieldError(path, "NaN is not a number that a policy can use; write a number.")
-            self.data[field] = self._field(field, value)
+            with self.problems:
+                check_field(field, value, FIELDS, self.problems)
+                self.data[field] = self._field(field, value)
+        if problems is None:
+            self.problems.check()
 
     def _field(self, field: str, value: Any) -> Any:
         path: KeyPath = (field,)
@@ -79,7 +84,11 @@ class Canonical:
         if field == "post":
             if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
                 raise FieldError(path, f"is a list such as [rerotate], got {shown(value)}.")
-            return [self._reference("post", v, (field, i), (field, i)) for i, v in enumerate(value)]
+            post = []
+            for i, item in enumerate(value):
+                with self.problems:
+                    post.append(self._reference("post", item, (field, i), (field, i)))
+            return post
         self._copy(path, path)
         return plain(value, path)
 
@@ -91,7 +100,8 @@ class Canonical:
         if isinstance(value, Component | ComponentRef):
             return self._instance(kind, value, at)
         if not isinstance(value, Mapping):
-            raise FieldError(at, f"should be the name of a component or {{use: name, ...}}, got {shown(value)}.")
+            lead = self._lead(kind, value)
+            raise FieldError(at, f"should be the name of a component or {{use: name, ...}}, got {shown(value)}.{lead}")
         if "use" not in value and kind == "trigger" and len(value) == 1:
             (name, setting) = next(iter(value.items()))
             if name in self.catalog.names("trigger"):
@@ -164,8 +174,16 @@ class Canonical:
         for name, setting in value.items():
             path = ("protect", name)
             self._copy(path, path)
-            result[name] = False if setting is False else self._parameters("protection", name, setting, path, path)
+            with self.problems:
+                result[name] = False if setting is False else self._parameters("protection", name, setting, path, path)
         return result
+
+    def _lead(self, kind: str, value: Any) -> str:
+        """Say how a number alone is written, where a component can be named with one."""
+        if kind != "trigger" or not isinstance(value, int | float) or isinstance(value, bool):
+            return ""
+        named = [name for name in self.catalog.names(kind) if self.catalog.get(kind, name).shorthand]
+        return f" Write for example {{{named[0]}: {shown(value)}}}." if named else ""
 
     def _copy(self, at: KeyPath, to: KeyPath) -> None:
         """Take the marks of a subtree to its canonical place."""
@@ -178,6 +196,36 @@ class Canonical:
             if path[:end] in self.given:
                 return self.given[path[:end]]
         return Mark("", 0, 0)
+
+
+def check_field(field: str, value: Any, fields: Sequence[str], problems: Problems) -> None:
+    """Refuse a field that is none, and NaN in its value; raises FieldError."""
+    if field in HABITS:
+        problems.leave_out("budget")
+        raise FieldError((field,), f"there is no such field. {HABITS[field](value)}")
+    if field not in fields:
+        near = nearest(field, fields)
+        if near is not None:  # do not complain that the one that is meant is missing
+            problems.leave_out(near)
+        raise FieldError((field,), f"there is no such field.{did_you_mean(field, fields)} Fields: {', '.join(fields)}.")
+    for path in _nan_paths(value, (field,)):
+        raise FieldError(path, "NaN is not a number that a policy can use; write a number.")
+
+
+def _compression_ratio(ratio: Any) -> str:
+    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 <= ratio < 1:
+        return (
+            f"kvpress's compression_ratio is the share that goes, and a budget the share that stays: "
+            f"for {ratio:g} write `budget: {{fraction: {1 - ratio:g}}}`."
+        )
+    return (
+        "kvpress's compression_ratio is the share that goes, and a budget the share that stays: "
+        "0.7 there is `budget: {fraction: 0.3}` here."
+    )
+
+
+HABITS: Final[Mapping[str, Callable[[Any], str]]] = {"compression_ratio": _compression_ratio}
+"""What users of other projects write, and what is written here instead."""
 
 
 def budget_form(value: Any) -> dict[str, Any]:
@@ -194,7 +242,8 @@ def budget_form(value: Any) -> dict[str, Any]:
     for key in value:
         if key not in ("tokens", "fraction"):
             near = did_you_mean(str(key), ("tokens", "fraction"))
-            raise FieldError((*at, key), f"there is no such key.{near} Write {{tokens: 512}} or {{fraction: 0.1}}.")
+            instead = HABITS[key](value[key]) if key in HABITS else "Write {tokens: 512} or {fraction: 0.1}."
+            raise FieldError((*at, key), f"there is no such key.{near} {instead}")
     given = {key: v for key, v in value.items() if v is not None}
     if len(given) != 1:
         both = "both tokens and fraction are given" if given else "neither tokens nor fraction is given"

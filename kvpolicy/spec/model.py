@@ -22,16 +22,18 @@ from pydantic import (
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
 from kvpolicy.loading import installed
-from kvpolicy.loading.entries import POLICY_NAME, Catalog
+from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.ops import dispatch
 from kvpolicy.policy.policy import Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
 from kvpolicy.spec.odd_text import check_texts
-from kvpolicy.spec.problems import FieldError, from_pydantic
-from kvpolicy.spec.reference import ComponentRef, resolve
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic
+from kvpolicy.spec.reference import ComponentRef
+from kvpolicy.spec.resolving import resolved_fields
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return the name of a policy or study; raises ValueError, for a validator."""
     if not POLICY_NAME.fullmatch(name):
         raise ValueError("should be a name of at most 64 small letters, digits, dots, dashes and underscores")
     return name
@@ -62,7 +64,7 @@ class PolicySpec(BaseModel):
 
     schema_version: Literal[1] = 1
     """Version of the file format; always 1."""
-    policy: Annotated[str, AfterValidator(_checked_name)]
+    policy: Annotated[str, AfterValidator(checked_name)]
     """Name of the policy in lists and tables: at most 64 small letters, digits, dots, dashes and underscores."""
     description: str = ""
     """What the policy does, in a sentence."""
@@ -101,23 +103,29 @@ class PolicySpec(BaseModel):
         except FieldError as problem:
             raise problem.located() from None
 
-    def _fill(self, data: dict[str, Any]) -> None:
-        """Validate canonical data into this object; raises FieldError."""
-        check_texts(data)
-        fields = _resolved(data, installed.catalog())
+    def _fill(self, data: dict[str, Any], problems: Problems | None = None) -> None:
+        """Validate canonical data into this object; raises FieldError, with all problems of a file."""
+        problems = problems or Problems()
+        for field, value in data.items():
+            with problems:
+                check_texts(value, (field,))
+        fields = resolved_fields(data, installed.catalog(), problems)
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise from_pydantic(error, (), data, "a policy", forms.FIELDS) from None
+            known = problems.fields
+            found = from_pydantic(error, (), data, "a policy", forms.FIELDS)
+            problems.found += (problem for problem in found if problem.path[0] not in known)
+        problems.check()
         try:
             self.build()
         except (SpecError, BudgetError, ValidationError) as error:
             raise _misfit(error) from None
 
     @classmethod
-    def _from_canonical(cls, data: dict[str, Any]) -> Self:
+    def _from_canonical(cls, data: dict[str, Any], problems: Problems | None = None) -> Self:
         spec = cls.__new__(cls)
-        spec._fill(data)  # noqa: SLF001
+        spec._fill(data, problems)  # noqa: SLF001
         return spec
 
     @classmethod
@@ -147,11 +155,21 @@ class PolicySpec(BaseModel):
     @classmethod
     def from_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
         """Read a policy that has been parsed; ``found`` is the file that it stands in. Raises as `from_yaml`."""
-        data, marks = files.resolved_document(document, found, installed.catalog(), search)
         try:
-            return cls._from_canonical(data)
+            return cls.checked_document(document, found, search)
         except FieldError as problem:
-            raise problem.located(marks) from None
+            raise problem.located() from None
+
+    @classmethod
+    def checked_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
+        """Do what `from_document` does, for a caller that has more to find: raises FieldError with its places."""
+        problems, marks = Problems(), document.marks
+        try:
+            data, placed = files.resolved(document, found, installed.catalog(), search, problems=problems)
+            marks = {**marks, **placed}
+            return cls._from_canonical(data, problems)
+        except FieldError as problem:
+            raise problem.placed(marks) from None
 
     def to_data(self) -> dict[str, Any]:
         """Return plain values, every component with all its parameters; `PolicySpec(**data)` takes them."""
@@ -192,18 +210,22 @@ class PolicySpec(BaseModel):
 
         Args:
             path: a dotted path such as ``mixer.weight``, ``budget.tokens``, ``protect.recent`` or ``importance.use``,
-                or a mapping from such paths to values, laid over in order. Another `use` drops the old parameters.
+                or a mapping from such paths to values, laid over in order. Another `use` drops the old parameters;
+                another `policy` drops description, paper and departures, as `extends` does.
             value: the new value, as in a file; only with a single path.
 
         Raises:
             SpecError: there is no such field or parameter, or the result is not valid.
         """
         changes = path if isinstance(path, Mapping) else {path: value}
-        data = self.to_data()
+        data, problems = self.to_data(), Problems()
         try:
             for where, new in changes.items():
-                data = _changed(data, where, new)
-            return self._from_canonical(data)
+                with problems:
+                    data = _changed(data, where, new)
+            if data.get("policy") != self.policy:  # another policy says of itself only what it is told
+                data = {field: value for field, value in data.items() if field not in {*files.OWN} - {*changes}}
+            return self._from_canonical(data, problems)
         except FieldError as problem:
             raise problem.located() from None
 
@@ -258,47 +280,11 @@ def load(
     return spec.replace(changes) if changes else spec
 
 
-def _resolved(data: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
-    """Fill in defaults and turn canonical references into components; raises FieldError."""
-    for field in ("policy", "budget", "trigger", "importance"):
-        if field not in data:
-            raise FieldError((field,), f"is missing; every policy says its {field}.")
-    data = {"redundancy": {"use": "none"}, "allocator": {"use": "uniform"}, "selector": {"use": "top_k"}, **data}
-    if "mixer" not in data:
-        redundancy = data["redundancy"].get("use")
-        if redundancy != "none":
-            raise FieldError(
-                ("mixer",),
-                f"is missing, and there is no default with redundancy {redundancy!r}; "
-                "write for example {use: linear, weight: 0.1}.",
-            )
-        data["mixer"] = {"use": "importance_only"}
-    fields = {field: resolve(field, data[field], (field,), catalog) for field in forms.REFERENCES}
-    for field in ("importance", "redundancy"):
-        if fields[field].use != "none" and not getattr(fields["mixer"].component, f"uses_{field}"):
-            raise FieldError(
-                (field,),
-                f"{fields[field].use!r} has no effect, for the mixer {fields['mixer'].use!r} does not use it; "
-                f"write `{field}: none` or a mixer that uses it.",
-            )
-    protect = data.get("protect", {})
-    return {
-        **data,
-        **fields,
-        "budget": Budget(**data["budget"]),
-        "protect": tuple(
-            resolve("protection", {"use": name, **parameters}, ("protect", name), catalog)
-            for name, parameters in protect.items()
-            if parameters is not False
-        ),
-        "post": tuple(resolve("post", item, ("post", i), catalog) for i, item in enumerate(data.get("post", []))),
-    }
-
-
 def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     parts, overlay = forms.nested(where, value)
     if parts[0] not in forms.FIELDS:
-        raise FieldError(tuple(parts), f"there is no field {parts[0]!r}.{did_you_mean(parts[0], forms.FIELDS)}")
+        instead = forms.HABITS[parts[0]](value) if parts[0] in forms.HABITS else did_you_mean(parts[0], forms.FIELDS)
+        raise FieldError(tuple(parts), f"there is no field {parts[0]!r}. {instead.strip()}".rstrip())
     catalog = installed.catalog()
     canonical = forms.Canonical(overlay, catalog, beneath=data).data
     merged, _ = forms.merge(_without(data, parts), canonical, {}, {})

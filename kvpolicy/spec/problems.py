@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,21 +14,98 @@ from kvpolicy.spec.yaml_text import KeyPath, Mark
 
 
 class FieldError(Exception):
-    """Something wrong at a path of a specification; the public functions raise it as a SpecError by `located`."""
+    """Something wrong at a path of a specification; the public functions raise it as a SpecError by `located`.
 
-    def __init__(self, path: KeyPath, message: str, error: type[SpecError] = SpecError) -> None:
+    Attributes:
+        path: where it is.
+        message: what is wrong, without the path.
+        error: what to raise.
+        others: what else is wrong.
+        mark: the place in a file, once it is known.
+    """
+
+    def __init__(
+        self,
+        path: KeyPath,
+        message: str,
+        error: type[SpecError] = SpecError,
+        others: Sequence[FieldError] = (),
+        mark: Mark | None = None,
+    ) -> None:
         super().__init__(f"{dotted(path)}: {message}" if path else message)
         self.path = path
+        self.message = message
         self.error = error
+        self.others = tuple(others)
+        self.mark = mark
+
+    def __iter__(self) -> Iterator[FieldError]:
+        """Yield this one and the others."""
+        yield self
+        yield from self.others
+
+    def below(self, path: KeyPath) -> FieldError:
+        """Return the same with a longer path, for what is part of something else."""
+        return together([FieldError((*path, *each.path), each.message, each.error, mark=each.mark) for each in self])
+
+    def placed(self, marks: Mapping[KeyPath, Mark]) -> FieldError:
+        """Return the same with the nearest mark for each problem, in the order of places."""
+        found = [FieldError(p.path, p.message, p.error, mark=p.mark or _nearest(p.path, marks)) for p in self]
+        return together(sorted(found, key=lambda problem: problem.mark or Mark("", 0, 0)))
 
     def located(self, marks: Mapping[KeyPath, Mark] | None = None) -> SpecError:
-        """Return the error to raise; with marks, it begins with the nearest ``file:line:column``."""
-        if not marks:
-            return self.error(str(self))
-        for end in range(len(self.path), -1, -1):
-            if self.path[:end] in marks:
-                return self.error(f"{marks[self.path[:end]]}: {self}")
-        return self.error(str(self))
+        """Return the error to raise; with marks, sentences begin with ``file:line:column`` and stand in that order."""
+        placed = self.placed(marks or {})
+        sentences = [str(problem) if problem.mark is None else f"{problem.mark}: {problem}" for problem in placed]
+        return placed.error(counted(sentences), sentences)
+
+
+class Problems:
+    """Collects what is wrong with a specification, so that all of it is said at once: ``with problems: ...``."""
+
+    def __init__(self) -> None:
+        self.found: list[FieldError] = []
+        self._left_out: set[str | int] = set()
+
+    def __enter__(self) -> None:
+        """Begin a block; a problem that it raises is taken, and what stands behind it goes on."""
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> bool:
+        """Take what the block raised, if it is a FieldError."""
+        if not isinstance(error, FieldError):
+            return False
+        self.found += error
+        return True
+
+    def leave_out(self, field: str) -> None:
+        """Do not ask for a field either: what is wrong elsewhere stands for it."""
+        self._left_out.add(field)
+
+    @property
+    def fields(self) -> set[str | int]:
+        """The fields that are known to be wrong, so that nothing follows from what they say or from their absence."""
+        return self._left_out | {problem.path[0] for problem in self.found if problem.path}
+
+    def check(self) -> None:
+        """Raise a FieldError with all that was found, if anything was."""
+        if self.found:
+            raise together(self.found)
+
+
+def together(problems: Sequence[FieldError]) -> FieldError:
+    """Return one error for several problems, at least one."""
+    first, *others = problems
+    return FieldError(first.path, first.message, first.error, others, first.mark)
+
+
+def _nearest(path: KeyPath, marks: Mapping[KeyPath, Mark]) -> Mark | None:
+    return next((marks[path[:end]] for end in range(len(path), -1, -1) if path[:end] in marks), None)
+
+
+def counted(sentences: Sequence[str]) -> str:
+    """Return the first of several sentences, and how many follow."""
+    more = len(sentences) - 1
+    return sentences[0] + (f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else "")
 
 
 def dotted(path: KeyPath) -> str:
@@ -44,7 +121,7 @@ def shown(value: Any) -> str:
 
 
 def from_pydantic(error: ValidationError, path: KeyPath, data: Any, owner: str, known: Iterable[str]) -> FieldError:
-    """Translate pydantic's report: the first problem in words, and how many more there are.
+    """Translate pydantic's report into words; iterating over the result yields a problem for each place.
 
     Args:
         error: what pydantic raised.
@@ -56,12 +133,12 @@ def from_pydantic(error: ValidationError, path: KeyPath, data: Any, owner: str, 
     places: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         places.setdefault(_real(detail["loc"], data, detail["type"]), []).append(detail)
-    (where, details), more = next(iter(places.items())), len(places) - 1
-    # A union reports one detail per alternative, all for the same value.
-    message = "; or: ".join(dict.fromkeys(_sentence(d, where, owner, list(known)) for d in details))
-    if more:
-        message += f" ({more} more problem{'s' if more > 1 else ''} after this one.)"
-    return FieldError((*path, *where), message)
+    listed, problems = list(known), []
+    for where, details in places.items():
+        # A union reports one detail per alternative, all for the same value.
+        sentences = dict.fromkeys(_sentence(detail, where, owner, listed) for detail in details)
+        problems.append(FieldError((*path, *where), "; or: ".join(sentences)))
+    return together(problems)
 
 
 def _real(loc: tuple[int | str, ...], data: Any, kind: str) -> KeyPath:

@@ -15,7 +15,7 @@ from kvpolicy.contracts.components import Component
 from kvpolicy.errors import UnknownComponentError, did_you_mean
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import Catalog, held_kinds
-from kvpolicy.spec.problems import FieldError, from_pydantic, shown
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 
 
@@ -83,20 +83,31 @@ def resolve(kind: str, data: Mapping[str, Any], path: KeyPath, catalog: Catalog)
         raise FieldError(path, str(error), UnknownComponentError) from None
     kinds = held_kinds(found)
     held: dict[str, Component] = {}
+    problems = Problems()
     for field, inner in kinds.items():
         info = found.model_fields[field]
-        if params.get(field) is not None or (field in params and NoneType not in get_args(info.annotation)):
-            held[field] = _held(inner, params.pop(field), (*path, field), catalog)
-        elif field not in params and info.is_required():
-            known = ", ".join(catalog.names(inner))
-            raise FieldError((*path, field), f"is required; write the name of a component of kind {inner}: {known}.")
+        with problems:
+            if params.get(field) is not None or (field in params and NoneType not in get_args(info.annotation)):
+                held[field] = _held(inner, params.pop(field), (*path, field), catalog)
+            elif field not in params and info.is_required():
+                known = ", ".join(catalog.names(inner))
+                raise FieldError(
+                    (*path, field), f"is required; write the name of a component of kind {inner}: {known}."
+                )
+    wrong = {problem.path[: len(path) + 1] for problem in problems.found}
+    component = None
     try:
         # JSON mode is as strict about types, but takes a list for a tuple, which Python mode refuses.
         if not held:
-            return ComponentRef(name, found.model_validate_json(json.dumps(params)))
-        return ComponentRef(name, found.model_validate({**_pythonic(found, params, path), **held}))
+            component = found.model_validate_json(json.dumps(params))
+        else:
+            component = found.model_validate({**_pythonic(found, params, path), **held})
     except ValidationError as error:
-        raise from_pydantic(error, path, params, repr(name), found.model_fields) from None
+        more = from_pydantic(error, path, params, repr(name), found.model_fields)
+        problems.found += (problem for problem in more if problem.path[: len(path) + 1] not in wrong)
+    problems.check()
+    assert component is not None
+    return ComponentRef(name, component)
 
 
 def unfolded(kind: str, data: Mapping[str, Any], catalog: Catalog) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from kvpolicy.errors import SpecError
 from kvpolicy.loading import installed
 from kvpolicy.spec import PolicySpec, files
-from kvpolicy.spec.problems import FieldError, from_pydantic, shown
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import Document, KeyPath, Mark
 from kvpolicy.study.design import BUDGET, POLICY, Axis, read_trace
 from kvpolicy.study.sampling import Sampling
@@ -57,11 +57,12 @@ class Reader:
         here = {p[len(path) :]: mark for p, mark in self.marks.items() if p[: len(path)] == path}
         found = files.Found("", "<study>") if self.found is None else replace(self.found, registered=None)
         try:
-            return PolicySpec.from_document(Document(data, here), found)
-        except SpecError as error:
-            if here:  # the message has the place already
+            return PolicySpec.checked_document(Document(data, here), found)
+        except FieldError as problem:
+            if here:  # it has its place already
                 raise
-            raise FieldError(path, str(error), type(error)) from None
+            located = problem.located()
+            raise FieldError(path, str(located), type(located)) from None
 
     def axes(self, value: Any, place: Literal["axes", "conditions"]) -> tuple[Axis, ...]:
         """Return the axes of a mapping from paths to lists of values."""
@@ -69,7 +70,12 @@ class Reader:
             return value
         if not isinstance(value, Mapping):
             raise FieldError((place,), f"should be a mapping such as {{mixer.weight: [0.1, 0.3]}}, got {shown(value)}.")
-        return tuple(self._axis(path, values, place) for path, values in value.items())
+        problems, axes = Problems(), []
+        for path, values in value.items():
+            with problems:
+                axes.append(self._axis(path, values, place))
+        problems.check()
+        return tuple(axes)
 
     def _axis(self, path: str, values: Any, place: Literal["axes", "conditions"]) -> Axis:
         at: KeyPath = (place, path)
@@ -78,15 +84,18 @@ class Reader:
         if not values:
             raise FieldError(at, "has no value; write at least one, or remove the axis.")
         read: list[Any] = []
+        problems = Problems()
         for i, value in enumerate(values):
-            if path == POLICY:
-                read.append(self.policy(value, (*at, i)))
-            elif path == BUDGET and isinstance(value, Mapping) and "trace" in value:
-                read.append(read_trace(value, (*at, i)))
-            else:
-                read.append(value)
-            if read[-1] in read[:-1]:
-                raise FieldError((*at, i), f"{shown(value)} is there twice; remove one.")
+            with problems:
+                if path == POLICY:
+                    read.append(self.policy(value, (*at, i)))
+                elif path == BUDGET and isinstance(value, Mapping) and "trace" in value:
+                    read.append(read_trace(value, (*at, i)))
+                else:
+                    read.append(value)
+                if read[-1] in read[:-1]:
+                    raise FieldError((*at, i), f"{shown(value)} is there twice; remove one.")
+        problems.check()
         return Axis(path, tuple(read), place)
 
     def exclude(self, value: Any) -> tuple[dict[str, Any], ...]:
@@ -100,7 +109,12 @@ class Reader:
         folder = None if self.found is None else self.found.folder
         if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
             raise FieldError(("datasets",), f"should be a list, got {shown(value)}.")
-        return tuple(read_source(each, ("datasets", i), folder) for i, each in enumerate(value))
+        problems, sources = Problems(), []
+        for i, each in enumerate(value):
+            with problems:
+                sources.append(read_source(each, ("datasets", i), folder))
+        problems.check()
+        return tuple(sources)
 
     def models(self, value: Any) -> Any:
         """Return the models; folders that begin with a dot are relative to the study file."""

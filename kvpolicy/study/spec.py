@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    model_serializer,
+)
 
 from kvpolicy.errors import did_you_mean
 from kvpolicy.loading import installed
-from kvpolicy.loading.entries import POLICY_NAME
-from kvpolicy.spec import PolicySpec, files, yaml_text
+from kvpolicy.spec import PolicySpec, files, forms, yaml_text
+from kvpolicy.spec.model import checked_name
 from kvpolicy.spec.odd_text import check_texts
-from kvpolicy.spec.problems import FieldError, dotted, from_pydantic, shown
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 from kvpolicy.study.design import FULL, POLICY, Axis, Design, Variant, expand
 from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
@@ -48,7 +57,7 @@ class StudySpec(BaseModel):
     """Version of the file format; always 1."""
     kind: Literal["study"] = "study"
     """Always "study"."""
-    study: str
+    study: Annotated[str, AfterValidator(checked_name)]
     """Name of the study: at most 64 small letters, digits, dots, dashes and underscores."""
     description: str = ""
     """What is asked, in a sentence."""
@@ -89,39 +98,42 @@ class StudySpec(BaseModel):
         except FieldError as problem:
             raise problem.located() from None
 
-    def _fill(self, data: dict[str, Any], marks: Mapping[KeyPath, Mark], found: files.Found | None) -> None:
-        check_texts(data)
-        for field in data:
-            if field not in FIELDS:
-                raise FieldError(
-                    (field,), f"there is no such field.{did_you_mean(field, FIELDS)} Fields: {', '.join(FIELDS)}."
-                )
-        for field in ("study", "models", "datasets"):
-            if field not in data:
-                raise FieldError((field,), f"is missing; every study says its {field}.")
+    def _fill(
+        self,
+        data: dict[str, Any],
+        marks: Mapping[KeyPath, Mark],
+        found: files.Found | None,
+        problems: Problems | None = None,
+    ) -> None:
+        """Validate into this object; raises FieldError, with all problems of a file."""
+        problems, fields = problems or Problems(), {}
+        readers = Reader(marks, found).readers
         for field, value in data.items():
-            if value is None and field not in ("base", "compare_to", "quick"):
-                raise FieldError((field,), "is empty; write a value or remove the line.")
-        reader = Reader(marks, found)
-        fields = {
-            **data,
-            **{name: read(data[name]) for name, read in reader.readers.items() if data.get(name) is not None},
-        }
+            with problems:
+                check_texts({field: value})
+                forms.check_field(field, value, FIELDS, problems)
+                if value is None and field not in ("base", "compare_to", "quick"):
+                    raise FieldError((field,), "is empty; write a value or remove the line.")
+                fields[field] = readers[field](value) if field in readers and value is not None else value
+        for field in ("study", "models", "datasets"):
+            if field not in data and field not in problems.fields:
+                problems.found.append(FieldError((field,), f"is missing; every study says its {field}."))
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise from_pydantic(error, (), data, "a study", FIELDS) from None
-        self._check()
+            known = problems.fields
+            more = from_pydantic(error, (), data, "a study", FIELDS)
+            problems.found += (problem for problem in more if problem.path[0] not in known)
+        problems.check()
+        for check in (self._check_axes, self._check_lists, self._check_given):
+            with problems:
+                check()
+        problems.check()
+        self._check_compared()
         if self.quick is not None:
             self._quick(marks, found)
 
-    def _check(self) -> None:
-        if not POLICY_NAME.fullmatch(self.study):
-            raise FieldError(
-                ("study",),
-                "should be a name of at most 64 small letters, digits, dots, dashes and underscores, "
-                f"got {shown(self.study)}.",
-            )
+    def _check_axes(self) -> None:
         paths = [axis.path for axis in (*self.axes, *self.conditions)]
         for path in paths:
             if paths.count(path) > 1:
@@ -136,17 +148,27 @@ class StudySpec(BaseModel):
             and (self.design != "one-at-a-time" or POLICY not in [a.path for a in self.axes])
         ):
             raise FieldError(("base",), "is not used, because `policy` names whole policies; remove one of the two.")
-        _check_unique([source.label for source in self.datasets], "datasets", "give one of them a `name`")
-        _check_unique(list(self.models), "models", "remove one")
-        self._check_given()
-        _check_unique(list(self.seeds), "seeds", "remove one")
-        _check_unique(list(self.metrics), "metrics", "remove one")
+
+    def _check_lists(self) -> None:
+        problems = Problems()
+        labels = [source.label for source in self.datasets]
+        for values, field, mend in (
+            (labels, "datasets", "give one of them a `name`"),
+            (self.models, "models", "remove one"),
+            (self.seeds, "seeds", "remove one"),
+            (self.metrics, "metrics", "remove one"),
+        ):
+            with problems:
+                _check_unique(values, field, mend)
         for i, metric in enumerate(self.metrics):
             if metric not in METRICS:
-                raise FieldError(
-                    ("metrics", i),
-                    f"there is no metric {shown(metric)}.{did_you_mean(metric, METRICS)} Known: {', '.join(METRICS)}.",
+                text = (
+                    f"there is no metric {shown(metric)}.{did_you_mean(metric, METRICS)} Known: {', '.join(METRICS)}."
                 )
+                problems.found.append(FieldError(("metrics", i), text))
+        problems.check()
+
+    def _check_compared(self) -> None:
         names = list(dict.fromkeys((*(variant.name for variant in self.variants()), FULL)))
         if self.compare_to is not None and self.compare_to not in names:
             raise FieldError(
@@ -185,8 +207,7 @@ class StudySpec(BaseModel):
         try:
             twin._fill(data, inner, found)  # noqa: SLF001
         except FieldError as problem:
-            message = str(problem).removeprefix(f"{dotted(problem.path)}: ")
-            raise FieldError(("quick", *problem.path), message, problem.error) from None
+            raise problem.below(("quick",)) from None
         return twin
 
     # -- reading and writing ------------------------------------------------------------------------------------------
@@ -215,8 +236,11 @@ class StudySpec(BaseModel):
         data, marks = yaml_text.parse(found.text, found.source, "study")
         spec = cls.__new__(cls)
         try:
-            _check_head(data)
-            spec._fill(data, marks, found)  # noqa: SLF001
+            problems = Problems()
+            with problems:
+                files.check_version(data)
+            _check_kind(data)
+            spec._fill(data, marks, found, problems)  # noqa: SLF001
         except FieldError as problem:
             raise problem.located(marks) from None
         return spec
@@ -279,14 +303,7 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _check_head(data: Mapping[str, Any]) -> None:
-    if "schema_version" not in data:
-        raise FieldError(("schema_version",), "is missing; write `schema_version: 1` in the first line.")
-    if data["schema_version"] is True or data["schema_version"] != 1:
-        raise FieldError(
-            ("schema_version",),
-            f"{shown(data['schema_version'])} is not known here; this kvpolicy reads `schema_version: 1`.",
-        )
+def _check_kind(data: Mapping[str, Any]) -> None:
     if data.get("kind") != "study":
         what = f"is {shown(data['kind'])}" if "kind" in data else "is missing"
         hint = " (this looks like a policy file)" if "policy" in data and "kind" not in data else ""

@@ -323,7 +323,6 @@ def test_a_scorer_without_effect_is_refused(rkv):
         ("protect.prompt", True, "protect", {"sinks": {"count": 4}, "recent": {"count": 8}, "prompt": {}}),
         ("protect", {"recent": 1}, "protect", {"recent": {"count": 1}}),
         ("post", ["rerotate"], "post", [{"use": "rerotate"}]),
-        ("policy", "other", "policy", "other"),
     ],
 )
 def test_replace(rkv, path, value, field, expected):
@@ -371,7 +370,24 @@ def test_extends_merges_deeply_and_replaces_what_differs():
     assert spec.mixer.data == {"use": "linear", "weight": 0.5}
     assert {ref.use: ref.params for ref in spec.protect} == {"recent": {"count": 8}, "prompt": {}}
     assert spec.trigger.params == {"interval": base.trigger.params["interval"], "align": 16}
-    assert (spec.policy, spec.paper, spec.importance) == ("variant", base.paper, base.importance)
+    assert (spec.policy, spec.importance) == ("variant", base.importance)
+
+
+def test_what_a_base_says_of_itself_is_not_its_variants(tmp_path):
+    words = ("description", "paper", "departures")
+    spec = variant("extends: rkv\nmixer: {weight: 0.5}")
+    assert all(getattr(kvpolicy.load("rkv"), field) for field in words)
+    assert [getattr(spec, field) for field in words] == ["", "", ()]
+    (tmp_path / "twice.yaml").write_text(f"{spec.to_yaml()}paper: mine\n")
+    again = variant(f"extends: {tmp_path}/twice.yaml\ndepartures: [one]")
+    assert [getattr(again, field) for field in words] == ["", "", ("one",)]
+
+
+def test_a_policy_that_is_renamed_says_of_itself_what_it_is_told(rkv):
+    assert rkv.replace("mixer.weight", 0.3).paper == rkv.paper
+    renamed = rkv.replace({"policy": "other", "paper": "mine"})
+    assert (renamed.policy, renamed.paper, renamed.departures, renamed.description) == ("other", "mine", (), "")
+    assert kvpolicy.load("rkv", policy="other").departures == ()
 
 
 def test_extends_with_another_component_drops_the_old_parameters():

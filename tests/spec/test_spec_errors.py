@@ -58,7 +58,10 @@ FIELDS = {
     "component of another kind": (
         "redundancy: key_cosine",
         "redundancy: key_norm",
-        "p.yaml:9:1: redundancy: unknown redundancy 'key_norm'. Did you mean 'key_coverage'? Known: <redundancy>.",
+        (
+            "p.yaml:9:1: redundancy: unknown redundancy 'key_norm'. That is the name of an importance. "
+            "Known: <redundancy>."
+        ),
     ),
     "unknown protection": (
         "sinks: 4",
@@ -135,6 +138,48 @@ FIELDS = {
         "every: 16",
         "every: false",
         "p.yaml:4:11: trigger.interval: should be a valid integer, got False.",
+    ),
+    "a number for a trigger": (
+        "{every: 16}",
+        "64",
+        (
+            "p.yaml:4:1: trigger: should be the name of a component or {use: name, ...}, got 64. Write for example "
+            "{every: 64}."
+        ),
+    ),
+    "a policy for its mixer": (
+        "{use: linear, weight: 0.1}",
+        "mixkv",
+        (
+            "p.yaml:10:1: mixer: unknown mixer 'mixkv'. That is the name of a policy. Known: <mixer>. The mixer of the "
+            "policy 'mixkv' is 'head_adaptive'."
+        ),
+    ),
+    "a name that is nearest to one of another kind": (
+        "redundancy: key_cosine",
+        "redundancy: value_norms",
+        (
+            "p.yaml:9:1: redundancy: unknown redundancy 'value_norms'. Did you mean the importance 'value_norm'? "
+            "Known: <redundancy>."
+        ),
+    ),
+    "compression ratio": (
+        "budget: {tokens: 64}",
+        "compression_ratio: 0.7",
+        (
+            "p.yaml:3:1: compression_ratio: there is no such field. "
+            "kvpress's compression_ratio is the share that goes, "
+            "and a budget the share that stays: for 0.7 write `budget: {fraction: 0.3}`."
+        ),
+    ),
+    "compression ratio as a budget": (
+        "tokens: 64",
+        "compression_ratio: x",
+        (
+            "p.yaml:3:10: budget.compression_ratio: there is no such key. "
+            "kvpress's compression_ratio is the share that "
+            "goes, and a budget the share that stays: 0.7 there is `budget: {fraction: 0.3}` here."
+        ),
     ),
     "bare value without shorthand": (
         "{every: 16}",

@@ -155,7 +155,7 @@ ERRORS = {
     "another kind": (
         "use: window_attention\n    observe: 32",
         "use: key_cosine",
-        "p.yaml:8:3: importance.base: unknown importance 'key_cosine'. Known: ",
+        "p.yaml:8:3: importance.base: unknown importance 'key_cosine'. That is the name of a redundancy. Known: ",
     ),
     "no use": (
         "    use: window_attention\n",

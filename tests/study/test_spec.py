@@ -148,6 +148,40 @@ def test_errors_name_the_place_and_the_mend(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_all_mistakes_of_a_study_are_named_in_the_order_of_lines():
+    text = """\
+schema_version: 2
+kind: study
+study: My Study
+base: {extends: rkv, mixer: {weight: 3}, phase: x}
+axes:
+  budget: [64, 64]
+  policy: [rvk, {extends: rkv, triger: 3}]
+models: []
+datasets: [gsm9k, {use: needle, lenght: 3}]
+samples: 0
+metric: [kl]
+sampling: {temp: 1}
+"""
+    with pytest.raises(SpecError) as caught:
+        StudySpec.from_yaml(text, "s.yaml")
+    assert [" ".join(problem.split(": ")[:2]) for problem in caught.value.problems] == [
+        "s.yaml:1:1 schema_version",
+        "s.yaml:3:1 study",
+        "s.yaml:4:30 mixer.weight",
+        "s.yaml:4:42 phase",
+        "s.yaml:6:16 axes.budget.1",
+        "s.yaml:7:12 axes.policy.0",
+        "s.yaml:7:32 triger",
+        "s.yaml:8:1 models",
+        "s.yaml:9:12 datasets.0",
+        "s.yaml:9:33 datasets.1.lenght",
+        "s.yaml:10:1 samples",
+        "s.yaml:11:1 metric",
+        "s.yaml:12:12 sampling.temp",
+    ]
+
+
 def test_what_it_says():
     spec = StudySpec.from_yaml(GOOD)
     names = [
