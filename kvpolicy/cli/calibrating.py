@@ -31,11 +31,12 @@ def calibrate(
     from kvpolicy.cli.generating import GenerationRequest, load_model
     from kvpolicy.cli.terminal import messages, output, text_column
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.inputs import read_text
     from kvpolicy.tables import SUFFIX, save_table
 
     if out.suffix != SUFFIX or not out.parent.is_dir():
         raise KVPolicyError(f"--out: {out} should end in {SUFFIX}, and its folder should exist.")
-    words = "\n\n".join(_read(file) for file in text)
+    words = "\n\n".join(read_text(file, "text file", option="--text") for file in text)
     note = messages()
     with note.status(f"loading {model}"):
         loaded, tokenizer = load_model(GenerationRequest("", model, (), device=device, dtype=dtype), note)
@@ -64,14 +65,3 @@ def calibrate(
         )
     save_table(table, out)
     output().print(f"{out}: {table.kind} of {model}, {out.stat().st_size:,} bytes.", soft_wrap=True)
-
-
-def _read(file: Path) -> str:
-    from kvpolicy.errors import KVPolicyError
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise KVPolicyError(f"--text: {file} cannot be read ({error.strerror}); name a text file.") from None
-    except UnicodeDecodeError:
-        raise KVPolicyError(f"--text: {file} is not UTF-8 text; name a text file.") from None

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from kvpolicy.cache.ledger import Incoming, Ledger
 from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.inputs import expanded, read_text
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.shapes import head_shape, layer_fields
 
@@ -188,7 +189,7 @@ def dtype_name(dtype: str) -> str:
 
 
 def _read(place: str) -> dict[str, Any]:
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
@@ -203,12 +204,9 @@ def _read(place: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = read_text(path, "config.json", most=1 << 22, option="--model-config")
     try:
-        if path.stat().st_size > 1 << 22:
-            raise KVPolicyError(f"--model-config: {path} is larger than 4 MiB; that is not a config.json.")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KVPolicyError(f"--model-config: {path} cannot be read ({error.strerror}).") from None
+        data = json.loads(text)
     except (ValueError, RecursionError):
         raise KVPolicyError(f"--model-config: {path} is not JSON; give a model folder or its config.json.") from None
     if not isinstance(data, dict):

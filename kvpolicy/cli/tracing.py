@@ -102,6 +102,7 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
     from kvpolicy.cli.generating import budget_of, check_sampling, described, load_model
     from kvpolicy.cli.terminal import messages, output
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.inputs import expanded
     from kvpolicy.outputs import replace_file
 
     # What is wrong with a policy or a file is said before a model is loaded.
@@ -132,7 +133,7 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
             tokens, recording = given.tokens, _reading(model, given, spec, note)
         texts, special = pieces(tokenizer, tokens)
         shown.append(Shown(spec.policy, described(spec), texts, special, recording))
-    name = Path(request.model).expanduser()
+    name = expanded(request.model)
     page = trace_page(shown, name.resolve().name if name.is_dir() else request.model, same_text=given is not None)
     replace_file(out, page, "--out")
     for one in shown:
@@ -149,13 +150,9 @@ def _load(name: str, budget: float | None) -> PolicySpec:
 
 def _read(file: Path) -> str:
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.inputs import read_text
 
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise KVPolicyError(f"--text: {file} cannot be read ({error.strerror}); name a text file.") from None
-    except UnicodeDecodeError:
-        raise KVPolicyError(f"--text: {file} is not UTF-8; name a text file.") from None
+    text = read_text(file, "text file", option="--text")
     if not text.strip():
         raise KVPolicyError(f"--text: {file} is empty; name a file with the text to read.")
     return text

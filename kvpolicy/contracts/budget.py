@@ -6,13 +6,15 @@ import math
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kvpolicy.contracts.component import LONGEST_TEXT
+
 
 class Budget(BaseModel):
     """How many KV entries a layer keeps per KV head after a compaction, protected ones included; exactly one field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=LONGEST_TEXT)
     """A fixed number of entries per KV head (on average over heads when the allocator is not uniform)."""
     fraction: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     """A share of the tokens seen so far, rounded up; 1.0 keeps everything."""

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
     from torch import Tensor
 
     from kvpolicy.contracts.slot_state import SlotState
     from kvpolicy.contracts.view import CacheView
+
+LONGEST_TEXT: Final = 1 << 31
+"""No text has more tokens, for positions have 32 bits: a larger budget, interval or window comes to nothing."""
+
+DEEPEST: Final = 16
+"""Components that may be held one by the other."""
 
 
 class Component(BaseModel, ABC):
@@ -31,7 +38,9 @@ class Component(BaseModel, ABC):
             with more rows. A promise that a law checks; False is always right.
         phases: the phases in which the component makes sense; a policy with another phase is refused.
 
-    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference.
+    A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference. A whole
+    number is at most `LONGEST_TEXT` in size, unless its field declares an upper bound of its own, as a seed does
+    (``Field(ge=0, lt=2**64)``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -43,6 +52,20 @@ class Component(BaseModel, ABC):
     whole_prompt: ClassVar[bool] = False
     same_for_layers: ClassVar[bool] = False
     phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse numbers that no text can reach, and components that are nested without need."""
+        name = info.field_name or ""
+        if type(value) is int and abs(value) > LONGEST_TEXT and not has_upper_bound(cls.model_fields[name]):
+            raise ValueError(f"should be at most {LONGEST_TEXT}, for no text has more tokens")
+        held, depth = [value], 0
+        while held := [inner for each in held if isinstance(each, Component) for inner in dict(each).values()]:
+            depth += 1
+            if depth >= DEEPEST:
+                raise ValueError(f"holds components that are nested more than {DEEPEST} deep; nest fewer")
+        return value
 
     def laws_excused(self) -> Mapping[str, str]:
         """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
@@ -76,3 +99,8 @@ class Component(BaseModel, ABC):
     def observed_queries(self) -> int:
         """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
         return 0
+
+
+def has_upper_bound(field: FieldInfo) -> bool:
+    """Return whether a field itself declares how large its value may be."""
+    return any(getattr(mark, name, None) is not None for mark in field.metadata for name in ("le", "lt"))

@@ -240,7 +240,7 @@ def _way_out(*sides: Origin) -> str:
     return f", or turn one plugin off with KVPOLICY_DISABLED_PLUGINS={off.plugin}"
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, longest: int = 80) -> str:
     """Return a short text for a value in a message, also when it cannot be printed."""
     try:
         text = " ".join(repr(value).split())
@@ -248,7 +248,7 @@ def shown(value: Any) -> str:
         raise
     except BaseException:  # noqa: BLE001 - a plugin's own __repr__
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def component_entry(name: str, component: type[Any], origin: Origin) -> Entry:

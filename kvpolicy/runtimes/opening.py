@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.inputs import expanded
 
 DEMO_MODEL: Final = "smollm2"
 """The name of the demo model."""
@@ -42,7 +43,7 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
         return ensure_demo_model(say)
     if name == REASONER:
         return Path(__file__).with_name("models") / REASONER
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import SpecError
+from kvpolicy.inputs import expanded, shortened
 from kvpolicy.loading.entries import Catalog, Entry
 from kvpolicy.spec import forms, yaml_text
 from kvpolicy.spec.problems import FieldError, Problems, shown, together
@@ -18,6 +19,9 @@ SEARCH_VARIABLE: Final = "KVPOLICY_POLICY_PATH"
 """Environment variable: folders with policy files, separated as in PATH."""
 
 SUFFIXES: Final = (".yaml", ".yml")
+
+MAX_EXTENDS: Final = 32
+"""Files that one file may extend, one through the other."""
 
 Search = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 """One folder or several."""
@@ -72,12 +76,12 @@ def find(name: str | os.PathLike[str], catalog: Catalog, search: Search = (), fo
         UnknownComponentError: nothing has that name.
         SpecError: the path is not a readable text file.
     """
-    text = os.fspath(name)
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else name
     if not isinstance(text, str) or not text or "\0" in text or (isinstance(name, str) and not name.isprintable()):
         raise SpecError(f"{shown(text)} is not the name or path of a policy.")
     is_path = not isinstance(name, str) or "/" in text or os.sep in text or text.endswith(SUFFIXES)
     if is_path:
-        return Found.of_path((folder or Path()) / Path(text).expanduser())
+        return Found.of_path((folder or Path()) / expanded(text))
     registered = {entry.name: entry for entry in catalog.policies()}
     if text in registered:
         return Found.of_entry(registered[text])
@@ -98,10 +102,13 @@ def in_folders(search: Search = ()) -> dict[str, Path]:
     given = [search] if isinstance(search, str | os.PathLike) else list(search)
     listed = [part for part in os.environ.get(SEARCH_VARIABLE, "").split(os.pathsep) if part]
     found: dict[str, Path] = {}
-    for folder in (Path(part).expanduser() for part in (*given, *listed)):
-        if not folder.is_dir():
-            raise SpecError(f"{folder}: there is no such folder; correct `search` or {SEARCH_VARIABLE}.")
-        for path in sorted(folder.iterdir()):
+    for folder in map(expanded, (*given, *listed)):
+        try:
+            paths = sorted(folder.iterdir())
+        except (OSError, ValueError) as error:
+            reason = "there is no such folder" if not isinstance(error, PermissionError) else "cannot be looked through"
+            raise SpecError(f"{shortened(folder)}: {reason}; correct `search` or {SEARCH_VARIABLE}.") from None
+        for path in paths:
             if path.suffix in SUFFIXES:
                 found.setdefault(path.stem, path)
     return found
@@ -165,6 +172,10 @@ def _base(extends: Any, found: Found, catalog: Catalog, search: Search, chain: t
         base = find(extends, catalog, search, found.folder)
     except SpecError as error:
         raise FieldError(at, str(error), type(error)) from None
+    if len(chain) > MAX_EXTENDS:
+        raise FieldError(
+            at, f"leads through more than {MAX_EXTENDS} files; write one of them out (`kvpolicy show` prints it whole)."
+        )
     if base.identity in {link.identity for link in chain}:
         circle = " -> ".join(link.source for link in (*chain, base))
         raise FieldError(at, f"makes a circle ({circle}); let one of them stand alone.")

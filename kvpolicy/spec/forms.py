@@ -7,17 +7,18 @@ of it is an *overlay*: a file with `extends`, or a replacement.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.contracts.components import Component, kind_of
 from kvpolicy.errors import UnknownComponentError, did_you_mean, nearest
 from kvpolicy.loading.entries import Catalog, held_kinds
 from kvpolicy.spec.problems import FieldError, Problems, shown
 from kvpolicy.spec.reference import ComponentRef, plain, unfolded
+from kvpolicy.spec.values import check_values
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 
 REFERENCES: Final = ("trigger", "importance", "redundancy", "mixer", "allocator", "selector")
@@ -199,7 +200,8 @@ class Canonical:
 
 
 def check_field(field: str, value: Any, fields: Sequence[str], problems: Problems) -> None:
-    """Refuse a field that is none, and NaN in its value; raises FieldError."""
+    """Refuse a field that is none, and values that no specification can have; raises FieldError."""
+    check_values({field: value})
     if field in HABITS:
         problems.leave_out("budget")
         raise FieldError((field,), f"there is no such field. {HABITS[field](value)}")
@@ -208,8 +210,6 @@ def check_field(field: str, value: Any, fields: Sequence[str], problems: Problem
         if near is not None:  # do not complain that the one that is meant is missing
             problems.leave_out(near)
         raise FieldError((field,), f"there is no such field.{did_you_mean(field, fields)} Fields: {', '.join(fields)}.")
-    for path in _nan_paths(value, (field,)):
-        raise FieldError(path, "NaN is not a number that a policy can use; write a number.")
 
 
 def _compression_ratio(ratio: Any) -> str:
@@ -257,6 +257,8 @@ def _tokens(tokens: Any) -> dict[str, Any]:
         raise FieldError(at, f"should be a whole number of KV entries per head, got {shown(tokens)}.")
     if tokens < 1:
         raise FieldError(at, f"{tokens} is no budget; write at least 1 KV entry per head.")
+    if tokens > LONGEST_TEXT:
+        raise FieldError(at, f"{tokens} entries are more than any text has tokens; write at most {LONGEST_TEXT}.")
     return {"tokens": tokens}
 
 
@@ -265,7 +267,7 @@ def _fraction(fraction: Any) -> dict[str, Any]:
     if not isinstance(fraction, int | float) or isinstance(fraction, bool):
         raise FieldError(at, f"should be a number above 0 and at most 1, got {shown(fraction)}.")
     if not 0 < fraction <= 1:
-        hint = f"; for {fraction:g} entries write {{tokens: {int(fraction)}}}" if 1 < fraction < math.inf else ""
+        hint = f"; for {fraction:g} entries write {{tokens: {int(fraction)}}}" if 1 < fraction <= LONGEST_TEXT else ""
         raise FieldError(at, f"should be above 0 and at most 1, got {fraction:g}{hint}.")
     return {"fraction": float(fraction)}
 
@@ -322,21 +324,10 @@ def nested(path: str, value: Any) -> tuple[list[str], dict[str, Any]]:
     """Split a dotted path and return its parts and the mapping ``{a: {b: value}}``; raises FieldError."""
     parts = path.split(".") if isinstance(path, str) else []
     if not parts or not all(parts):
-        raise FieldError((), f"{path!r} is not a path; write field.parameter, such as 'mixer.weight'.")
+        raise FieldError((), f"{shown(path)} is not a path; write field.parameter, such as 'mixer.weight'.")
     if len(parts) > 1 and (parts[0] in SCALARS or parts[0] == "post"):
         raise FieldError(tuple(parts), f"`{parts[0]}` has no named parts; replace {parts[0]!r} as a whole.")
     inner = value
     for part in reversed(parts):
         inner = {part: inner}
     return parts, inner
-
-
-def _nan_paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
-    if isinstance(value, float) and math.isnan(value):
-        yield path
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _nan_paths(item, (*path, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _nan_paths(item, (*path, index))

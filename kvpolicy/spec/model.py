@@ -20,16 +20,17 @@ from pydantic import (
 )
 
 from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.ops import dispatch
 from kvpolicy.policy.policy import Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
-from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic
 from kvpolicy.spec.reference import ComponentRef
 from kvpolicy.spec.resolving import resolved_fields
+from kvpolicy.spec.values import check_values
 
 
 def checked_name(name: str) -> str:
@@ -76,7 +77,7 @@ class PolicySpec(BaseModel):
     """KV entries per KV head and layer after a compaction, protected ones included: `tokens` or `fraction`."""
     phase: Phase = "decode"
     """When compactions may happen: after prefill steps, after decode steps, or both."""
-    prefill_chunk: int | None = Field(default=None, ge=1)
+    prefill_chunk: int | None = Field(default=None, ge=1, le=LONGEST_TEXT)
     """Tokens per prefill step, counted from the prompt's end; null means the runtime chooses."""
     trigger: InstanceOf[ComponentRef]
     """When a row is compacted."""
@@ -108,7 +109,7 @@ class PolicySpec(BaseModel):
         problems = problems or Problems()
         for field, value in data.items():
             with problems:
-                check_texts(value, (field,))
+                check_values(value, (field,))  # also what components that were given as such hold
         fields = resolved_fields(data, installed.catalog(), problems)
         try:
             super().__init__(**fields)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import Any, Final
-
-from kvpolicy.spec.problems import FieldError
-from kvpolicy.spec.yaml_text import KeyPath
+from typing import Final
 
 _BIDI: Final = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 # Line breaks and tabs are layout; all other control characters may be obeyed by a terminal.
@@ -35,27 +31,6 @@ def odd_character(text: str) -> str | None:
     else:
         what = "a control character"
     return f"U+{ord(character):04X}, {what}"
-
-
-def check_texts(data: Any, path: KeyPath = ()) -> None:
-    """Raise FieldError at the first text in plain values, key or value, with an odd character in it.
-
-    Args:
-        data: mappings, lists and scalars as a file gives them; other objects are left alone.
-        path: where they stand.
-    """
-    if isinstance(data, str):
-        odd = odd_character(data)
-        if odd is not None:
-            raise FieldError(path, f"contains {odd}, which does something instead of showing something; remove it.")
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            if isinstance(key, str) and odd_character(key) is not None:
-                check_texts(key, (*path, key))
-            check_texts(value, (*path, key))
-    elif isinstance(data, list | tuple):
-        for index, value in enumerate(data):
-            check_texts(value, (*path, index))
 
 
 def harmless(text: str) -> str:

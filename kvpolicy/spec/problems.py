@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kvpolicy.errors import SpecError, did_you_mean
+from kvpolicy.loading import entries
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 
 
@@ -116,8 +117,7 @@ def dotted(path: KeyPath) -> str:
 
 def shown(value: Any) -> str:
     """Return a short text for a value in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return entries.shown(value, longest=60)
 
 
 def from_pydantic(error: ValidationError, path: KeyPath, data: Any, owner: str, known: Iterable[str]) -> FieldError:

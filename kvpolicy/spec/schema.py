@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.component import LONGEST_TEXT, has_upper_bound
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog, Entry, held_kinds
@@ -72,7 +73,10 @@ def _fields(catalog: Catalog, definitions: _Schema) -> _Schema:
         "departures": {"type": "array", "items": {"type": "string"}},
         "budget": _budget(),
         "phase": {"enum": ["prefill", "decode", "both"], "default": "decode"},
-        "prefill_chunk": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}], "default": None},
+        "prefill_chunk": {
+            "anyOf": [{"type": "integer", "minimum": 1, "maximum": LONGEST_TEXT}, {"type": "null"}],
+            "default": None,
+        },
         "backend": {"enum": dispatch.backend_names(), "default": "auto"},
         "protect": _protect(catalog, definitions),
         "post": {"type": "array", "items": {"$ref": "#/$defs/post"}, "default": []},
@@ -86,7 +90,7 @@ def _described(field: str, schema: _Schema) -> _Schema:
 
 def _budget() -> _Schema:
     fields = Budget.model_json_schema()["properties"]
-    tokens = {"type": "integer", "minimum": 1, "description": fields["tokens"]["description"]}
+    tokens = {"type": "integer", "minimum": 1, "maximum": LONGEST_TEXT, "description": fields["tokens"]["description"]}
     fraction = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": fields["fraction"]["description"]}
     either = [
         {"type": "object", "additionalProperties": False, "required": [name], "properties": {name: schema}}
@@ -173,6 +177,9 @@ def _parameters(entry: Entry, definitions: _Schema) -> _Schema:
         if name not in bases:
             definitions[f"{prefix}.{name}"] = definition
     properties = schema.get("properties", {})
+    for name, field in entry.component.model_fields.items():
+        if field.annotation is int and not has_upper_bound(field):
+            properties[name]["maximum"] = LONGEST_TEXT
     for name, kind in held.items():
         properties[name] = _held(kind, entry.component.model_fields[name])
     return {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -15,11 +14,13 @@ from typing import Any, Final, Literal, NamedTuple
 import yaml
 
 from kvpolicy.errors import SpecError
+from kvpolicy.inputs import read_text
 
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
-_LONGEST_PATH: Final = 300
+MAX_DIGITS: Final = 100
+"""Characters of a number; no double and no counter has a third of them."""
 
 What = Literal["policy", "study"]
 """The kinds of files that are read here."""
@@ -61,7 +62,6 @@ _SCALARS: Final[list[tuple[str, str, str]]] = [
         "-+.0123456789",
     ),
 ]
-_PLAIN_TAGS: Final = {f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq", "bool", "null", "int", "float")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,6 +83,10 @@ class _Loader(yaml.SafeLoader):
             raise SpecError(
                 f"{mark}: aliases such as `*{event.anchor}` are not allowed; write the value out, or use `extends`."
             )
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            shown = tag.replace("tag:yaml.org,2002:", "!!")[:40]
+            raise SpecError(f"{mark}: tags such as `{shown}` are not allowed; write a plain value.")
         if getattr(event, "anchor", None) is not None:
             raise SpecError(
                 f"{mark}: anchors such as `&{event.anchor}` are not allowed; write the value out where it is needed."
@@ -124,27 +128,7 @@ _Dumper.add_representer(str, _represent_text)
 
 def read_file(path: Path, what: What = "policy") -> str:
     """Return the text of a file; raises SpecError for what is not a readable text file of a sane size."""
-    try:
-        mode = path.stat().st_mode
-        raw = b""
-        if stat.S_ISREG(mode):
-            with path.open("rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise SpecError(f"{path}: there is no such file.") from None
-    except OSError as error:
-        name = str(path) if len(str(path)) <= _LONGEST_PATH else f"{str(path)[:_LONGEST_PATH]}..."
-        raise SpecError(f"{name}: cannot be read ({error.strerror}).") from None
-    if stat.S_ISDIR(mode):
-        raise SpecError(f"{path}: is a directory; give one {what} file.")
-    if not stat.S_ISREG(mode):
-        raise SpecError(f"{path}: is not an ordinary file; give a YAML file.")
-    if len(raw) > MAX_BYTES:
-        raise SpecError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; that is not a {what} file.")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: is not UTF-8 text (byte {error.start}); give a YAML text file.") from None
+    return read_text(path, f"{what} file", most=MAX_BYTES, error=SpecError)
 
 
 def parse(text: str, source: str, what: What = "policy") -> Document:
@@ -206,10 +190,6 @@ def _dump(value: Any, *, flow: bool, width: float) -> str:
 
 def _value(node: yaml.Node, path: KeyPath, source: str, marks: dict[KeyPath, Mark]) -> Any:
     mark = _mark(source, node.start_mark)
-    if node.tag not in _PLAIN_TAGS:
-        raise SpecError(
-            f"{mark}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed; write a plain value."
-        )
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, source, marks)
     if isinstance(node, yaml.SequenceNode):
@@ -242,14 +222,13 @@ def _scalar(node: yaml.Node, mark: Mark) -> Any:
         return text
     if kind == "null":
         return None
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        if kind == "int":
-            return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-        return float(re.sub(r"\.(?=[a-z])", "", text.lower()))
-    except (ValueError, KeyError):
-        raise SpecError(f"{mark}: {text[:40]!r} cannot be read as {kind}.") from None
+    if kind == "bool":
+        return text.lower() == "true"
+    if len(text) > MAX_DIGITS:
+        raise SpecError(f"{mark}: {text[:10]}... is a number of {len(text):,} characters; write at most {MAX_DIGITS}.")
+    if kind == "int":
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+    return float(re.sub(r"\.(?=[a-z])", "", text.lower()))
 
 
 def _mark(source: str, mark: yaml.Mark) -> Mark:

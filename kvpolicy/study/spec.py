@@ -19,10 +19,10 @@ from pydantic import (
 )
 
 from kvpolicy.errors import did_you_mean
+from kvpolicy.inputs import expanded
 from kvpolicy.loading import installed
 from kvpolicy.spec import PolicySpec, files, forms, yaml_text
 from kvpolicy.spec.model import checked_name
-from kvpolicy.spec.odd_text import check_texts
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
 from kvpolicy.study.design import FULL, POLICY, Axis, Design, Variant, expand
@@ -110,7 +110,6 @@ class StudySpec(BaseModel):
         readers = Reader(marks, found).readers
         for field, value in data.items():
             with problems:
-                check_texts({field: value})
                 forms.check_field(field, value, FIELDS, problems)
                 if value is None and field not in ("base", "compare_to", "quick"):
                     raise FieldError((field,), "is empty; write a value or remove the line.")
@@ -292,7 +291,7 @@ def find_study(name: str | os.PathLike[str]) -> StudySpec:
         found = files.Found.of_entry(registered[text])
         return StudySpec._read(found)  # noqa: SLF001
     if not isinstance(name, str) or "/" in text or text.endswith(files.SUFFIXES) or _is_file(text):
-        return StudySpec.from_file(Path(text).expanduser())
+        return StudySpec.from_file(expanded(text))
     raise installed.catalog().unknown("study", text, registered)
 
 

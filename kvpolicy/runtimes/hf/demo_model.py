@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.inputs import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,7 @@ _CHECKPOINT_NAMES: Final = {
 def home() -> Path:
     """Return the folder for files that kvpolicy makes: `KVPOLICY_HOME`, or `~/.cache/kvpolicy`."""
     chosen = os.environ.get("KVPOLICY_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "kvpolicy"
+    return expanded(chosen) if chosen else Path.home() / ".cache" / "kvpolicy"
 
 
 def demo_model_path() -> Path:

@@ -33,7 +33,7 @@ class Leverage(ImportanceScorer):
     """Columns of the sketch; 0 for the exact leverage."""
     sinks: int = Field(default=8, ge=0)
     """First positions of the row that take no part; they get the largest score of their head."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the sketch."""
 
     def score(self, view: CacheView) -> Scores:

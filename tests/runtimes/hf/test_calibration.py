@@ -233,7 +233,7 @@ def test_the_command_makes_a_table_that_loads(folder, text, tmp_path, method):
         (["headkv", "--length", "100"], "at least one run of 256 tokens is needed"),
         (["headkv", "--out", "table.bin"], "--out: table.bin should end in .safetensors"),
         (["headkv", "--out", "nowhere/table.safetensors"], "its folder should exist"),
-        (["headkv", "--text", "nothing.txt"], "--text: nothing.txt cannot be read"),
+        (["headkv", "--text", "nothing.txt"], "--text: nothing.txt: there is no such file"),
     ],
 )
 def test_what_cannot_be_calibrated_is_said_in_a_sentence(folder, text, tmp_path, monkeypatch, capsys, change, message):
