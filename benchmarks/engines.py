@@ -18,17 +18,11 @@ as OpenVINO needs it; benchmarks/shared/engine_sides/in_openvino.py says how to 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 _HERE = Path(__file__).resolve().parent  # not itself on the path: kernels.py would pass for the PyPI package
 _SIDES = _HERE / "shared" / "engine_sides"
@@ -36,8 +30,9 @@ sys.path[:] = [
     str(_HERE / "shared"), str(_SIDES), *(p for p in sys.path if Path(p or ".").resolve() != _HERE),
 ]  # fmt: skip
 
-from job import Answer, Job
+from job import Job
 
+from kvbench import engines as sides
 from kvbench import measuring
 from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 
@@ -80,39 +75,6 @@ SETTINGS = {"batch": Setting(8, 1200), "tight": Setting(16, 384, 65), "long": Se
 QUICK = {"batch": Setting(2, 80), "tight": Setting(3, 80, 10), "long": Setting(1, 120)}
 
 
-def prompts(model: Path, count: int) -> list[list[int]]:
-    """Return the tokens of requests that end in long answers."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    asked = (f"Tell me a long story number {i} about a sailor, step by step." for i in range(count))
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        for text in asked
-    ]
-
-
-def answer(lane: Lane, job: Job, core: int | None, limit: float) -> Answer | str:
-    """Run a job in the lane's engine, on one core; return what it answered, or why it did not."""
-    command = [lane.python, str(_SIDES / f"in_{lane.engine}.py")]
-    try:
-        ended = subprocess.run(  # noqa: S603 - interpreters that the user names
-            command,
-            input=json.dumps(asdict(job)),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=limit,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            preexec_fn=None if core is None else partial(os.sched_setaffinity, 0, {core}),
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done within {limit:.0f} s"
-    if ended.returncode:
-        return (ended.stderr.strip() or f"ended with {ended.returncode}").splitlines()[-1]
-    return Answer(**json.loads(ended.stdout))
-
-
 def lanes_of(options: argparse.Namespace, model: Path) -> list[Lane]:
     """Return the engines that were given, each full and with eviction."""
     found = [Lane("transformers", sys.executable, model, policy) for policy in (None, options.policy)]
@@ -134,14 +96,14 @@ def agreement(outputs: Sequence[Sequence[int]], others: Sequence[Sequence[int]])
 
 def run(name: str, setting: Setting, lanes: Sequence[Lane], options: argparse.Namespace) -> dict[str, Any]:
     """Give one setting's job to every lane in turn; return figures by lane, `failed` where there are none."""
-    texts = prompts(lanes[0].model if lanes[0].engine != "openvino" else options.exported, setting.requests)
+    texts = sides.prompts(lanes[0].model, setting.requests)
     found: dict[str, Any] = {}
     outputs: dict[str, list[list[int]]] = {}
     for lane in lanes:
         sizes = {"budget": options.budget, "interval": options.interval, "blocks": setting.blocks}
         job = Job(str(lane.model), texts, setting.tokens, lane.policy, **sizes)
         print(f"{name}: {lane.name} ...", file=sys.stderr, flush=True)
-        took = answer(lane, job, options.core, options.limit)
+        took = sides.answer(lane.engine, lane.python, job, options.core, options.limit)
         if isinstance(took, str):
             found[lane.name] = {"failed": took}
             continue

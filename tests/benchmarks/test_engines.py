@@ -10,7 +10,7 @@ import pytest
 def engines(script, monkeypatch, tiny_folder):
     module = script("engines")
     prompts = [[7, 8, 9, 10, 11, 12], [9, 10, 11], [3, 4, 5, 6]]
-    monkeypatch.setattr(module, "prompts", lambda model, count: prompts[:count])
+    monkeypatch.setattr(module.sides, "prompts", lambda model, count: prompts[:count])
     return module
 
 
