@@ -57,67 +57,86 @@ def _common(
 
 @app.command("list")
 def list_(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD]...", help="Only what has all these words in its line.")
+    ] = None,
     *,
     kind: Annotated[
         str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., study, table.")
     ] = None,
+    runs: Annotated[
+        str | None, typer.Option(metavar="prefill|decode", help="Only policies that compact then, or at both times.")
+    ] = None,
+    package: Annotated[str | None, typer.Option(help="Only what this package brings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the policies as in docs/methods.md.")] = False,
-    package: Annotated[str | None, typer.Option(help="With --markdown: only those of this package.")] = None,
 ) -> None:
-    """List policies, components and tables, and the package that each comes from."""
-    from kvpolicy.cli.listing import print_list
-    from kvpolicy.cli.methods import methods_markdown
+    """List policies, components, studies and tables, when a policy runs, and the package that each comes from."""
     from kvpolicy.errors import KVPolicyError
 
     if markdown:
-        if json or kind is not None:
-            raise KVPolicyError("list: --markdown is a table of the policies; leave --json and --kind out.")
+        from kvpolicy.cli.methods import methods_markdown
+
+        if json or words or kind is not None or runs is not None:
+            raise KVPolicyError("list: --markdown is a table of all policies (of a --package); leave the others out.")
         typer.echo(methods_markdown(package), nl=False)
         return
-    if package is not None:
-        raise KVPolicyError("list: --package goes with --markdown.")
-    print_list(kind, as_json=json)
+    from kvpolicy.cli.listing import Filter, print_list
+
+    print_list(Filter(tuple(words or ()), kind, runs, package), as_json=json)
 
 
 @app.command()
 def show(
-    policies: Annotated[list[str], typer.Argument(metavar="NAME|FILE", help="A policy's name or file.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="A policy, component, study or table, as `kvpolicy list` names it (rkv, key_cosine, importance.none, "
+            "study.rkv-density), or the file of a policy or study.",
+        ),
+    ],
     *,
     diff: Annotated[bool, typer.Option("--diff", help="Show where two policies differ: --diff A B.")] = False,
 ) -> None:
-    """Show a policy in full: its file with all parameters, its paper, its departures, what each parameter means."""
-    from kvpolicy.cli.diffing import print_difference
-    from kvpolicy.cli.showing import print_policy
+    """Show a policy or another thing in full: paper, departures, parameters with their meaning, what uses it."""
     from kvpolicy.errors import KVPolicyError
 
-    if len(policies) != 1 + diff:
-        wanted = "two policies, as in: show --diff rkv rkv-code" if diff else "one policy, or two with --diff"
-        raise KVPolicyError(f"show: {len(policies)} names were given; name {wanted}.")
+    if len(names) != 1 + diff:
+        wanted = "two policies, as in: show --diff rkv rkv-code" if diff else "one, or two policies with --diff"
+        raise KVPolicyError(f"show: {len(names)} names were given; name {wanted}.")
     if diff:
-        print_difference(*policies)
+        from kvpolicy.cli.diffing import print_difference
+
+        print_difference(*names)
     else:
-        print_policy(policies[0])
+        from kvpolicy.cli.showing_parts import print_named
+
+        print_named(names[0])
 
 
 @app.command()
-def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files.")]) -> None:
-    """Check policy files; a line for each, and exit code 1 if one is not valid."""
+def validate(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE|NAME...", help="Files of policies and studies, or registered names.")
+    ],
+) -> None:
+    """Check files of policies and studies: a line for each that is valid, and one for every mistake (exit code 1)."""
+    from kvpolicy.cli.validating import found_valid, sentences
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.spec import PolicySpec
     from kvpolicy.spec.odd_text import harmless
 
     bad = 0
     for file in files:
         try:
-            spec = PolicySpec.from_file(file)
+            lines = found_valid(file)
         except KVPolicyError as error:
             if options.debug:
                 raise
             bad += 1
-            typer.echo(harmless(" ".join(str(error).split())), err=True)
+            typer.echo(harmless("\n".join(sentences(error))), err=True)
         else:
-            typer.echo(harmless(f"{file}: policy {spec.policy} is valid."))
+            typer.echo(harmless("\n".join(lines)))
     raise typer.Exit(1 if bad else 0)
 
 
@@ -125,13 +144,13 @@ def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help
 def schema(
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
 ) -> None:
-    """Print the JSON schema of policy files, with all installed components, for editors."""
+    """Print the JSON schema of policy and study files, with all installed components, for editors."""
     from json import dumps
 
     from kvpolicy.outputs import replace_file
-    from kvpolicy.spec import json_schema
+    from kvpolicy.study.schema import files_schema
 
-    text = dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    text = dumps(files_schema(), indent=2, ensure_ascii=False) + "\n"
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -49,11 +49,23 @@ def check(
     chosen = _profile(profile)
     if bool(targets) == all_:
         raise typer.BadParameter("name a policy, a component or a package, or write --all.", param_hint="check")
+    _require_laws()
     from kvpolicy.testing.checking import subjects_of_package
 
     subjects = subjects_of_package(None) if all_ else [s for target in targets or [] for s in _subjects(target)]
     if _report(_run(subjects, chosen, law or [], jobs)):
         raise typer.Exit(1)
+
+
+def _require_laws() -> None:
+    """Raise KVPolicyError in an installation without the laws' library."""
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.testing._extra import require_hypothesis
+
+    try:
+        require_hypothesis()
+    except ImportError as error:
+        raise KVPolicyError(f"check: {error}") from None
 
 
 def _profile(name: str) -> ProfileName:

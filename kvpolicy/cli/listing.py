@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 from rich.table import Table as Rows
 from rich.text import Text
@@ -14,18 +16,56 @@ import kvpolicy
 from kvpolicy.cli.terminal import output
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
-from kvpolicy.loading.entries import Catalog, Origin
-from kvpolicy.spec import files
+from kvpolicy.loading.entries import Catalog, Entry, Origin
+from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.tables import Table, registered
 
+_KINDS: Final = ("policy", *KINDS, "study", "table")
+_PHASES: Final = ("prefill", "decode")
 
-def print_list(kind: str | None, *, as_json: bool) -> None:
-    """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind."""
-    kinds = ["policy", *KINDS, "study", "table"]
-    if kind is not None and kind not in kinds:
-        raise KVPolicyError(f"--kind: {kind!r} is not a kind.{did_you_mean(kind, kinds)} Kinds: {', '.join(kinds)}.")
+
+@dataclass(frozen=True)
+class Filter:
+    """What is listed.
+
+    Attributes:
+        words: all of them stand in a line.
+        kind: only this kind.
+        runs: only policies that compact in this phase.
+        package: only what comes from this package.
+    """
+
+    words: tuple[str, ...] = ()
+    kind: str | None = None
+    runs: str | None = None
+    package: str | None = None
+
+    def check(self) -> None:
+        """Raise KVPolicyError when a kind or a phase is none."""
+        for option, value, known in (("--kind", self.kind, _KINDS), ("--runs", self.runs, _PHASES)):
+            if value is not None and value not in known:
+                what = f"{option}: {value!r} is not a {'kind' if option == '--kind' else 'phase'}."
+                raise KVPolicyError(f"{what}{did_you_mean(value, known)} Known: {', '.join(known)}.")
+        if self.runs is not None and self.kind not in (None, "policy"):
+            raise KVPolicyError(f"--runs: says when a policy compacts; leave it out, or --kind {self.kind}.")
+
+    def takes(self, row: dict[str, Any]) -> bool:
+        """Whether a row is listed."""
+        line = " ".join((row["kind"], row["name"], row.get("runs", ""), row["summary"])).lower()
+        return (
+            self.kind in (None, row["kind"])
+            and (self.runs is None or row.get("runs") in (self.runs, "both"))
+            and (self.package is None or _same_package(self.package, row["distribution"]))
+            and all(word.lower() in line for word in self.words)
+        )
+
+
+def print_list(chosen: Filter, *, as_json: bool) -> None:
+    """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind or phase."""
+    chosen.check()
     catalog = kvpolicy.catalog()
-    rows = [row for row in _rows(catalog) if kind in (None, row["kind"])]
+    kinds = _KINDS if chosen.kind is None and chosen.runs is None else (chosen.kind or "policy",)
+    rows = [row for kind in kinds for row in _rows(kind, catalog) if chosen.takes(row)]
     left_out = [{"plugin": str(failure.origin), "error": str(failure.error)} for failure in catalog.failures]
     off = [str(origin) for origin in catalog.disabled]
     console = output()
@@ -33,16 +73,44 @@ def print_list(kind: str | None, *, as_json: bool) -> None:
         text = json.dumps({"entries": rows, "failed_plugins": left_out, "disabled_plugins": off}, indent=2)
         console.file.write(text + "\n")
         return
-    table = Rows("kind", "name", "what it is", "from", box=None, pad_edge=False, header_style="bold")
-    last = None
-    for row in rows:
-        table.add_row(row["kind"] if row["kind"] != last else "", row["name"], row["summary"], row["from"])
-        last = row["kind"]
-    console.print(table)
+    if rows:
+        console.print(_table(rows))
+    else:
+        console.print("Nothing that is registered fits; `kvpolicy list` without arguments shows everything.")
     for failure in left_out:
         console.print(Text.assemble(("not loaded:", "red"), " ", failure["error"]))
     for origin in off:
         console.print(Text.assemble(("turned off:", "yellow"), f" plugin {origin}"))
+
+
+def _table(rows: list[dict[str, Any]]) -> Rows:
+    """Return a table with the columns that tell rows apart."""
+    table = Rows(box=None, pad_edge=False, header_style="bold")
+    table.add_column("kind")
+    table.add_column("name", overflow="fold")
+    runs = any("runs" in row for row in rows)
+    if runs:
+        table.add_column("runs")
+    table.add_column("what it is", ratio=1)
+    sources = {row["from"] for row in rows}
+    if len(sources) > 1:
+        table.add_column("from")
+    else:
+        table.caption = Text(f"All from {sources.pop()}.")
+        table.caption_justify = "left"
+    last = None
+    for row in rows:
+        cells = [
+            row["kind"] if row["kind"] != last else "",
+            row["name"],
+            row.get("runs", ""),
+            row["summary"],
+            row["from"],
+        ]
+        wanted = [True, True, runs, True, table.caption is None]
+        table.add_row(*(cell for cell, shown in zip(cells, wanted, strict=True) if shown))
+        last = row["kind"]
+    return table
 
 
 def summary(component: type[Component]) -> str:
@@ -55,16 +123,46 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.?])\s+(?=[A-Z])", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
 
 
-def _rows(catalog: Catalog) -> list[dict[str, Any]]:
-    found = {entry.name: entry.origin for entry in catalog.policies()}
-    for name, path in files.in_folders().items():
-        found.setdefault(name, Origin(str(path)))
-    rows = [_row("policy", name, _described(name), origin) for name, origin in found.items()]
-    rows += [_row(e.kind, e.name, summary(e.component), e.origin) for e in catalog.entries()]
-    rows += [_row("study", entry.name, _asked(entry.name), entry.origin) for entry in catalog.studies()]
-    tables = dict(registered())
-    rows += [_row("table", entry.name, _measured(tables[entry.name]), entry.origin) for entry in catalog.tables()]
-    return rows
+def runs_at(spec: PolicySpec) -> str:
+    """Return when a policy compacts: ``prefill``, ``decode``, ``both`` or ``never``."""
+    return "never" if spec.budget.fraction == 1.0 else spec.phase
+
+
+def _rows(kind: str, catalog: Catalog) -> Iterator[dict[str, Any]]:
+    if kind == "policy":
+        found = {entry.name: entry.origin for entry in catalog.policies()}
+        for name, path in files.in_folders().items():
+            found.setdefault(name, Origin(str(path)))
+        for name, origin in found.items():
+            yield _row(kind, name, origin, **_policy(name))
+    elif kind == "study":
+        for entry in catalog.studies():
+            yield _row(kind, entry.name, entry.origin, summary=_asked(entry))
+    elif kind == "table":
+        tables = dict(registered())
+        for entry in catalog.tables():
+            yield _row(kind, entry.name, entry.origin, summary=_measured(tables[entry.name]))
+    else:
+        for entry in catalog.entries(kind):
+            yield _row(kind, entry.name, entry.origin, summary=summary(entry.component))
+
+
+def _policy(name: str) -> dict[str, str]:
+    try:
+        spec = kvpolicy.load(name)
+    except SpecError as error:
+        return {"runs": "", "summary": f"not valid: {error}"}
+    return {"runs": runs_at(spec), "summary": first_sentence(spec.description)}
+
+
+def _asked(entry: Entry) -> str:
+    """Return what a study asks; whether all else in its file is right is for those who show or run it."""
+    try:
+        found = files.Found.of_entry(entry)
+        text = yaml_text.parse(found.text, found.source, "study").data.get("description", "")
+    except SpecError as error:
+        return f"not valid: {error}"
+    return first_sentence(str(text))
 
 
 def _measured(table: Table | TableError) -> str:
@@ -74,27 +172,16 @@ def _measured(table: Table | TableError) -> str:
     return f"{table.kind} of {table.model}" + (f": {what}" if what else "")
 
 
-def _described(policy: str) -> str:
-    try:
-        return first_sentence(kvpolicy.load(policy).description)
-    except SpecError as error:
-        return f"not valid: {error}"
+def _same_package(one: str, other: str) -> bool:
+    first, second = (re.sub(r"[-_.]+", "-", name).lower() for name in (one, other))
+    return first == second
 
 
-def _asked(study: str) -> str:
-    from kvpolicy.study.spec import find_study
-
-    try:
-        return first_sentence(find_study(study).description)
-    except SpecError as error:
-        return f"not valid: {error}"
-
-
-def _row(kind: str, name: str, text: str, origin: Origin) -> dict[str, Any]:
+def _row(kind: str, name: str, origin: Origin, **said: str) -> dict[str, Any]:
     return {
         "kind": kind,
         "name": name,
-        "summary": text,
+        **said,
         "from": f"{origin.distribution} {origin.version}".strip(),
         "distribution": origin.distribution,
         "version": origin.version,

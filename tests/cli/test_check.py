@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from kvpolicy.cli import main
@@ -63,3 +65,12 @@ def test_wrong_usage_ends_with_2(capsys, arguments, told):
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert told in err
+
+
+def test_without_the_laws_library_one_sentence_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    assert main(["check", "rkv"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("need hypothesis; pip install 'kvpolicy[test]'.\n")
+    assert captured.err.count("\n") == 1

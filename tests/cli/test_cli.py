@@ -12,6 +12,7 @@ from kvpolicy.cli import main
 from kvpolicy.cli.showing import allowed
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import Origin, PluginFailure
+from kvpolicy.study.schema import files_schema
 
 GOOD = """\
 schema_version: 1
@@ -25,19 +26,6 @@ protect: {recent: 8}
 importance: key_norm
 post: [rerotate]
 """
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Return a function that runs a command and returns exit code, output and errors."""
-    monkeypatch.setenv("COLUMNS", "200")  # a table may wrap
-
-    def call(*arguments):
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -179,6 +167,7 @@ def test_show(run, file):
     code, out, err = run("show", file)
     assert (code, err) == (0, "")
     assert "arXiv:0000.00000" in out
+    assert "extends" not in out
     assert "- It is [bold]shorter[/]." in out
     block = out[out.index("schema_version") : out.index("part ")]
     shown = kvpolicy.PolicySpec.from_yaml(block)
@@ -228,7 +217,7 @@ def test_debug_shows_the_traceback(run, file, monkeypatch):
 def test_schema(run, tmp_path):
     code, out, _ = run("schema")
     assert code == 0
-    assert json.loads(out) == kvpolicy.json_schema()
+    assert json.loads(out) == files_schema()
     target = tmp_path / "policy.schema.json"
     assert run("schema", "--out", target) == (0, "", "")
     assert target.read_text() == out

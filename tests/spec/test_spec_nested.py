@@ -315,7 +315,7 @@ def test_show_diff_and_explain_speak_of_what_is_inside(tmp_path):
     run = CliRunner()
     shown = run.invoke(app, ["show", str(path)]).output
     assert "base: {use: window_attention, observe: 16, " in shown
-    assert "      observe" in shown
+    assert "\n    observe" in shown
     explained = " ".join(run.invoke(app, ["explain", str(path)]).output.split())
     assert "Scales the scores of another scorer. Its base is window_attention(observe=16" in explained
     diff = run.invoke(app, ["show", "--diff", str(tmp_path / "base.yaml"), str(path)]).output
