@@ -117,7 +117,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"H_cycles": 1, "L_cycles": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
-    **_for_each("sliding_window", None, "mistral mixtral ministral3 starcoder2 moshi phi3 phimoe phi4_multimodal"),
+    **_for_each("sliding_window", None, "mistral mixtral ministral3 starcoder2 phi3 phimoe phi4_multimodal"),
     "ministral": {"layer_types": _HALF_SLIDING},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
@@ -133,6 +133,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _HALF_SLIDING, "activation_sparsity_pattern": [0.0] * 4},
 }
 """Model type -> fields that its configuration needs besides `SIZES`."""
+
+_SECTIONS: dict[str, list[int]] = {
+    **dict.fromkeys(
+        (
+            "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text paddleocr_vl_text hunyuan_vl_text "
+            "glm4v_text glm46v_text glm_ocr_text"
+        ).split(),
+        [2, 3, 3],
+    ),
+    "glm4v_moe_text": [1, 1, 2],
+    "ernie4_5_vl_moe_text": [3, 3, 2],
+}
+"""Model type -> how its half head is split over time, height and width where its configuration does not say."""
 
 _DRAFTS = "it drafts for another model, whose keys it reads, and has none of its own"
 NOT_ALONE: dict[str, str] = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
@@ -160,8 +173,8 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     if "kv_lora_rank" in known and "num_key_value_heads" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]
     rope = getattr(whole, "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        given["rope_parameters"] = rope | {"mrope_section": [2, 3, 3]}
+    if "mrope_section" in rope or config_class.model_type in _SECTIONS:
+        given["rope_parameters"] = rope | {"mrope_section": _SECTIONS.get(config_class.model_type, [2, 3, 3])}
     given |= OVERRIDES.get(config_class.model_type, {})
     for name in config_class.sub_configs:
         part = getattr(whole, name, None)
