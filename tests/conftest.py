@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 # Workers share the cores: with more threads, those of one tiny product wait for each other and burn a core each.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+_SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(min(_SHARE, int(os.environ.get("OMP_NUM_THREADS", _SHARE))))
 
 _QUIET = [hypothesis.HealthCheck.too_slow]  # shared machines are slow at times; pytest-timeout catches what hangs
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_QUIET)

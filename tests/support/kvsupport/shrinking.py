@@ -134,14 +134,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 """Model type -> fields that its configuration needs besides `SIZES`."""
 
+_THREE_WAYS = "qwen2_vl qwen2_5_vl qwen2_5_omni paddleocr_vl hunyuan_vl glm4v glm46v glm_ocr"
 _SECTIONS: dict[str, list[int]] = {
-    **dict.fromkeys(
-        (
-            "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text paddleocr_vl_text hunyuan_vl_text "
-            "glm4v_text glm46v_text glm_ocr_text"
-        ).split(),
-        [2, 3, 3],
-    ),
+    **{f"{family}_text": [2, 3, 3] for family in _THREE_WAYS.split()},
     "glm4v_moe_text": [1, 1, 2],
     "ernie4_5_vl_moe_text": [3, 3, 2],
 }
