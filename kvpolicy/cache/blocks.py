@@ -29,8 +29,10 @@ class BlockTable:
         block: slots per block.
         blocks: block of the positions `i * block ...`; None where a compaction has dropped it.
         first: slot of the oldest entry; the row's entries are those from `first` to `end`.
-        end: slot behind the newest entry, which is the position of the next token.
+        end: slot behind the newest entry, where the next token is stored.
         floor: `end` at the last compaction; tokens before it cannot be taken back.
+        shift: how far slots lie behind positions: the next token's is `end + shift`. Less than a block, and 0 unless
+            rows begin with whole blocks.
     """
 
     block: int
@@ -38,6 +40,7 @@ class BlockTable:
     first: int = 0
     end: int = 0
     floor: int = 0
+    shift: int = 0
 
     @property
     def length(self) -> int:
@@ -139,13 +142,21 @@ class BlockTables:
         del self._tables[row]
         return self._let_go(table.blocks)
 
-    def drop_head(self, row: Hashable, first: int) -> tuple[int, ...]:
-        """Let a row's entries begin at slot `first`; return the blocks before it that are free now."""
+    def tail(self, row: Hashable, held: int, *, whole: bool) -> int:
+        """Return the slot at which a row's entries will begin when `held` are left; `whole`: the first of its block."""
+        table = self[row]
+        first = table.end + table.shift - held
+        return first - first % self.block if whole else first
+
+    def drop_head(self, row: Hashable, first: int, held: int) -> tuple[int, ...]:
+        """Let a row's `held` entries begin at the slot that `tail` said; return the blocks that are free now."""
         table = self[row]
         gone = slice(table.first // self.block, first // self.block)
         dropped = table.blocks[gone]
         table.blocks[gone] = [None] * len(dropped)
-        table.first, table.floor = first, table.end
+        seen = table.end + table.shift
+        table.first, table.end, table.floor = first, first + held, first + held
+        table.shift = seen - table.end
         return self._let_go(dropped)
 
     def swap(self, row: Hashable, block: int, to: int) -> None:

@@ -146,7 +146,8 @@ class PagedCache:
         found: dict[RowId, list[int]] = {}
         for row in self.ledger.due(step):
             kept = min(self.ledger.resident(row), self.ledger.entries(row))
-            blocks = self.store.tables.shared(row, self.ledger.position(row) - kept)
+            first = self.store.tables.tail(row, kept, whole=self.store.whole_blocks)
+            blocks = self.store.tables.shared(row, first)
             if blocks:
                 found[row] = blocks
         return found

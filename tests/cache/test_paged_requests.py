@@ -37,14 +37,14 @@ def _tables():
         yield
 
 
-def run(policy, steps, *, seed=0, candidates=0, block=BLOCK, blocks=BLOCKS, piece=16, every=1):
+def run(policy, steps, *, seed=0, candidates=0, block=BLOCK, blocks=BLOCKS, piece=16, every=1, whole=False):
     """Run a script; return scheduler and worker."""
     pinned = any(type(part).__name__ == "Prompt" for part in policy.protections)
     scheduler = Scheduler(
         policy, seed, blocks=blocks, block=block, longest=LONGEST, candidates=candidates,
         piece=min(piece, policy.prefill_chunk or piece), prompt=10 if pinned else None,
     )  # fmt: skip
-    worker = Worker(policy, blocks=blocks, block=block, candidates=candidates)
+    worker = Worker(policy, blocks=blocks, block=block, candidates=candidates, whole=whole)
     for number, order in enumerate(scheduler.orders(steps)):
         worker.carry_out(order)
         if order.due or number % every == 0:
@@ -76,11 +76,12 @@ def test_candidates_that_are_taken_back_leave_no_trace(name):
     assert worker.compared >= 10
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("block", [1, 3, 7, 16])
-def test_budget_and_interval_need_not_be_multiples_of_a_block(block):
+def test_budget_and_interval_need_not_be_multiples_of_a_block(block, whole):
     blocks = -(-LONGEST // block) + 12 // block + 4
     policy = small_policy("rkv", budget=22, interval=5)
-    scheduler, worker = run(policy, 40, block=block, blocks=blocks)
+    scheduler, worker = run(policy, 40, block=block, blocks=blocks, whole=whole)
     assert worker.compared >= 10
     assert scheduler.finished >= 8
 
@@ -89,13 +90,13 @@ def test_budget_and_interval_need_not_be_multiples_of_a_block(block):
 @given(
     name=st.sampled_from(["knorm", "rkv", "snapkv"]), seed=st.integers(0, 2**31), block=st.integers(1, 9),
     budget=st.integers(12, 40), interval=st.integers(1, 12), piece=st.integers(1, 20),
-    candidates=st.sampled_from([0, 2, 5]),
+    candidates=st.sampled_from([0, 2, 5]), whole=st.booleans(),
 )  # fmt: skip
-def test_any_script_keeps_what_a_request_keeps_alone(name, seed, block, budget, interval, piece, candidates):
+def test_any_script_keeps_what_a_request_keeps_alone(name, seed, block, budget, interval, piece, candidates, whole):
     blocks = -(-LONGEST // block) + seed % 11
     policy = small_policy(name, budget=budget, interval=interval)
     with stand_in_tables():
-        run(policy, 12, seed=seed, block=block, blocks=blocks, candidates=candidates, piece=piece, every=3)
+        run(policy, 12, seed=seed, block=block, blocks=blocks, candidates=candidates, piece=piece, every=3, whole=whole)
 
 
 def test_a_request_that_is_read_anew_in_pieces_needs_no_more_room_than_before():

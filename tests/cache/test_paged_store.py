@@ -123,13 +123,30 @@ def test_state_of_rows_of_different_lengths_is_written_where_it_belongs(store):
     assert int((store.state["sum"][0] != 0).sum()) == (6 + 2) * H
 
 
-def test_whole_blocks_refuses_to_begin_within_one():
+def test_whole_blocks_begin_with_a_block_whatever_is_kept():
+    """Entries move on to the start of a block, and later tokens stand as many slots before their positions."""
     store = PagedStore.allocate(LAYOUT, 16, BLOCK, whole_blocks=True)
-    store.bind("a", [3, 0, 8])
-    add(store, a=11)
-    with pytest.raises(UnsupportedError, match=r"slot 2 of a block of 4.*align"):
-        store.keep(told(store, "a"), dict.fromkeys(LAYERS, picked([[0, 1, 2, 3, 10]] * H)))
-    assert store.keep(told(store, "a"), dict.fromkeys(LAYERS, picked([[0, 1, 10]] * H))).lengths == (3,)
+    store.bind("a", [3, 0, 8, 9, 7])
+    made = add(store, a=11)
+    keys = {layer: made[layer][0] for layer in LAYERS}
+    held, first = list(range(11)), 0
+    # Five are kept of 11, 13, 16 and 17 tokens: rows begin at slots 6, 8, 11 and 12, or at the first of their block.
+    for kept, more, freed, shift in (
+        ([0, 1, 2, 3, 10], 2, (3,), 2), ([0, 3, 4, 5, 6], 3, (0,), 0), ([0, 2, 3, 4, 7], 1, (), 3),
+        ([0, 1, 3, 4, 5], 3, (8,), 0),
+    ):  # fmt: skip
+        left = store.keep(told(store, "a"), dict.fromkeys(LAYERS, picked([kept] * H)))
+        held, first, table = [held[i] for i in kept], first + BLOCK * len(freed), store.tables["a"]
+        assert (left.freed, left.lengths) == ({"a": freed} if freed else {}, (5,))
+        assert (table.first, table.end, table.shift) == (first, first + 5, shift)
+        seen = table.end + table.shift
+        new = add(store, a=more)
+        held += range(seen, seen + more)
+        for layer in LAYERS:
+            keys[layer] = torch.cat([keys[layer], new[layer][0]])
+            read = store.read(layer, told(store, "a"))
+            assert read.positions[0].tolist() == [held] * H
+            assert torch.equal(read.keys[0], keys[layer][held].transpose(0, 1))
 
 
 def test_heads_that_keep_different_numbers_are_refused(store):

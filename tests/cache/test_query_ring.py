@@ -18,7 +18,7 @@ def step(ring: QueryRing, queries: dict[str, list[torch.Tensor]], counts: dict[s
     """Add random queries, by one `put` per layer, and to the lists that they are compared with."""
     before = [len(queries[row]) for row in counts]
     blocks = [[0] * (count + 1) for count in counts.values()]
-    packed = Packed.plan(list(counts), list(counts.values()), before, blocks, 1, torch.device("cpu"))
+    packed = Packed.plan(list(counts), list(counts.values()), before, before, blocks, 1, torch.device("cpu"))
     ring.open(packed)
     made = torch.randn(packed.tokens, HEADS, DIM)
     for layer in LAYERS:

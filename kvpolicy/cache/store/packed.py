@@ -46,6 +46,7 @@ class Packed:
         rows: Sequence[RowId],
         counts: Sequence[int],
         before: Sequence[int],
+        slots: Sequence[int],
         blocks: Sequence[Sequence[int]],
         block: int,
         device: torch.device,
@@ -56,6 +57,7 @@ class Packed:
             rows: their names.
             counts: new tokens of each, at least 1.
             before: tokens that each has seen.
+            slots: slot of each row's first new token.
             blocks: the blocks that the new tokens fall into, the one of the first token first.
             block: slots per block.
             device: where the pages are.
@@ -65,20 +67,24 @@ class Packed:
             starts.append(starts[-1] + count)
         width = max(len(each) for each in blocks)
         table = torch.tensor(
-            [[*facts, *each, *[0] * (width - len(each))] for *facts, each in zip(counts, starts, before, blocks)],  # noqa: B905 (starts is longer by one)
+            [
+                [count, start, seen, slot, *each, *[0] * (width - len(each))]
+                for count, start, seen, slot, each in zip(counts, starts[:-1], before, slots, blocks, strict=True)
+            ],
             dtype=torch.int64,
             device=device,
         )
-        many, start, seen = table[:, :3].unbind(1)
+        many, start, seen, slot = table[:, :4].unbind(1)
         row = torch.repeat_interleave(torch.arange(len(rows), device=device), many, output_size=starts[-1])
-        positions = torch.arange(starts[-1], device=device) - start[row] + seen[row]
-        column = positions // block - seen[row] // block
+        behind = torch.arange(starts[-1], device=device) - start[row]
+        at = behind + slot[row]
+        column = at // block - slot[row] // block
         return Packed(
             tuple(rows),
             tuple(starts),
             tuple(before),
             row,
-            positions.to(torch.int32),
-            table[row, 3 + column],
-            positions % block,
+            (behind + seen[row]).to(torch.int32),
+            table[row, 4 + column],
+            at % block,
         )

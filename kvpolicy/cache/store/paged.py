@@ -7,7 +7,9 @@ So the place of the next token, the positions, and lists of blocks that only gro
 knows nothing of eviction; all that attention must know is where a row's entries begin. Each head may keep other tokens
 than its neighbour, but the same number. What stood where is written on side pages: positions, and slot state.
 
-A row may begin in the middle of its first block. Attention that can only begin with a block wants `whole_blocks`.
+A row may begin in the middle of its first block. Where attention can only begin with a block (`whole_blocks`), what is
+kept moves on to the start of that block, and from then on the row's tokens are stored as many slots before their
+positions (`BlockTable.shift`, less than a block).
 """
 
 from __future__ import annotations
@@ -29,8 +31,6 @@ from kvpolicy.types import KeepIndices
 class _Places:
     """Where the slots of some rows are, made once for all layers: `block` and `offset` int64 `[B, N]`."""
 
-    rows: Rows
-    version: int
     block: Tensor
     offset: Tensor
     column: Tensor = field(repr=False)  # int64 `[B, N]`, the slot itself, and the last one behind a row's end
@@ -43,7 +43,7 @@ class PagedStore:
         layout: what the layers have in common.
         keys, values: by layer, `[blocks, block, H, D]` and `[blocks, block, H, Dv]`; an engine's own tensors, of any
             strides. They are written to in place.
-        whole_blocks: refuse a compaction after which a row would begin within a block.
+        whole_blocks: let rows begin with the first slot of a block.
 
     Raises:
         UnsupportedError: the layout re-rotates keys: a new token is rotated to its own position by the engine.
@@ -78,7 +78,7 @@ class PagedStore:
         self.positions = torch.zeros(side, dtype=torch.int32, device=layout.device)
         self.state = {s.name: torch.zeros(side, dtype=s.dtype, device=layout.device) for s in layout.states}
         self.tables = BlockTables(blocks, self.block)
-        self._places_made: _Places | None = None
+        self._known: tuple[Rows, int, _Places] | None = None  # of these rows, at this version of the tables
 
     @staticmethod
     def allocate(layout: Layout, blocks: int, block: int, *, whole_blocks: bool = False) -> PagedStore:
@@ -156,8 +156,9 @@ class PagedStore:
         """
         new = {row: count for row, count in step.items() if count}
         blocks = [self.tables.writable(row, count) for row, count in new.items()]
-        before = [self.tables[row].end for row in new]
-        packed = Packed.plan(tuple(new), tuple(new.values()), before, blocks, self.block, self.layout.device)
+        slots = [self.tables[row].end for row in new]
+        before = [slot + self.tables[row].shift for row, slot in zip(new, slots, strict=True)]
+        packed = Packed.plan(tuple(new), tuple(new.values()), before, slots, blocks, self.block, self.layout.device)
         self.positions[:, packed.block, packed.offset] = packed.positions[:, None]
         for state in self.layout.states:
             self.state[state.name][:, packed.block, packed.offset] = state.fill
@@ -207,32 +208,35 @@ class PagedStore:
         """Move what is kept to the tail of each row, and drop the blocks before it; see `Store.keep`.
 
         Raises:
-            UnsupportedError: heads or layers keep different numbers; or `whole_blocks`, and a row would begin within
-                a block.
+            UnsupportedError: heads or layers keep different numbers.
             CacheStateError: a block that must be written is read by another row too; `copy` it first.
         """
         lengths = equal_lengths(rows, counted(kept, counts))
         places = self._places(rows)
-        firsts = [self.tables[row].end - count for row, count in zip(rows.ids, lengths, strict=True)]
-        for row, first in zip(rows.ids, firsts, strict=True):
-            if self.whole_blocks and first % self.block:
-                raise UnsupportedError(
-                    f"row {row!r} would begin at slot {first % self.block} of a block of {self.block}; use a budget "
-                    f"and a trigger that are multiples of it (`budget: {self.block}`, `align: {self.block}`)."
-                )
-            self.tables.check_alone(row, min(first, self.tables[row].end - 1))
+        firsts = [
+            self.tables.tail(row, count, whole=self.whole_blocks) for row, count in zip(rows.ids, lengths, strict=True)
+        ]
+        spans = []
+        for row, first, count in zip(rows.ids, firsts, lengths, strict=True):
+            span = min(first, self.tables[row].end - 1), max(first + count, self.tables[row].end)
+            self.tables.check_alone(row, *span)
+            spans.append((span[0], self.tables[row].between(*span)))
+        room = torch.tensor([max(count, 1) for count in lengths], device=self.layout.device)[:, None]
+        targets = self._located(spans, room, max(*lengths, 1))
         head = torch.arange(self.layout.heads, device=self.layout.device)[:, None]
         for layer, (indices, many) in kept.items():
             held = many[:, :1, None].to(torch.int64)  # the same for all heads, as was checked
             columns = torch.arange(indices.shape[-1], device=indices.device)
-            columns = torch.minimum(columns, held - 1).clamp(min=0)  # past a row's own count, its last entry again
-            source = indices.gather(2, columns.expand(indices.shape))
-            target = rows.on(self.layout.device)["lengths"][:, None, None] - held + columns
-            target = target.clamp(max=places.block.shape[1] - 1)
-            at, to = (self._at(places, slots.flatten(1), slots.shape) for slots in (source, target))
+            # Past a row's own count, its last entry again.
+            columns = torch.minimum(columns, held - 1).clamp(min=0).expand(indices.shape)
+            pairs = ((places, indices.gather(2, columns)), (targets, columns))
+            at, to = (self._at(some, slots.flatten(1), slots.shape) for some, slots in pairs)
             for pages in self._pages(layer).values():
                 pages[*to, head] = pages[*at, head]
-        freed = {row: self.tables.drop_head(row, first) for row, first in zip(rows.ids, firsts, strict=True)}
+        freed = {
+            row: self.tables.drop_head(row, first, count)
+            for row, first, count in zip(rows.ids, firsts, lengths, strict=True)
+        }
         return Kept(lengths, {row: blocks for row, blocks in freed.items() if blocks})
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -255,18 +259,29 @@ class PagedStore:
             CacheStateError: a row is unknown or empty, or holds another number of entries than `rows` say: what counts
                 and what stores have come apart.
         """
-        known = self._places_made
-        same = known is not None and (known.rows.ids, known.rows.lengths) == (rows.ids, rows.lengths)
-        if known is not None and same and known.version == self.tables.version:
-            return known
+        if self._known is not None:
+            known, version, places = self._known
+            if version == self.tables.version and (known.ids, known.lengths) == (rows.ids, rows.lengths):
+                return places
         tables = [self.tables.agreed(row, length) for row, length in zip(rows.ids, rows.lengths, strict=True)]
-        device, width = self.layout.device, max(len(each.live) for each in tables)
-        made = torch.tensor(
-            [[each.first % self.block, *each.live, *[0] * (width - len(each.live))] for each in tables], device=device
-        )
-        slots = torch.arange(rows.longest, device=device)
-        column = torch.minimum(slots, rows.on(device)["lengths"][:, None] - 1)
-        slot = column + made[:, :1]
-        places = _Places(rows, self.tables.version, made.gather(1, 1 + slot // self.block), slot % self.block, column)
-        self._places_made = places
+        lengths = rows.on(self.layout.device)["lengths"][:, None]
+        places = self._located([(each.first, each.live) for each in tables], lengths, rows.longest)
+        self._known = rows, self.tables.version, places
         return places
+
+    def _located(self, spans: Sequence[tuple[int, Sequence[int]]], lengths: Tensor, longest: int) -> _Places:
+        """Return where slots of rows are, of which the first one and its and the following blocks are given.
+
+        Args:
+            spans: first slot of each row, and the row's blocks from there on.
+            lengths: int64 `[B, 1]`, how many slots of each; behind them the last one is repeated.
+            longest: the largest of them.
+        """
+        width = max(len(blocks) for _, blocks in spans)
+        made = torch.tensor(
+            [[first % self.block, *blocks, *[0] * (width - len(blocks))] for first, blocks in spans],
+            device=lengths.device,
+        )
+        column = torch.minimum(torch.arange(longest, device=lengths.device), lengths - 1)
+        slot = column + made[:, :1]
+        return _Places(made.gather(1, 1 + slot // self.block), slot % self.block, column)

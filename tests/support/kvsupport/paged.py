@@ -79,11 +79,11 @@ class Worker:
         compared: compactions whose kept sets were compared with the request alone.
     """
 
-    def __init__(self, policy: Policy, *, blocks: int, block: int, candidates: int = 0) -> None:
+    def __init__(self, policy: Policy, *, blocks: int, block: int, candidates: int = 0, whole: bool = False) -> None:
         states = policy.slot_states
         layout = Layout(LAYERS, HEADS, DIM, VALUE_DIM, torch.float32, torch.device("cpu"), states)
         self.policy = policy
-        self.store = PagedStore.allocate(layout, blocks, block)
+        self.store = PagedStore.allocate(layout, blocks, block, whole_blocks=whole)
         for pages in (*self.store._keys.values(), *self.store._values.values()):
             pages.fill_(float("nan"))  # whoever reads what was not written sees it
         self.cache = PagedCache(policy, self.store, MODEL_LAYERS, ROPES, rollback=candidates)
@@ -154,7 +154,7 @@ class Worker:
                 assert held.positions.shape[2] == table.length
                 at = held.positions[0].long()
                 assert bool((at.diff(dim=-1) > 0).all())
-                assert int(at.max()) < table.end
+                assert int(at.max()) < table.end + table.shift
                 head = torch.arange(HEADS)[:, None]
                 if not self.policy.post:
                     assert torch.equal(held.keys[0], text(name).keys[i][head, at])
