@@ -27,11 +27,14 @@ class Incoming:
 
     Attributes:
         tokens: how many, padding not counted; 0 for a row that sits a step out.
-        kind: what they are.
+        kind: what they are; where some lie behind the prompt, what the first of them is.
+        decoded: how many of a prompt's tokens lie behind it: an engine that gave a row up reads anew what it has
+            decoded, and need not stop where the prompt ends.
     """
 
     tokens: int
     kind: Kind = "decode"
+    decoded: int = 0
 
 
 class Schedule(Protocol):
@@ -90,11 +93,14 @@ class Ledger(Generic[AnyRow]):
     Args:
         schedule: budget, trigger and phase: a policy.
         re_rotates: whether kept keys are given the positions `0 ... n-1`.
+        prompt_room: a prompt that comes in pieces, as an engine likes, is one prompt: it is compacted when it is
+            complete, and before that only where more than so many entries would be held. None where the pieces are
+            meant: each is followed by what the policy says of a prompt.
     """
 
-    def __init__(self, schedule: Schedule, *, re_rotates: bool = False) -> None:
+    def __init__(self, schedule: Schedule, *, re_rotates: bool = False, prompt_room: int | None = None) -> None:
         self.schedule = schedule
-        self.re_rotates = re_rotates
+        self.re_rotates, self.prompt_room = re_rotates, prompt_room
         self.rows: dict[AnyRow, RowCounts] = {}
         self._owed: set[AnyRow] = set()  # rows that `due` named and that have not been compacted yet
         self._fixed = schedule.budget.tokens  # asked at every step: the common case does without arithmetic
@@ -106,10 +112,16 @@ class Ledger(Generic[AnyRow]):
         found = [
             row
             for row, incoming in step.items()
-            if incoming.tokens and row in self.rows and self._fires(self.rows[row], incoming.tokens)
+            if incoming.tokens and row in self.rows and self._due(self.rows[row], incoming)
         ]
         self._owed = set(found)
         return found
+
+    def _due(self, counts: RowCounts, incoming: Incoming) -> bool:
+        if self.prompt_room is None or incoming.kind != "prompt" or counts.last != "prompt":
+            return self._fires(counts, incoming.tokens)
+        entries = self.schedule.entries(counts.seen, counts.prompt)
+        return counts.resident > entries and counts.resident + incoming.tokens > self.prompt_room
 
     def _fires(self, counts: RowCounts, incoming: int) -> bool:
         if counts.last is None:
@@ -173,10 +185,11 @@ class Ledger(Generic[AnyRow]):
             counts.resident += incoming.tokens
             counts.seen += incoming.tokens
             counts.peak = max(counts.peak, counts.resident)
-            counts.decoded = counts.decoded or incoming.kind != "prompt"
+            behind = incoming.decoded if incoming.kind == "prompt" else incoming.tokens
             if not counts.decoded:  # a prompt may come in pieces, and ends with the first decode step
-                counts.prompt = counts.seen
-            counts.last = incoming.kind
+                counts.prompt = counts.seen - behind
+            counts.decoded = counts.decoded or behind > 0
+            counts.last = "decode" if incoming.decoded else incoming.kind
 
     # -- what was counted ---------------------------------------------------------------------------------------------
 
@@ -257,6 +270,6 @@ class Ledger(Generic[AnyRow]):
 
     def clone(self) -> Ledger[AnyRow]:
         """Return an independent copy."""
-        twin: Ledger[AnyRow] = Ledger(self.schedule, re_rotates=self.re_rotates)
+        twin: Ledger[AnyRow] = Ledger(self.schedule, re_rotates=self.re_rotates, prompt_room=self.prompt_room)
         twin.rows = {row: replace(counts) for row, counts in self.rows.items()}
         return twin

@@ -66,7 +66,8 @@ class PagedCache:
     """Drives one policy over the layers of one paged store.
 
     A step is `open` (compact what is due, plan the writes), then `append` and `record` per layer. What is due is
-    compacted before the step's tokens, which is what an engine sees as *after the step before*.
+    compacted before the step's tokens, which is what an engine sees as *after the step before*. An engine that gives
+    the freed blocks to others within the same step calls `compact` before it binds them.
 
     Args:
         policy: what to do.
@@ -76,6 +77,7 @@ class PagedCache:
         rollback: tokens that may be taken back (the widest step of candidates).
         ranks: the other ranks of tensor parallelism; this process alone by default.
         heads: which KV heads of each layer are here; None for all of them.
+        prompt_room: see `Ledger`.
 
     Raises:
         UnsupportedError: the policy has a trait that a paged cache cannot serve; it is named.
@@ -91,13 +93,14 @@ class PagedCache:
         rollback: int = 0,
         ranks: Ranks = ALONE,
         heads: HeadSpan | None = None,
+        prompt_room: int | None = None,
     ) -> None:
         for trait, why in unserved_traits(policy).items():
             raise UnsupportedError(f"policy {policy.name!r} cannot be served by a paged cache (trait {trait}): {why}.")
         self.policy, self.store, self.num_layers = policy, store, num_layers
         self.ropes = dict(ropes or {})
         self.layers = store.layout.layers
-        self.ledger: Ledger[RowId] = Ledger(policy)
+        self.ledger: Ledger[RowId] = Ledger(policy, prompt_room=prompt_room)
         layout = store.layout
         like = torch.empty(0, layout.heads, 0, layout.key_dim, dtype=layout.dtype, device=layout.device)
         ops.choose_backend(policy.backend, like)  # refuses now, rather than at the first compaction
@@ -185,6 +188,23 @@ class PagedCache:
                 is wider than `rollback`.
             BudgetError, ScoreError: from the policy.
         """
+        freed = self.compact(step)
+        new = {row: incoming for row, incoming in step.items() if incoming.tokens}
+        if self.ring.feeds:
+            self.observe(waiting_of(self.ring, {row: incoming.tokens for row, incoming in new.items()}))
+        packed = self.store.open({row: incoming.tokens for row, incoming in new.items()})
+        self.ledger.advance(new)
+        if self.ring.active:
+            self.ring.open(packed)
+        self._step = Step(packed, new, freed)
+        self._pending = set(self.layers)
+        return self._step
+
+    def compact(self, step: Mapping[RowId, Incoming]) -> Mapping[RowId, tuple[int, ...]]:
+        """Compact the rows that are due before these tokens; return the blocks that are free now, by row.
+
+        Raises: see `open`.
+        """
         if self._pending:
             raise CacheStateError(
                 f"the last step stopped before layer {min(self._pending)}, so the cache is incomplete; use a new one."
@@ -199,15 +219,7 @@ class PagedCache:
         for row in due:
             self._check_window(row)
         self._compactor.run(due)
-        if self.ring.feeds:
-            self.observe(waiting_of(self.ring, {row: incoming.tokens for row, incoming in new.items()}))
-        packed = self.store.open({row: incoming.tokens for row, incoming in new.items()})
-        self.ledger.advance(new)
-        if self.ring.active:
-            self.ring.open(packed)
-        self._step = Step(packed, new, self._freed)
-        self._pending = set(self.layers)
-        return self._step
+        return self._freed
 
     def _check(self, row: RowId, incoming: Incoming) -> None:
         chunk = self.policy.prefill_chunk if self.policy.phase != "decode" else None

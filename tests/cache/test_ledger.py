@@ -166,3 +166,26 @@ assert ledger.position("a") == 1199 and ledger.resident("a") <= 96, ledger.rows
 assert "torch" not in sys.modules, "torch was imported"
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+def test_pieces_of_one_prompt_are_compacted_when_it_is_complete_or_room_is_short():
+    """Who gives a room cuts prompts as he likes; without one the pieces are what the policy is asked about."""
+    found = {}
+    for room in (None, 100, 40):
+        ledger: Ledger[str] = Ledger(Plain(phase="both"), prompt_room=room)
+        found[room] = [step(ledger, a=(18, "prompt")) for _ in range(3)] + [step(ledger, a=1)]
+    assert found == {
+        None: [[], ["a"], ["a"], ["a"]],
+        100: [[], [], [], ["a"]],
+        40: [[], [], ["a"], ["a"]],
+    }
+
+
+def test_what_a_row_had_decoded_is_read_anew_behind_its_prompt():
+    ledger: Ledger[str] = Ledger(Plain())
+    ledger.advance({"a": Incoming(7, "prompt", decoded=3)})
+    counts = ledger.rows["a"]
+    assert (counts.prompt, counts.seen, counts.decoding) == (4, 7, True)
+    ledger.advance({"a": Incoming(9)})
+    assert (counts.prompt, counts.seen) == (4, 16)
+    assert ledger.due({"a": Incoming(6)}) == []
