@@ -6,7 +6,7 @@ every count and position without telling each other anything.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -96,11 +96,19 @@ class Ledger(Generic[AnyRow]):
         prompt_room: a prompt that comes in pieces, as an engine likes, is one prompt: it is compacted when it is
             complete, and before that only where more than so many entries would be held. None where the pieces are
             meant: each is followed by what the policy says of a prompt.
+        spared: says of a prompt's length that its row is never compacted: an engine cannot refuse one request.
     """
 
-    def __init__(self, schedule: Schedule, *, re_rotates: bool = False, prompt_room: int | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        re_rotates: bool = False,
+        prompt_room: int | None = None,
+        spared: Callable[[int], bool] | None = None,
+    ) -> None:
         self.schedule = schedule
-        self.re_rotates, self.prompt_room = re_rotates, prompt_room
+        self.re_rotates, self.prompt_room, self.spared = re_rotates, prompt_room, spared
         self.rows: dict[AnyRow, RowCounts] = {}
         self._owed: set[AnyRow] = set()  # rows that `due` named and that have not been compacted yet
         self._fixed = schedule.budget.tokens  # asked at every step: the common case does without arithmetic
@@ -118,6 +126,8 @@ class Ledger(Generic[AnyRow]):
         return found
 
     def _due(self, counts: RowCounts, incoming: Incoming) -> bool:
+        if self.spared is not None and self.spared(counts.prompt):
+            return False
         if self.prompt_room is None or incoming.kind != "prompt" or counts.last != "prompt":
             return self._fires(counts, incoming.tokens)
         entries = self.schedule.entries(counts.seen, counts.prompt)
@@ -270,6 +280,8 @@ class Ledger(Generic[AnyRow]):
 
     def clone(self) -> Ledger[AnyRow]:
         """Return an independent copy."""
-        twin: Ledger[AnyRow] = Ledger(self.schedule, re_rotates=self.re_rotates, prompt_room=self.prompt_room)
+        twin: Ledger[AnyRow] = Ledger(
+            self.schedule, re_rotates=self.re_rotates, prompt_room=self.prompt_room, spared=self.spared
+        )
         twin.rows = {row: replace(counts) for row, counts in self.rows.items()}
         return twin

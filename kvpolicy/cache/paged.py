@@ -6,7 +6,7 @@ same compactor; here the engine's scheduler owns the blocks and runs a ledger of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ class PagedCache:
         rollback: tokens that may be taken back (the widest step of candidates).
         ranks: the other ranks of tensor parallelism; this process alone by default.
         heads: which KV heads of each layer are here; None for all of them.
-        prompt_room: see `Ledger`.
+        prompt_room, spared: see `Ledger`.
 
     Raises:
         UnsupportedError: the policy has a trait that a paged cache cannot serve; it is named.
@@ -94,13 +94,14 @@ class PagedCache:
         ranks: Ranks = ALONE,
         heads: HeadSpan | None = None,
         prompt_room: int | None = None,
+        spared: Callable[[int], bool] | None = None,
     ) -> None:
         for trait, why in unserved_traits(policy).items():
             raise UnsupportedError(f"policy {policy.name!r} cannot be served by a paged cache (trait {trait}): {why}.")
         self.policy, self.store, self.num_layers = policy, store, num_layers
         self.ropes = dict(ropes or {})
         self.layers = store.layout.layers
-        self.ledger: Ledger[RowId] = Ledger(policy, prompt_room=prompt_room)
+        self.ledger: Ledger[RowId] = Ledger(policy, prompt_room=prompt_room, spared=spared)
         layout = store.layout
         like = torch.empty(0, layout.heads, 0, layout.key_dim, dtype=layout.dtype, device=layout.device)
         ops.choose_backend(policy.backend, like)  # refuses now, rather than at the first compaction

@@ -114,8 +114,8 @@ def without_evicted(session: Session, told: Any) -> Any:
         UnsupportedError: the batch is cut in a way that is not served.
     """
     reading = session.plan(told.block_table_tensor)
-    if reading is None or not any(reading.skipped):
-        return told
+    if reading is None or not (reading.moved or any(reading.skipped)):
+        return told  # nobody has been compacted
     packed = reading.packed
     if told.query_start_loc_cpu[: len(packed.starts)].tolist() != list(packed.starts):
         raise UnsupportedError(

@@ -1,15 +1,19 @@
 """What a scheduler knows of requests under a policy: counters, and how many blocks each may come to hold.
 
-Plain integers: no vLLM, no torch. A worker runs the same ledger over the same step sizes, so that both agree on every
+No vLLM here. A worker runs the same ledger over the same step sizes, so that both agree on every
 count and every freed block and nothing is sent between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import cache
+
+import torch
 
 from kvpolicy.cache.blocks import live_blocks
 from kvpolicy.cache.ledger import Incoming, Ledger
+from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy.policy import Policy
 
@@ -19,6 +23,47 @@ def incoming(seen: int, tokens: int, prompt: int) -> Incoming:
     if seen >= prompt:
         return Incoming(tokens)
     return Incoming(tokens, "prompt", decoded=max(seen + tokens - prompt, 0))
+
+
+def spared(policy: Policy) -> Callable[[int], bool]:
+    """Return what says of a prompt's length that no compaction is possible, because more is protected than is kept.
+
+    An engine cannot refuse one request for that, so that its entries are all kept.
+    """
+
+    @cache
+    def says(prompt: int) -> bool:
+        budget = policy.budget.tokens
+        return budget is not None and policy.reserved(prompt) > budget and _protected(policy, prompt) > budget
+
+    return says
+
+
+def _protected(policy: Policy, prompt: int) -> int:
+    """Return the entries that are protected in a long row: protections may overlap, as sinks and a prompt do."""
+    long = prompt + policy.reserved() + 1
+    some = torch.zeros(1, 1, long, 1)
+    at = torch.arange(long, dtype=torch.int32)[None, None]
+    number = torch.tensor([long])
+    view = CacheView(
+        some, some, at, torch.ones(1, 1, long, dtype=torch.bool), 1.0, 0, 1, torch.tensor([prompt]), number, number
+    )
+    return int(policy.masks(view)[0].sum())
+
+
+def needed(policy: Policy, longest: int, widest: int) -> int | None:
+    """Return how many entries any one request may need at once; None where that is all of its tokens.
+
+    Args:
+        policy: the policy.
+        longest: tokens of the longest request.
+        widest: most tokens of one step.
+    """
+    budget, bound = policy.budget.tokens, policy.bound
+    if budget is None or bound is None or spared(policy)(longest):
+        return None
+    entries = max(budget + min(widest, longest), bound)
+    return entries if entries < longest else None
 
 
 def prompt_room(
@@ -41,18 +86,17 @@ def prompt_room(
     """
     if policy.prefill_chunk is not None and policy.phase != "decode":
         return None
-    budget = policy.budget.tokens
-    if policy.bound is None or budget is None:
-        return longest  # nothing bounds it later either, so that vLLM itself makes sure of room for all of it
+    least = needed(policy, longest, widest)
+    if least is None:
+        return longest  # vLLM itself makes sure of room for all of it
     # A row that begins within a block takes one more.
     room = min(longest, (blocks - 1) * block, longest if prompt is None else prompt)
-    needed = max(budget + min(widest, longest), policy.bound)
-    if room < min(needed, longest):
+    if room < least:
         where = f"{room} entries" if room != prompt else f"a prompt of {prompt} tokens (`prompt`)"
         raise UnsupportedError(
-            f"policy {policy.name!r}: {where} cannot hold its budget of {budget} and the {min(widest, longest)} tokens "
-            f"that one step may bring; give vLLM {needed // block + 3} blocks or more, or lower "
-            "--max-num-batched-tokens."
+            f"policy {policy.name!r}: {where} cannot hold its budget of {policy.budget.tokens} and the "
+            f"{min(widest, longest)} tokens that one step may bring; give vLLM {least // block + 3} blocks or more, or "
+            "lower --max-num-batched-tokens."
         )
     return room
 
@@ -84,7 +128,8 @@ class Books:
     ) -> None:
         self.policy, self.block, self.blocks, self.longest = policy, block, blocks, longest
         self.room = prompt_room(policy, block=block, blocks=blocks, longest=longest, widest=widest, prompt=prompt)
-        self.ledger: Ledger[Hashable] = Ledger(policy, prompt_room=self.room)
+        self.spared = spared(policy)
+        self.ledger: Ledger[Hashable] = Ledger(policy, prompt_room=self.room, spared=self.spared)
         self.held: dict[Hashable, int] = {}
         self._prompts: dict[Hashable, int] = {}
         self._promises: dict[Hashable, int] = {}
@@ -101,7 +146,7 @@ class Books:
 
     def _found(self, prompt: int) -> int:
         policy, block = self.policy, self.block
-        if policy.bound is None:
+        if policy.bound is None or self.spared(prompt):
             return -(-self.longest // block)
         if self.room is None:
             return -(-policy.bound // block) + 1

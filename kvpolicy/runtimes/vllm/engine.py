@@ -19,7 +19,7 @@ from kvpolicy.contracts.ranks import ALONE
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.vllm import refusals
-from kvpolicy.runtimes.vllm.books import prompt_room
+from kvpolicy.runtimes.vllm.books import prompt_room, spared
 from kvpolicy.runtimes.vllm.layouts import pages, probe
 from kvpolicy.runtimes.vllm.rotary import rope_of
 from kvpolicy.runtimes.vllm.settings import Settings, asked, settings
@@ -138,6 +138,7 @@ def open_cache(config: Any, spec: EvictingSpec, model: nn.Module, layers: Mappin
         ranks=ProcessGroup(group.device_group) if group.world_size > 1 else ALONE,
         heads=heads if group.world_size > 1 else None,
         prompt_room=room,
+        spared=spared(policy),
     )
 
 

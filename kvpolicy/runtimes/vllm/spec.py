@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from kvpolicy.cache.blocks import live_blocks
 from kvpolicy.errors import CacheStateError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.vllm.books import Books
+from kvpolicy.runtimes.vllm.books import Books, needed
 from kvpolicy.runtimes.vllm.settings import armed
 from kvpolicy.spec import PolicySpec
 
@@ -65,13 +65,11 @@ class EvictingSpec(FullAttentionSpec):
         """Return the bytes of the smallest pool that serves every request: what is kept and one more step."""
         full: int = super().max_memory_usage_bytes(vllm_config)
         assert self.plan is not None
-        policy = self.plan.build()
-        if policy.bound is None or policy.budget.tokens is None:
+        least = needed(self.plan.build(), self.plan.longest, self.plan.widest)
+        if least is None:
             return full
-        step = min(self.plan.widest, self.plan.longest)
-        entries = max(policy.budget.tokens + step, policy.bound)
-        bounded: int = (-(-entries // self.block_size) + 1) * self.page_size_bytes
-        return min(full, bounded)
+        smallest: int = (-(-least // self.block_size) + 1) * self.page_size_bytes
+        return min(full, smallest)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
