@@ -28,7 +28,8 @@ What the plugin uses in vLLM, and what was found of it in the wheels of some ver
 sources were read, not run. Made by `python scripts/vllm_hooks.py` from `kvpolicy/runtimes/vllm/hooks.py`.
 
 The plugin *overrides* methods in subclasses, *calls* and *reads* others, and *stands under* those that call it on the
-way: a change there is where to look first, and nothing that it needs. ✓: there, with the arguments that are expected.
+way: a change there is where to look first, and nothing that it needs. ✓: there, and what vLLM gives is taken, or what
+the plugin gives.
 """
 
 

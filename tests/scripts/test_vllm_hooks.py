@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.runtimes.vllm import hooks
 from kvpolicy.runtimes.vllm.hooks import HOOKS, Hook, look, missing
 from kvpolicy.runtimes.vllm.sources import Sources
 
@@ -57,12 +60,8 @@ def with_manager(folder, body, extra=None):
     return write(folder, {MANAGER: body} | (extra or {}))
 
 
-def hook(name):
-    return next(each for each in HOOKS if each.name == name)
-
-
 def found(folder, name):
-    return look(hook(name), Sources(folder))
+    return look(next(each for each in HOOKS if each.name == name), Sources(folder))
 
 
 def test_a_tree_with_all_hooks_lacks_none(tmp_path):
@@ -80,7 +79,7 @@ def test_a_wheel_is_read_like_the_folder_it_holds(tmp_path):
             into.write(file, file.relative_to(tmp_path / "tree"))
     lacking = missing(tmp_path / "tree")
     assert set(lacking) == {
-        "vllm.v1.core.block_pool.BlockPool." + name for name in ("get_num_free_blocks", "num_gpu_blocks", "null_block")
+        "vllm.v1.core.block_pool.BlockPool." + name for name in ("get_num_free_blocks", "num_gpu_blocks")
     }
     assert missing(wheel) == lacking
     assert Sources(wheel).version == Sources(tmp_path / "tree").version == "9.1"
@@ -90,7 +89,9 @@ def test_each_hook_alone_is_missed(tmp_path):
     write(tmp_path, whole())
     for each in HOOKS:
         write(tmp_path, {each.module: whole(without=each)[each.module]})
-        assert look(each, Sources(tmp_path)) == (False, "missing"), each
+        found = look(each, Sources(tmp_path))
+        assert not found.holds
+        assert found.says == "missing" or found.says.startswith("moved to"), each  # two modules have an InputBatch
         write(tmp_path, {each.module: whole()[each.module]})
 
 
@@ -133,25 +134,43 @@ def test_what_is_inherited_or_imported_counts_as_there(manager, tmp_path):
 
 
 def test_what_is_set_on_self_counts_as_an_attribute(tmp_path):
-    body = "class BlockPool:\n    def __init__(self):\n        self.null_block: int = 0\n        num_gpu_blocks = 1\n"
+    body = "class BlockPool:\n    def __init__(self):\n        self.num_gpu_blocks: int = 0\n"
     write(tmp_path, {"v1.core.block_pool": body})
-    assert found(tmp_path, "BlockPool.null_block").holds
+    assert found(tmp_path, "BlockPool.num_gpu_blocks").holds
+    write(tmp_path, {"v1.core.block_pool": body.replace("self.num", "num")})
     assert not found(tmp_path, "BlockPool.num_gpu_blocks").holds
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("self, request_id, num_tokens, num_tokens_main_model", (True, "as expected")),
-        ("self, request_id, num_tokens, num_tokens_main_model=0", (True, "as expected")),
-        ("self, request_id, num_tokens, num_tokens_main_model, *, more", (True, "gained more")),
+        ("self, request_id, processed_computed_tokens, num_prompt_tokens=None", (True, "as expected")),
+        ("self, request_id, processed_computed_tokens", (True, "lost num_prompt_tokens")),
         ("self, *args, **kwargs", (True, "as expected")),
-        ("self, request_id, num_tokens", (False, "lost num_tokens_main_model")),
-        ("self, request_id, n, num_tokens, num_tokens_main_model", (False, "gained n; not at the end")),
-        ("self, request_id, num_tokens_main_model, num_tokens", (False, "changed the order of its arguments")),
+        ("self, request_id, processed_computed_tokens, num_prompt_tokens, more=0", (False, "gained more")),
+        ("self, request_id, num_prompt_tokens", (False, "lost processed_computed_tokens")),
+        (
+            "self, processed_computed_tokens, request_id, num_prompt_tokens",
+            (False, "changed the order of its arguments"),
+        ),
     ],
 )
 def test_a_changed_signature_of_what_is_overridden(arguments, expected, tmp_path):
+    with_manager(tmp_path, f"class FullAttentionManager:\n    def remove_skipped_blocks({arguments}): ...\n")
+    assert found(tmp_path, "FullAttentionManager.remove_skipped_blocks") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("self, request_id, num_tokens, num_tokens_main_model", (True, "as expected")),
+        ("self, request_id, num_tokens, num_tokens_main_model, *, more", (True, "as expected")),
+        ("self, request_id, num_tokens", (True, "as expected")),
+        ("self, request_id, n, num_tokens, num_tokens_main_model", (False, "gained n, num_tokens_main_model")),
+        ("self, request_id", (False, "lost num_tokens")),
+    ],
+)
+def test_what_is_overridden_and_passed_on_may_gain_arguments_at_the_end(arguments, expected, tmp_path):
     with_manager(tmp_path, f"class FullAttentionManager:\n    def allocate_new_blocks({arguments}): ...\n")
     assert found(tmp_path, "FullAttentionManager.allocate_new_blocks") == expected
 
@@ -159,9 +178,10 @@ def test_a_changed_signature_of_what_is_overridden(arguments, expected, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("backend, class_path=None, is_mamba=False, more=None", (True, "gained more")),
-        ("backend, class_path=None, is_mamba=False, *, more", (False, "gained more")),
-        ("backend, class_path=None", (False, "lost is_mamba")),
+        ("backend, class_path=None, more=None", (True, "as expected")),
+        ("backend, class_path=None, *, more", (False, "gained more")),
+        ("backend, kind=None, class_path=None", (False, "gained kind")),
+        ("backend", (False, "lost class_path")),
         ("backend, **options", (True, "as expected")),
     ],
 )
@@ -210,7 +230,7 @@ def test_the_page_has_a_row_for_every_hook(script):
 
 def test_a_page_says_what_was_found(script):
     looked = [(True, "as expected")] * len(HOOKS)
-    looked[3] = (False, "moved to elsewhere")
+    looked[[each.name for each in HOOKS].index("register_backend")] = (False, "moved to elsewhere")
     page = script.page([("9.1", [script.Found(*each) for each in looked])])
     assert page.count("| ✓ |") == len(HOOKS) - 1
     assert "| moved to elsewhere |" in page
@@ -219,7 +239,24 @@ def test_a_page_says_what_was_found(script):
 
 def test_names_are_once_in_the_list():
     assert len(set(HOOKS)) == len({(each.module, each.name) for each in HOOKS}) == len(HOOKS)
+    assert all(re.fullmatch(r"\w+(\.\w+)*", each.module) for each in HOOKS)
     assert Hook("plugins", "reads", "DEFAULT_PLUGINS_GROUP", None) in HOOKS
+
+
+def plugin():
+    """The syntax trees of the plugin."""
+    folder = Path(hooks.__file__).parent
+    return [ast.parse(file.read_text()) for file in folder.glob("*.py")]
+
+
+def test_all_that_the_plugin_imports_from_vllm_is_in_the_list():
+    known = {(f"vllm.{each.module}", each.name.partition(".")[0]) for each in HOOKS}
+    modules = {f"vllm.{each.module}" for each in HOOKS}
+    for tree in plugin():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+                for each in node.names:
+                    assert (node.module, each.name) in known or f"{node.module}.{each.name}" in modules, each.name
 
 
 def test_reading_loads_neither_vllm_nor_torch(tmp_path):
