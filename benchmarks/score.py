@@ -4,7 +4,8 @@
    with its n x n matrices; time, memory and the largest difference of the results.
 2. The whole compression of all layers as the engine runs it (views, scores, selection, compaction), in decode steps of
    the model with as many entries.
-3. With ``--kvpress PYTHON``: kvpress's SnapKV and KeyDiff scores on the same tensors, in that interpreter.
+3. The scores of `rkv-density` beside those of `rkv`, all layers as the engine scores them; two caches of the same text.
+4. With ``--kvpress PYTHON``: kvpress's SnapKV and KeyDiff scores on the same tensors, in that interpreter.
 
     python -P benchmarks/score.py --quick
     python -P benchmarks/score.py --json score.json
@@ -34,6 +35,7 @@ from kvbench.lanes import PreallocatedLane
 from kvbench.measuring import MIB, Sample, Spread, interleaved, peak_extra
 from kvpolicy import ops
 from kvpolicy.contracts.view import CacheView
+from kvpolicy.policy import decide
 from kvpolicy.runtimes.hf import PolicyCache
 
 RELEASED, OURS = "released form", "kvpolicy"
@@ -69,10 +71,30 @@ def _ratios(slower: list[Sample], faster: list[Sample], clock: str) -> list[floa
     return [getattr(a, clock) / getattr(b, clock) for a, b in zip(slower, faster, strict=True)]
 
 
+def near_the_threshold(
+    keys: Tensor, got: Tensor, expected: Tensor, threshold: float = 0.5
+) -> tuple[list[float], float]:
+    """Find what explains results `[H, N]` that differ: a cosine that rounding puts on the other side of the threshold.
+
+    Returns:
+        For each key whose results differ by more than 1e-5 of the head's largest, how far from the threshold its
+        nearest cosine is in fp64; and the largest difference of the other keys.
+    """
+    difference = (got - expected).abs() / expected.amax(-1, keepdim=True)
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    gaps = []
+    for head, key in (difference > 1e-5).nonzero().tolist():
+        cosine = unit[head] @ unit[head, key]
+        cosine[key] = 2.0
+        gaps.append(float((cosine - threshold).abs().min()))
+    return gaps, float(difference.masked_fill(difference > 1e-5, 0.0).max())
+
+
 def redundancy(views: list[CacheView], rounds: int) -> dict[str, Any]:
     """Compare the two forms on every view; memory of ours on every view, of the released form on the first."""
     layers: list[dict[str, Any]] = []
-    difference, extra = 0.0, 0
+    difference, elsewhere, extra = 0.0, 0.0, 0
+    ties: list[float] = []
     for view in views:
         steps: dict[str, Any] = {
             RELEASED: lambda view=view: released_redundancy(view.keys[0]),
@@ -81,6 +103,8 @@ def redundancy(views: list[CacheView], rounds: int) -> dict[str, Any]:
         samples = interleaved(steps, rounds)
         expected, got = steps[RELEASED](), steps[OURS]()[0]
         difference = max(difference, float(((got - expected).abs() / expected.amax(-1, keepdim=True)).max()))
+        gaps, other = near_the_threshold(view.keys[0], got, expected)
+        ties, elsewhere = ties + gaps, max(elsewhere, other)
         extra = max(extra, peak_extra(steps[OURS]))
         layers.append({
             "layer": view.layer_idx,
@@ -97,6 +121,8 @@ def redundancy(views: list[CacheView], rounds: int) -> dict[str, Any]:
         },
         "ratio": {c: Spread.of([each["ratio"][c] for each in layers]) for c in ("wall", "cpu")},
         "largest_relative_difference": difference,
+        "differ_at_the_threshold": {"keys": len(ties), "farthest_from_it": max(ties, default=0.0)},
+        "largest_relative_difference_elsewhere": elsewhere,
         "peak_extra_bytes": {RELEASED: peak_extra(lambda: released_redundancy(first.keys[0])), OURS: extra},
         "key_bytes": {"one layer": one, "all layers": one * first.num_layers},
     }
@@ -150,6 +176,28 @@ def compression(model: PreTrainedModel, cache: PolicyCache, rounds: int) -> dict
     }
 
 
+def scores_side_by_side(model: PreTrainedModel, count: int, rounds: int) -> dict[str, Any]:
+    """Time the scores of `rkv-density` and of `rkv`, all layers of a row with `count` entries."""
+    names = ("rkv", "rkv-density")
+    with real.due_cache(model, count, names[0]) as one, real.due_cache(model, count, names[1]) as other:
+        steps: dict[str, Any] = {}
+        for name, cache in zip(names, (one, other), strict=True):
+            views = real.views_of(cache)
+
+            def score(policy: Any = cache.engine.policy, views: list[CacheView] = views) -> None:
+                for view in views:
+                    view.memo.clear()
+                decide.score(policy, views)
+
+            steps[name] = score
+        samples = interleaved(steps, rounds)
+    return {
+        "keys": count,
+        "milliseconds": {name: Spread.of([1e3 * s.cpu for s in some]) for name, some in samples.items()},
+        "ratio": {c: Spread.of(_ratios(samples[names[1]], samples[names[0]], c)) for c in ("wall", "cpu")},
+    }
+
+
 def beside_kvpress(python: str, views: list[CacheView], rounds: int) -> dict[str, Any]:
     """Time kvpress's scores and ours, layer by layer; theirs in another process, afterwards."""
     spec = kvpolicy.load("rkv", budget=views[0].shape[2])
@@ -183,7 +231,7 @@ def beside_kvpress(python: str, views: list[CacheView], rounds: int) -> dict[str
     }
 
 
-def report(results: list[dict[str, Any]]) -> None:
+def report(results: list[dict[str, Any]], scores: list[dict[str, Any]]) -> None:
     """Print one table per part."""
     clock = measuring.cpu_clock()
     rows = []
@@ -192,17 +240,20 @@ def report(results: list[dict[str, Any]]) -> None:
         ms, extra, size = part["milliseconds"], part["peak_extra_bytes"], part["key_bytes"]
         rows.append([
             r["keys"], ms[RELEASED].text(".1f"), ms[OURS].text(".2f"), part["ratio"]["cpu"].text(".1f") + "x",
-            part["ratio"]["wall"].text(".1f") + "x", f"{part['largest_relative_difference']:.0e}",
+            part["ratio"]["wall"].text(".1f") + "x",
+            f"{part['largest_relative_difference']:.0e} / {part['largest_relative_difference_elsewhere']:.0e}",
+            "{keys} ({farthest_from_it:.0e})".format(**part["differ_at_the_threshold"]),
             f"{extra[RELEASED] / MIB:.1f}", f"{extra[OURS] / MIB:.2f}",
             f"{extra[OURS] / size['one layer']:.1%} / {extra[OURS] / size['all layers']:.2%}",
         ])  # fmt: skip
     measuring.show(
         f"Redundancy of one layer, {len(results[0]['redundancy']['layers'])} layers",
-        ["keys", "released form ms", "kvpolicy ms", "ratio (CPU)", "ratio (wall)", "difference",
-         "released MiB", "kvpolicy MiB", "of the keys of one layer / all"],
+        ["keys", "released form ms", "kvpolicy ms", "ratio (CPU)", "ratio (wall)", "difference / elsewhere",
+         "at threshold", "released MiB", "kvpolicy MiB", "of the keys of one layer / all"],
         rows,
         f"Milliseconds: {clock}. Median [quartiles]: of runs and layers for times, of layers for ratios. MiB: the most "
-        "that is allocated at a time, beside the keys.",
+        "that is allocated at a time, beside the keys. At threshold: keys whose results differ by more than 1e-5, and "
+        "how far from the threshold a cosine of theirs is at the most; elsewhere: the difference of all others.",
     )  # fmt: skip
     measuring.show(
         "A whole R-KV compression of all layers, one row",
@@ -221,6 +272,18 @@ def report(results: list[dict[str, Any]]) -> None:
             for r in (r["compression"] for r in results)
         ],
         f"Milliseconds: {clock}. Decode steps: what the compression costs, in steps over as many entries.",
+    )  # fmt: skip
+    measuring.show(
+        "Scores of all layers, one row",
+        ["entries", "rkv ms", "rkv-density ms", "ratio (CPU)", "ratio (wall)"],
+        [
+            [
+                r["keys"], *(r["milliseconds"][name].text(".1f") for name in ("rkv", "rkv-density")),
+                *(r["ratio"][c].text(".2f") for c in ("cpu", "wall")),
+            ]
+            for r in scores
+        ],
+        f"Milliseconds: {clock}.",
     )  # fmt: skip
     for r in results:
         if "kvpress" in r:
@@ -243,12 +306,19 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keys", type=int, nargs="+", default=[1152, 4224], help="entries per head before a compression"
     )
+    parser.add_argument(
+        "--score-keys",
+        type=int,
+        nargs="*",
+        default=[384, 1152],
+        help="entries per head where policies' scores are timed",
+    )
     parser.add_argument("--layers", type=int, help="compare redundancy on so many layers only, evenly spaced")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each form")
     parser.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that has kvpress and transformers < 5.3")
     options = parser.parse_args(argv)
     if options.quick:
-        options.keys, options.layers, options.rounds = [192], 3, 2
+        options.keys, options.score_keys, options.layers, options.rounds = [192], [192], 3, 2
     return options
 
 
@@ -269,8 +339,9 @@ def main(argv: list[str] | None = None) -> None:
             if options.kvpress:
                 result["kvpress"] = beside_kvpress(options.kvpress, some, options.rounds)
         results.append(result)
-    report(results)
-    measuring.write(options, "score", {"results": results})
+    scores = [scores_side_by_side(model, count, options.rounds) for count in options.score_keys]
+    report(results, scores)
+    measuring.write(options, "score", {"results": results, "scores": scores})
 
 
 if __name__ == "__main__":

@@ -73,6 +73,22 @@ def window_importance(
         expect(attention_sinks, "attention_sinks", (heads, group), None, device)
 
 
+def key_density(
+    keys: Tensor, valid: Tensor, *, bandwidth: float, priority: Tensor | None = None, lower: float = 1.0
+) -> None:
+    """Check the arguments of `ops.key_density`."""
+    expect(keys, "keys", "BHND", None, keys.device)
+    expect(valid, "valid", tuple(keys.shape[:3]), torch.bool, keys.device)
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth is {bandwidth}; give a number above 0.")
+    if not 0 <= lower <= 1:
+        raise ValueError(f"lower is {lower}; give a number from 0 to 1.")
+    if priority is not None:
+        expect(priority, "priority", tuple(valid.shape), torch.float32, keys.device)
+    elif lower < 1:
+        raise ValueError(f"lower is {lower} and there is no priority; give one, or leave lower out.")
+
+
 def top_k(scores: Tensor, counts: Tensor, protected: Tensor, valid: Tensor, **_: Any) -> None:
     """Check the arguments of `ops.top_k`."""
     expect(scores, "scores", "BHN", torch.float32, scores.device)

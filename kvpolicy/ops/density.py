@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from kvpolicy.ops.dispatch import dispatched
+from kvpolicy.ops.order import in_order
 from kvpolicy.types import Keys, Mask, Scores
 
 _TINY = 1e-15
 _SHARPEST = 1e30  # 1 / bandwidth at most, so that products of scaled keys are finite
+_BROAD = 40.0  # up to here exp(1 / bandwidth) and its sums over many keys are far from the ends of fp32
 _ROWS = 64
 # Numbers of a tile. A CPU is to keep it in a core's cache; elsewhere fewer launches count.
 _TILE = {"cpu": 1 << 18}
 _TILE_ELSEWHERE = 1 << 24
 
 
+@dispatched
 def key_density(
     keys: Keys, valid: Mask, *, bandwidth: float, priority: Scores | None = None, lower: float = 1.0
 ) -> Scores:
@@ -36,80 +42,77 @@ def key_density(
         fp32 `[B, H, N]`, within [0, 1]; 0 for slots that are not valid. A key of length 0 has cosine 0 to all.
 
     Raises:
-        ValueError: the bandwidth is not positive, `lower` is not within [0, 1] or below 1 without a priority, or shapes
-            do not fit `keys`.
+        ValueError: the bandwidth is not positive, `lower` is not within [0, 1] or below 1 without a priority, or
+            arguments do not fit `keys`.
     """
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth is {bandwidth}; give a number above 0.")
-    if keys.dim() != 4 or valid.shape != keys.shape[:3]:
-        raise ValueError(
-            f"keys have shape {list(keys.shape)} and valid {list(valid.shape)}; give [B, H, N, D] and [B, H, N]."
-        )
-    if not 0 <= lower <= 1:
-        raise ValueError(f"lower is {lower}; give a number from 0 to 1.")
-    if priority is not None and priority.shape != valid.shape:
-        raise ValueError(f"priority has shape {list(priority.shape)}; give that of valid, {list(valid.shape)}.")
-    if lower < 1:
-        if priority is None:
-            raise ValueError(f"lower is {lower} and there is no priority; give one, or leave lower out.")
-        order = _by_priority(priority, valid)
-        sorted_keys = keys.gather(2, order.unsqueeze(-1).expand_as(keys))
-        found = _sorted_density(sorted_keys, valid.gather(2, order), bandwidth, lower)
-        return torch.zeros_like(found).scatter_(2, order, found)
-    return _sorted_density(keys, valid, bandwidth, 1.0)
-
-
-def _by_priority(priority: Scores, valid: Mask) -> Int64[Tensor, "B H N"]:
-    """Return slots from the first to the last; those that are not valid come at the end."""
-    later_first = torch.where(valid, priority, float("-inf")).flip(-1)
-    return valid.shape[-1] - 1 - later_first.sort(dim=-1, descending=True, stable=True).indices
-
-
-def _sorted_density(keys: Keys, valid: Mask, bandwidth: float, lower: float) -> Scores:
-    """Return the density of keys, earlier ones counted whole and later ones as `lower`."""
+    order = None if lower == 1 or priority is None else _by_priority(priority, valid)
+    flat, held = keys.flatten(0, 1), valid.flatten(0, 1)
+    if order is not None:
+        held = held.gather(1, order)
     sharpness = min(1 / bandwidth, _SHARPEST)
-    scaled = _directions(keys, valid, sharpness**0.5).flatten(0, 1)
-    counted = valid.flatten(0, 1).unsqueeze(1).float()
-    density = torch.zeros(scaled.shape[:2], dtype=torch.float32, device=keys.device)
-    # Within a tile on the diagonal, keys of a row above are those in columns before it.
-    own = torch.ones(_ROWS, _ROWS, device=keys.device)
-    own = own.tril() + lower * own.triu(1)
-    for start in range(0, keys.shape[2], _ROWS):
-        _add_rows(density[:, start:], scaled[:, start:], counted[:, :, start:], sharpness, lower, own)
-    density /= counted.sum(-1).clamp(min=1)
-    return density.reshape(valid.shape).masked_fill_(~valid, 0.0)
+    density = _sums(_directions(flat, held, order, sharpness**0.5), held, sharpness, lower)
+    density = (density / held.sum(-1, keepdim=True).clamp_(min=1)).masked_fill_(~held, 0.0)
+    if order is not None:
+        density = torch.empty_like(density).scatter_(1, order, density)
+    return density.reshape(valid.shape)
 
 
-def _add_rows(
-    density: Float32[Tensor, "M C"],
-    scaled: Float32[Tensor, "M C D"],
-    counted: Float32[Tensor, "M 1 C"],
-    sharpness: float,
-    lower: float,
-    own: Float32[Tensor, "R R"],
-) -> None:
-    """Add to `density`, in place, all pairs that one of the first `_ROWS` keys is part of."""
-    later = counted.clone()
-    later[:, :, _ROWS:] *= lower
-    tile = _TILE.get(scaled.device.type, _TILE_ELSEWHERE)
-    some = max(1, tile // (scaled.shape[1] * _ROWS))
-    for first in range(0, scaled.shape[0], some):
-        heads = slice(first, first + some)
-        near = torch.bmm(scaled[heads, :_ROWS], scaled[heads].transpose(1, 2))
-        # Rounded cosines of twins exceed 1, which a narrow kernel would blow up.
-        near.sub_(sharpness).clamp_(max=0.0).exp_()
-        near.diagonal(dim1=1, dim2=2).zero_()
-        if lower < 1:
-            size = min(_ROWS, near.shape[2])
-            near[:, :, :size] *= own[:size, :size]
-        # The vector on the left: the other way round a batch of such products is slower on a CPU.
-        density[heads, :_ROWS] += torch.bmm(later[heads], near.transpose(1, 2)).squeeze(1)
-        density[heads, _ROWS:] += torch.bmm(counted[heads, :, :_ROWS], near[:, :, _ROWS:]).squeeze(1)
+def _by_priority(priority: Scores, valid: Mask) -> Int64[Tensor, "M N"]:
+    """Return the slots of each head from the first to the last; those that are not valid come at the end."""
+    rising = torch.where(valid, priority, float("-inf")).flatten(0, 1)
+    return in_order(rising)[1].flip(-1)  # of equal ones the later slot comes first
 
 
-def _directions(keys: Keys, valid: Mask, length: float) -> Keys:
-    """Return keys of the given length, fp32; 0 for keys of length 0 and slots that are not valid."""
-    # `where`, not a product: a slot that is not valid may hold NaN.
-    plain = torch.where(valid.unsqueeze(-1), keys, 0).float()
-    norm = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_(min=_TINY)
-    return plain.mul_(length / norm)
+def _directions(keys: Tensor, held: Tensor, order: Tensor | None, length: float) -> Float32[Tensor, "M D N"]:
+    """Return keys of the given length in an order; 0 for keys of length 0 and slots that are not held."""
+    # Columns: a product with a wide matrix on the right is faster if that lies row by row.
+    made = torch.empty(keys.shape[0], keys.shape[2], keys.shape[1], dtype=torch.float32, device=keys.device)
+    some = max(1, _tile(keys) // max(keys[0].numel(), 1)) if len(keys) else 1
+    for first in range(0, len(keys), some):
+        part = slice(first, first + some)
+        plain = keys[part].float()
+        if order is not None:
+            count = plain.shape[1]
+            at = order[part] + torch.arange(0, len(plain) * count, count, device=keys.device).unsqueeze(-1)
+            plain = plain.reshape(-1, plain.shape[2]).index_select(0, at.flatten()).view(plain.shape)
+        # `where`, not a product: a slot that is not valid may hold NaN.
+        plain = torch.where(held[part].unsqueeze(-1), plain, 0)
+        norm = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_(min=_TINY)
+        torch.mul(plain.transpose(1, 2), (length / norm).transpose(1, 2), out=made[part])
+    return made
+
+
+def _sums(scaled: Float32[Tensor, "M D N"], held: Tensor, sharpness: float, lower: float) -> Float32[Tensor, "M N"]:
+    """Sum the kernel over all pairs, tile by tile: earlier keys whole and later ones as `lower`."""
+    total, _, count = scaled.shape
+    counted = held.unsqueeze(1).float()
+    density = torch.zeros_like(counted)
+    # Within a tile on the diagonal, keys of a row above are those in columns before it; none counts itself.
+    own = torch.ones(_ROWS, _ROWS, device=scaled.device)
+    own = own.tril(-1) + lower * own.triu(1)
+    tile = _tile(scaled)
+    room = torch.empty(max(min(tile, total * _ROWS * count), _ROWS * count), device=scaled.device)
+    narrow = sharpness > _BROAD
+    for start in range(0, count, _ROWS):
+        stop = min(start + _ROWS, count)
+        height, width = stop - start, count - start
+        weights = torch.cat([counted[:, :, start:stop], lower * counted[:, :, stop:]], dim=2)
+        some = max(1, tile // (width * _ROWS))
+        for first in range(0, total, some):
+            heads = slice(first, first + some)
+            left, right = scaled[heads, :, start:stop].transpose(1, 2), scaled[heads, :, start:]
+            near = torch.bmm(left, right, out=room[: left.shape[0] * height * width].view(-1, height, width))
+            if narrow:
+                # Rounded cosines of twins exceed 1, which a narrow kernel would blow up.
+                near.sub_(sharpness).clamp_(max=0.0)
+            near.exp_()
+            near[:, :, :height].mul_(own[:height, :height])
+            # The vector on the left: the other way round a batch of such products is slower on a CPU.
+            density[heads, :, start:stop].add_(torch.bmm(weights[heads], near.transpose(1, 2)))
+            density[heads, :, stop:].add_(torch.bmm(counted[heads, :, start:stop], near[:, :, height:]))
+    # The constant factor of a broad kernel can be taken out of the sums, which saves two passes over all pairs.
+    return (density if narrow else density.mul_(math.exp(-sharpness))).squeeze(1)
+
+
+def _tile(tensor: Tensor) -> int:
+    return _TILE.get(tensor.device.type, _TILE_ELSEWHERE)

@@ -112,11 +112,14 @@ def places(scores: Scores, mask: Mask) -> Scores:
     Returns:
         fp32 `[B, H, N]`, multiples of 1/2, exact for fewer than 2^23 slots; 0 outside the mask.
     """
-    inside = torch.where(mask, scores, float("inf")).contiguous()
-    ordered = inside.sort(-1).values
-    below = torch.searchsorted(ordered, inside)
-    upto = torch.searchsorted(ordered, inside, right=True)
-    return torch.where(mask, (below + upto - 1) / 2, 0.0)
+    # Adding 0 makes -0 the number that it equals.
+    ordered, slots = in_order(torch.where(mask, scores + 0.0, float("inf")))
+    place = torch.arange(ordered.shape[-1], device=scores.device).expand(ordered.shape)
+    new = pad(ordered[..., 1:] != ordered[..., :-1], (1, 1), value=True)
+    below = torch.where(new[..., :-1], place, 0).cummax(-1).values
+    upto = torch.where(new[..., 1:], place, ordered.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    middle = torch.empty_like(ordered).scatter_(-1, slots, (below + upto) / 2)
+    return torch.where(mask, middle, 0.0)
 
 
 def levelled(scores: Scores, mask: Mask, near: float = ROUNDING) -> Scores:

@@ -45,10 +45,11 @@ def turn(x: Float[Tensor, "*dims D"], cos: Tensor, sin: Tensor, *, interleaved: 
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    rest = rest.expand(*turned.shape[:-1], rest.shape[-1])
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+    pair = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    whole = [torch.stack(pair, dim=-1).flatten(-2)] if interleaved else pair
+    if rest.shape[-1]:
+        whole.append(rest.expand(*whole[0].shape[:-1], rest.shape[-1]))
+    return torch.cat(whole, dim=-1) if len(whole) > 1 else whole[0]
 
 
 def mean_rotation(

@@ -22,7 +22,7 @@ _FIXED_POINT = 2.0**32
 _FIRST = 16  # columns of the first block: most keys find a similar one among them
 _WIDER = 8  # the next block of those that did not is so many times as wide
 _COPIED = 1 << 18  # numbers that are copied at a time, where copies are needed
-_TILE = 88 << 10  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
+_TILE = 1 << 18  # numbers that a step works on at most: it stays in a core's cache, and memory is O(slots)
 _WIDEST = 1 << 14  # columns are counted in int16
 _KEY = 64  # numbers of a key, about: columns are copied too
 _PADDING = 1 << 16  # products that may be computed for nothing to save one more step
@@ -177,7 +177,7 @@ def _exempt(
     lost = torch.zeros(total * count, dtype=torch.int64, device=keys.device)
     lonely = torch.zeros(total * count, dtype=torch.bool, device=keys.device)
     every = torch.arange(count, device=keys.device)
-    ordinals = torch.arange(1, min(count, _WIDEST) + 1, dtype=torch.int16, device=keys.device).unsqueeze(-1)
+    ordinals = torch.arange(1, min(count, _WIDEST) + 1, dtype=torch.int16, device=keys.device)
     starts = torch.arange(0, total * count, count, device=keys.device).unsqueeze(-1)
     step = max(_FIRST, _TILE // (total * _FIRST))
     work = []
@@ -189,20 +189,29 @@ def _exempt(
         rows, quota, low = search.rows, search.quota, search.low
         offset = starts if search.first is not None else _joined([starts[head] for head in search.heads])
         at = offset + rows
-        dot, scale = _dots(keys, held, inverse, masked, search)
-        # Norms stand on the other side of the comparison, so that no key is copied to be normalised.
-        similar = (dot > (threshold / scale).unsqueeze(1)).to(torch.int16).mul_(ordinals[: search.high - low])
+        # The longer side is the inner one: what is done along it is done in one go.
+        if search.first is not None:
+            axis, number = 1, ordinals[: search.high - low].unsqueeze(-1)
+            dot, scale = _dots_of_all(keys, held, inverse, masked, search)
+            # Norms stand on the other side of the comparison, so that no key is copied to be normalised.
+            similar = dot > (threshold / scale).unsqueeze(1)
+        else:
+            axis, number = 2, ordinals[: search.high - low]
+            dot, scale = _cosines(keys, held, inverse, masked, search), None
+            similar = dot > threshold
+        similar = similar.to(torch.int16).mul_(number)
         for _ in range(min(beta, search.high - low)):
-            newest = similar.amax(dim=1)
+            newest = similar.amax(dim=axis)
             hit = (newest > 0) & (quota > 0)
             column = newest.long().sub_(1).clamp_(min=0)
-            pair = dot.gather(1, column.unsqueeze(1)).squeeze(1) * scale
+            pair = dot.gather(axis, column.unsqueeze(axis)).squeeze(axis)
+            pair = pair if scale is None else pair * scale
             target = offset + low + column if spare == "newest" else at
             amount = (pair * _FIXED_POINT).masked_fill_(~hit, 0.0).long()
             lost.scatter_add_(0, target.reshape(-1), amount.reshape(-1))
             quota = quota - hit.long()
             if beta > 1:
-                similar.scatter_(1, column.unsqueeze(1), 0)
+                similar.scatter_(axis, column.unsqueeze(axis), 0)
                 if not bool(hit.any()):
                     break
         if low > 0:
@@ -214,37 +223,37 @@ def _exempt(
     mean -= lost.to(torch.float32).div_(_FIXED_POINT).reshape(total, count)
 
 
-def _dots(
+def _dots_of_all(
     keys: Tensor, held: Tensor, inverse: Tensor, masked: bool, search: _Search
 ) -> tuple[Float32[Tensor, "g C r"], Float32[Tensor, "g r"]]:
-    """Return products of the keys that pick with the directions of the columns to search, and 1 / norm of the former.
+    """Return products of the directions of the columns with keys that lie side by side, and 1 / norm of the latter.
 
     The product of a key with itself is below any threshold.
     """
-    heads, rows, first, high, low = search.heads, search.rows, search.first, search.high, search.low
-    among = slice(low, high)
-    if first is not None:
-        span = slice(first, first + rows.shape[1])
-        picking, scale = keys[:, span], inverse[:, span]
-        columns = _plain(keys[:, among], held[:, among], masked) * inverse[:, among].unsqueeze(-1)
-    else:
-        picking = _joined([keys[h].index_select(0, some) for h, some in zip(heads, rows.unbind(), strict=True)])
-        scale = _joined([inverse[h].index_select(0, some) for h, some in zip(heads, rows.unbind(), strict=True)])
-        columns = _joined(
-            [_plain(keys[h, among], held[h, among], masked) * inverse[h, among].unsqueeze(-1) for h in heads]
-        )
-    dot = torch.matmul(columns, picking.float().transpose(1, 2))
-    if first is None:
-        column = rows - low
-        inside = (column >= 0) & (column < high - low)
-        index = column.clamp_(0, high - low - 1).unsqueeze(1)
-        dot.scatter_(1, index, dot.gather(1, index).masked_fill_(inside.unsqueeze(1), -torch.inf))
-    else:
-        start, stop = max(low, first), min(high, span.stop)
-        if start < stop:
-            own = dot[:, start - low : stop - low, start - first : stop - first]
-            own.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return dot, scale
+    first, high, low = search.first or 0, search.high, search.low
+    stop = first + search.rows.shape[1]
+    columns = _plain(keys[:, low:high], held[:, low:high], masked) * inverse[:, low:high].unsqueeze(-1)
+    dot = torch.matmul(columns, keys[:, first:stop].float().transpose(1, 2))
+    start, end = max(low, first), min(high, stop)
+    if start < end:
+        own = dot[:, start - low : end - low, start - first : end - first]
+        own.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return dot, inverse[:, first:stop]
+
+
+def _cosines(keys: Tensor, held: Tensor, inverse: Tensor, masked: bool, search: _Search) -> Float32[Tensor, "g r C"]:
+    """Return cosines of keys from here and there with the columns; that of a key with itself is below any threshold."""
+    among, count = slice(search.low, search.high), search.high - search.low
+    each = [(keys[h], inverse[h], held[h, among], some) for h, some in zip(search.heads, search.rows, strict=True)]
+    picking = _joined(
+        [k.index_select(0, some).float() * i.index_select(0, some).unsqueeze(-1) for k, i, _, some in each]
+    )
+    columns = _joined([_plain(k[among], mask, masked) for k, _, mask, _ in each])
+    dot = torch.matmul(picking, columns.transpose(1, 2)).mul_(_joined([i[None, among] for _, i, _, _ in each]))
+    column = search.rows - search.low
+    inside = (column >= 0) & (column < count)
+    index = column.clamp_(0, count - 1).unsqueeze(2)
+    return dot.scatter_(2, index, dot.gather(2, index).masked_fill_(inside.unsqueeze(2), -torch.inf))
 
 
 def _unresolved(done: _Search, quota: Tensor) -> list[_Search]:

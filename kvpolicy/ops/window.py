@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn import functional
 
-from kvpolicy.ops.attention import attention_logits, causal_mask, masked_softmax
+from kvpolicy.ops.attention import attention_logits, causal_mask
 from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.ops.packing import pack, unpack
 from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
@@ -17,8 +18,9 @@ from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
 SmoothKind = Literal["max", "mean", "mean_zero_padded"]
 
 _NO_QUERY = torch.iinfo(torch.int32).max
-_TINY = torch.finfo(torch.float32).tiny
-_LOGITS = 1 << 17  # logits of all query heads that are held at a time
+# Logits that are held at a time: a CPU keeps them in a core's cache; elsewhere fewer launches count.
+_LOGITS = {"cpu": 1 << 18}
+_LOGITS_ELSEWHERE = 1 << 24
 
 
 @dispatched
@@ -66,72 +68,51 @@ def window_importance(
     Returns:
         fp32 `[B, H, N]`, higher = keep; 0 for invalid slots, and everywhere in a row without candidates or queries.
     """
-    if queries.shape[3] == 0 or keys.shape[2] == 0:
-        return torch.zeros(valid.shape, dtype=torch.float32, device=keys.device)
+    scores = torch.zeros(valid.shape, dtype=torch.float32, device=keys.device)
+    if queries.shape[3] == 0:
+        return scores
     oldest = query_positions.masked_fill(~query_valid, _NO_QUERY).amin(dim=-1)
     candidates = valid & (positions < oldest[:, None, None])
-    if softmax_over == "candidates":
-        visible = candidates.unsqueeze(2) & query_valid[:, None, :, None]
-    else:
-        visible = causal_mask(query_positions, query_valid, positions, valid)
-
-    if group_stage == "logits":
-        sinks = None if attention_sinks is None else _over_group(attention_sinks.float(), group, 1)[None, :, None]
-        pooled = torch.empty(visible.shape[:3] + keys.shape[2:3], dtype=torch.float32, device=keys.device)
-        for part in _parts(queries, keys):
-            pooled[..., part] = _over_group(attention_logits(queries, keys[:, :, part], scale, softcap), group, 2)
-        rows = masked_softmax(pooled, visible, sinks)
-    else:
-        sinks = None if attention_sinks is None else attention_sinks[None, :, :, None].float()
-        rows = _grouped_weights(queries, keys, visible, sinks, scale, softcap, group)
-
-    rows = rows.masked_fill(~candidates.unsqueeze(2), 0.0)
-    if smooth_stage == "query":
-        rows = smooth_scores(rows, candidates.unsqueeze(2), smooth, smooth_kind)
-    # Queries that are not valid hold zeros, so the sum needs no mask.
-    scores = rows.sum(dim=2) / query_valid.sum(dim=-1).clamp(min=1)[:, None, None]
-    if smooth_stage == "mean":
-        scores = smooth_scores(scores, candidates, smooth, smooth_kind)
-    return torch.where(valid & ~candidates, scores.amax(dim=-1, keepdim=True), scores)
-
-
-def _parts(queries: Queries, keys: Keys) -> list[slice]:
-    """Cut the slots so that the logits of all query heads over a part stay small."""
-    size = max(64, _LOGITS // max(queries.shape[:4].numel(), 1))
-    return [slice(start, start + size) for start in range(0, keys.shape[2], size)]
+    number = query_valid.sum(dim=-1).clamp(min=1)[:, None, None]
+    for rows, heads in _pieces(queries, keys):
+        at = (rows, heads)
+        asked, chosen = query_valid[rows, None, :, None], candidates[at].unsqueeze(2)
+        counted = chosen & asked
+        seen = counted
+        if softmax_over == "row":
+            seen = causal_mask(query_positions[rows], query_valid[rows], positions[at], valid[at])
+        sinks = None if attention_sinks is None else attention_sinks[heads].float()[None, :, :, None]
+        logits = attention_logits(queries[at], keys[at], scale, softcap)
+        if group_stage == "logits":
+            logits = _over_group(logits, group)
+            sinks = None if sinks is None else _over_group(sinks, group)
+            weights = _softmax(logits, seen, sinks)
+        else:
+            weights = _over_group(_softmax(logits, seen.unsqueeze(2), sinks), group)
+        weights = weights.masked_fill_(~counted, 0.0)
+        if smooth_stage == "query":
+            weights = smooth_scores(weights, chosen, smooth, smooth_kind)
+        mean = weights.sum(dim=2) / number[rows]
+        scores[at] = smooth_scores(mean, candidates[at], smooth, smooth_kind) if smooth_stage == "mean" else mean
+    return torch.where(valid & ~candidates, scores.amax(dim=-1, keepdim=True), scores) if keys.shape[2] else scores
 
 
-def _grouped_weights(
-    queries: Queries,
-    keys: Keys,
-    visible: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    group: Literal["max", "mean"],
-) -> Float32[Tensor, "B H Q N"]:
-    """Softmax weights per query head, reduced over the group: two passes over the keys, no weights of all heads."""
-    lowest = torch.finfo(torch.float32).min
-    most = torch.full(queries.shape[:4], lowest, device=keys.device)
-    total = torch.zeros_like(most)
-    if sinks is not None:
-        most, total = sinks.expand_as(most).contiguous(), torch.ones_like(most)
+def _pieces(queries: Queries, keys: Keys) -> Iterator[tuple[slice, slice]]:
+    """Cut rows and heads so that the logits of all query heads of a piece stay small; a head is never cut."""
+    rows, heads, group, count = queries.shape[:4]
+    each = max(1, _LOGITS.get(keys.device.type, _LOGITS_ELSEWHERE) // max(group * count * keys.shape[2], 1))
+    for row in range(0, rows, max(1, each // max(heads, 1))):
+        for head in range(0, heads, each):
+            yield slice(row, row + max(1, each // heads)), slice(head, head + each)
 
-    def logits(part: slice) -> Tensor:
-        return attention_logits(queries, keys[:, :, part], scale, softcap).masked_fill_(
-            ~visible[:, :, None, :, part], -torch.inf
-        )
 
-    for part in _parts(queries, keys):
-        some = logits(part)
-        higher = torch.maximum(most, some.amax(-1))
-        total = total * torch.exp(most - higher) + torch.exp(some - higher.unsqueeze(-1)).sum(-1)
-        most = higher
-    rows = torch.empty(visible.shape[:3] + keys.shape[2:3], dtype=torch.float32, device=keys.device)
-    for part in _parts(queries, keys):
-        weights = torch.exp(logits(part) - most.unsqueeze(-1)) / total.clamp(min=_TINY).unsqueeze(-1)
-        rows[..., part] = _over_group(weights, group, 2)
-    return rows
+def _softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax in place over the slots of `seen`; elsewhere, and where nothing is seen, any finite number."""
+    # The lowest finite number instead of -inf: where nothing is seen, no NaN comes out.
+    logits.masked_fill_(~seen, torch.finfo(torch.float32).min)
+    if sinks is None:
+        return torch.softmax(logits, dim=-1)
+    return torch.softmax(torch.cat([logits, sinks.expand(logits.shape[:-1]).unsqueeze(-1)], dim=-1), dim=-1)[..., :-1]
 
 
 def smooth_scores(
@@ -168,5 +149,5 @@ def smooth_scores(
     return unpack(pooled, candidates)
 
 
-def _over_group(tensor: Tensor, group: Literal["max", "mean"], dim: int) -> Tensor:
-    return tensor.amax(dim=dim) if group == "max" else tensor.mean(dim=dim)
+def _over_group(tensor: Tensor, group: Literal["max", "mean"]) -> Tensor:
+    return tensor.amax(dim=2) if group == "max" else tensor.mean(dim=2)

@@ -161,9 +161,9 @@ def test_nothing_to_score_and_wrong_arguments():
         ops.key_density(*two, bandwidth=0.2, priority=torch.zeros(1, 1, 2), lower=1.5)
     with pytest.raises(ValueError, match=r"lower is 0.5 and there is no priority; give one, or leave lower out\."):
         ops.key_density(*two, bandwidth=0.2, lower=0.5)
-    with pytest.raises(ValueError, match=r"priority has shape \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"priority has shape \[1, 2\]; give \[1, 1, 2\], to fit"):
         ops.key_density(*two, bandwidth=0.2, priority=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"priority has shape \[1, 2\]; give that of valid, \[1, 1, 2\]\."):
+    with pytest.raises(ValueError, match=r"priority has shape \[1, 2\]; give \[1, 1, 2\], to fit"):
         ops.key_density(*two, bandwidth=0.2, priority=torch.zeros(1, 2), lower=0.5)
-    with pytest.raises(ValueError, match=r"keys have shape \[1, 1, 2, 4\] and valid \[1, 2\]; give"):
+    with pytest.raises(ValueError, match=r"valid has shape \[1, 2\]; give \[1, 1, 2\], to fit"):
         ops.key_density(torch.zeros(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), bandwidth=0.2)
