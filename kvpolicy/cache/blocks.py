@@ -86,6 +86,11 @@ class BlockTables:
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._tables)
 
+    @property
+    def held(self) -> int:
+        """How many blocks some row reads."""
+        return len(self._readers)
+
     def readers(self, block: int) -> int:
         """Return how many rows read a block."""
         return self._readers.get(block, 0)

@@ -14,9 +14,10 @@ def register() -> None:
     vLLM's attention backends are looked up through kvpolicy from now on, which gives vLLM's own back wherever no policy
     is set.
     """
-    from kvpolicy.runtimes.vllm import backends
+    from kvpolicy.runtimes.vllm import backends, metrics
 
     backends.register()
+    metrics.announce()
 
 
 def __getattr__(name: str) -> Any:

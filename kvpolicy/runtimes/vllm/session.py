@@ -152,12 +152,6 @@ class Session:
         if self._reading is not None:
             self.cache.record(layer, queries[: self._reading.packed.tokens], self.facts[layer])
 
-    @property
-    def blocks(self) -> int:
-        """Blocks that requests hold now."""
-        tables = self.cache.store.tables
-        return sum(len(tables[row].live) for row in tables)
-
 
 def shifted(table: Tensor, skipped: Sequence[int]) -> Tensor:
     """Return a block table whose rows begin so many blocks further on, `[rows, blocks]`; further rows stay."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from kvpolicy.runtimes.vllm import backends, engine
+from kvpolicy.runtimes.vllm import backends, engine, metrics
 from kvpolicy.runtimes.vllm.check import check_step
+from kvpolicy.runtimes.vllm.metrics import Writer
 from kvpolicy.runtimes.vllm.session import Session
 from kvpolicy.runtimes.vllm.settings import armed
 
@@ -39,10 +40,13 @@ def worker_class() -> Any:
             super().initialize_from_config(kv_cache_config)
             if self._kvpolicy_set:
                 self._kvpolicy = open_session(self, kv_cache_config)
+                self._kvpolicy_metrics = writer(self.vllm_config)
 
         def execute_model(self, scheduler_output: Any) -> Any:
             if self._kvpolicy is not None:
                 self._kvpolicy.begin(scheduler_output)
+                if self._kvpolicy_metrics is not None:
+                    self._kvpolicy_metrics.write(self._kvpolicy)
             return super().execute_model(scheduler_output)
 
     return Worker
@@ -72,6 +76,16 @@ def open_session(worker: Any, kv_cache_config: Any) -> Session:
     for i, layer in layers.items():
         layer.impl.kvpolicy, layer.impl.kvpolicy_layer = session, i
     return session
+
+
+def writer(config: Any) -> Writer | None:
+    """Return what writes a worker's numbers; None for all ranks but the first, which count the same."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    metrics.announce()
+    if get_tp_group().rank_in_group or get_pp_group().rank_in_group:
+        return None
+    return Writer(f"worker-{config.parallel_config.data_parallel_rank}")
 
 
 def batch_order(runner: Any) -> Any:
