@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvpolicy.cli.calibrating import calibrate
 from kvpolicy.cli.checking import check
@@ -15,8 +18,34 @@ from kvpolicy.cli.scaffolding import new
 from kvpolicy.cli.studying import study
 from kvpolicy.cli.tracing import trace
 
+
+class _Words(TyperGroup):
+    """The commands; what is wrong with the words is said harmlessly, for they may hold what a terminal obeys."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _harmlessly():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _harmlessly():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _harmlessly() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        from kvpolicy.spec.odd_text import harmless
+
+        if hasattr(error, "format_message"):  # a ClickException, wherever this typer has that
+            error.message = harmless(error.message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="kvpolicy",
+    cls=_Words,
     help="KV-cache eviction policies: list, inspect, check and run them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

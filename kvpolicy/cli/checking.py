@@ -25,6 +25,7 @@ _MARKS = {
     "not applicable": ("–", "dim"),
 }
 _JOBS = min(8, os.cpu_count() or 1)
+_LONGEST_REASON = 300
 _FEW = 4  # subjects that get a column each, under their names
 
 
@@ -115,14 +116,14 @@ def _subjects(target: str) -> list[Subject]:
 
 def _class(target: str) -> Subject:
     """Import ``module:Class``."""
-    from kvpolicy.errors import KVPolicyError
     from kvpolicy.testing.checking import subject_of
 
     module, _, name = target.partition(":")
     try:
         return subject_of(getattr(import_module(module), name), name)
-    except (ImportError, AttributeError, TypeError, KVPolicyError) as error:
-        raise typer.BadParameter(f"{target!r} cannot be checked: {error}", param_hint="check") from None
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise typer.BadParameter(f"{target!r} cannot be checked: {reason}", param_hint="check") from error
 
 
 def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str], jobs: int = 1) -> list[Result]:

@@ -6,17 +6,23 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import kvpolicy
 from kvpolicy.cli.generated import Generation, table
 from kvpolicy.cli.terminal import messages, output
+from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.inputs import MAX_TEXT_BYTES
+from kvpolicy.loading.entries import shown
 from kvpolicy.runtimes.opening import encode
 from kvpolicy.spec import PolicySpec
+from kvpolicy.study.sampling import COLDEST, HOTTEST
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MOST_SEEDS: Final = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ def run(request: GenerationRequest) -> None:
     # What is wrong with a policy is said before a model is loaded.
     specs = [kvpolicy.load(request.policies[0], budget=budget_of(request.budget))]
     specs += [kvpolicy.load(name) for name in request.policies[1:]]
-    prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
+    prompt = prompt_of(request.prompt)
     if not prompt.strip():
         raise KVPolicyError("PROMPT is empty; write the text to continue or the question to answer.")
-    check_sampling(request.sampling)
+    check_sampling(request)
     note = messages()
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note)
@@ -56,6 +62,19 @@ def run(request: GenerationRequest) -> None:
         runs.append(_generate(model, tokenizer, inputs, spec, request, console))
         console.print()
     console.print(table(runs))
+
+
+def prompt_of(text: str) -> str:
+    """Return the prompt that an argument stands for, ``-`` for what standard input says; raises KVPolicyError."""
+    try:
+        if text == "-":
+            text = sys.stdin.read(MAX_TEXT_BYTES + 1)
+        text.encode()
+    except UnicodeError:
+        raise KVPolicyError("PROMPT is not UTF-8 text; write it in UTF-8.") from None
+    if len(text) > MAX_TEXT_BYTES:
+        raise KVPolicyError(f"PROMPT is longer than {MAX_TEXT_BYTES >> 20} MiB; give a shorter one.")
+    return text
 
 
 def budget_of(text: str | None) -> float | None:
@@ -78,22 +97,32 @@ def described(spec: PolicySpec) -> str:
     return "keeps everything" if budget.fraction == 1 else f"keeps {budget.fraction:g} of the tokens"
 
 
-def check_sampling(sampling: Mapping[str, float]) -> None:
-    """Raise KVPolicyError when a sampling option makes no sense."""
-    if sampling.get("temperature", 1.0) <= 0:
-        raise KVPolicyError("--temperature: should be above 0; leave all sampling options out for greedy decoding.")
+def check_sampling(request: GenerationRequest) -> None:
+    """Raise KVPolicyError when an option for the choice of tokens makes no sense."""
+    sampling = request.sampling
+    if request.max_new_tokens > LONGEST_TEXT:
+        raise KVPolicyError(f"--max-new-tokens: {shown(request.max_new_tokens)} should be at most {LONGEST_TEXT}.")
+    temperature, seed = sampling.get("temperature", 1.0), int(sampling.get("seed", 0))
+    if not COLDEST <= temperature <= HOTTEST:
+        raise KVPolicyError(
+            f"--temperature: {temperature:g} should be from {COLDEST:g} to {HOTTEST:g}; leave all sampling options out "
+            "for greedy decoding."
+        )
+    if not 0 <= seed < MOST_SEEDS:
+        raise KVPolicyError(f"--seed: {shown(seed)} should be at least 0 and less than 2**63; write another one.")
     if not 0 < sampling.get("top_p", 1.0) <= 1:
         raise KVPolicyError(f"--top-p: should be above 0 and at most 1, got {sampling['top_p']:g}.")
 
 
 def load_model(request: GenerationRequest, note: Console, *, user: str = "generate") -> tuple[Any, Any]:
     """Return model and tokenizer for the command `user`; raises KVPolicyError when they cannot be loaded."""
-    from kvpolicy.runtimes.opening import locate, open_model, open_tokenizer
+    from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer
 
     place = locate(request.model, user=user, say=note.print)
     import torch
 
     device = request.device if request.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     dtype = "float32" if request.dtype == "auto" and device == "cpu" else request.dtype
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,12 +68,12 @@ def trace(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
 ) -> None:
     """Record every compaction of a text and write a page that shows what was kept, by whom, for how long and why."""
-    from kvpolicy.cli.generating import GenerationRequest
+    from kvpolicy.cli.generating import GenerationRequest, prompt_of
     from kvpolicy.errors import KVPolicyError
 
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     request = GenerationRequest(
-        prompt=sys.stdin.read() if prompt == "-" else prompt or "",
+        prompt=prompt_of(prompt or ""),
         model=model,
         policies=(policy, *([compare] if compare is not None else [])),
         budget=budget,
@@ -107,7 +106,7 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
 
     # What is wrong with a policy or a file is said before a model is loaded.
     specs = [_load(name, budget_of(request.budget)) for name in request.policies]
-    check_sampling(request.sampling)
+    check_sampling(request)
     written = None if file is None else _read(file)
     if out.is_dir() or not out.absolute().parent.is_dir():
         reason = "is a folder" if out.is_dir() else "is in a folder that does not exist"

@@ -16,6 +16,7 @@ DEMO_MODEL: Final = "smollm2"
 REASONER: Final = "reasoner"
 """The name of the small reasoning model that ships with the package; examples/reasoning_model made it."""
 
+_LONGEST_REASON: Final = 300
 _UNREADABLE: Final = (OSError, ValueError, RuntimeError, ImportError, KeyError)
 
 
@@ -101,15 +102,27 @@ def open_model(
         raise KVPolicyError(f"--device: {device!r} cannot be used: {first_line(error)}.") from error
 
 
+def check_device(device: str) -> None:
+    """Raise KVPolicyError for a device on which nothing can be computed, before a model is loaded for it."""
+    import torch
+
+    try:
+        usable = torch.zeros(1, device=device).device.type != "meta"  # which computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
+        raise KVPolicyError(f"--device: {device!r} cannot be used: {first_line(error)}.") from None
+    if not usable:
+        raise KVPolicyError(f"--device: {device!r} cannot be used: it computes nothing; write cpu or cuda.")
+
+
 def _silence(transformers: Any) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def first_line(error: Exception) -> str:
-    """Return the first words of an exception, without a full stop."""
+    """Return the first words of an exception, at most a few lines, without a full stop."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__).rstrip(".:")
+    return next(filter(None, lines), type(error).__name__)[:_LONGEST_REASON].rstrip(".:")
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None, *, option: str = "--chat") -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import KVPolicyError, did_you_mean
+from kvpolicy.inputs import require_ordinary
 from kvpolicy.study.extra import library
 
 
@@ -31,8 +32,9 @@ def json_lines(path: str) -> Any:
 
 def existing(path: str) -> str:
     """Return the path of a file; raises KVPolicyError if there is none, or nothing in it."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise KVPolicyError(f"datasets: there is no file {path}; correct `path`, which is relative to the study file.")
+    require_ordinary(Path(path), "text file", option="datasets")
     with Path(path).open(encoding="utf-8", errors="replace") as lines:
         empty = not any(line.strip() for line in lines)  # stops at the first that is not
     if empty:

@@ -20,7 +20,7 @@ POLICY: Final = "policy"
 BUDGET: Final = "budget"
 FULL: Final = "full"
 """Name of the full cache, the reference of every study."""
-MOST_VARIANTS: Final = 10_000
+MOST_VARIANTS: Final = 2_000
 
 _LARGE: Final = 1 << 30  # stands for a budget that is known only after the full cache has run
 
@@ -126,11 +126,12 @@ def expand(
 
     The full cache is left out, whatever its budget: every study measures it once, as the reference.
     """
-    choices = list(_assignments(axes, design))
-    circumstances = list(_assignments(conditions, "grid"))
+    # No more is counted than has to be: a product of long axes would take all memory.
+    choices = list(itertools.islice(_assignments(axes, design), MOST_VARIANTS + 1))
+    circumstances = list(itertools.islice(_assignments(conditions, "grid"), MOST_VARIANTS + 1))
     if len(choices) * len(circumstances) > MOST_VARIANTS:
         raise FieldError(
-            ("axes",), f"make {len(choices) * len(circumstances)} variants; leave at most {MOST_VARIANTS}."
+            ("axes",), f"make more than {MOST_VARIANTS:,} variants, with all conditions; leave out some values."
         )
     variants: dict[str, Variant] = {}
     known: dict[tuple[str, str], str] = {}

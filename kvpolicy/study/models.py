@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.runtimes.opening import first_line, locate, open_model, open_tokenizer
+from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer
 
 _SMALL_BYTES: Final = 200 << 20  # weights up to this size run in float64 on a CPU
 _WEIGHTS: Final = ("*.safetensors", "*.bin")
@@ -60,7 +60,7 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
+    check_device(device)
     place = locate(name, user="a study", option="models", say=say)
     open_tokenizer(place, name, option="models")
     if isinstance(place, Path):
@@ -79,18 +79,6 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
     if say is not None and sum(file.stat().st_size for file in files) > _SLOW_BYTES:
         say(f"models: reading the weights of {name}, whose content is part of what identifies a run.")
     return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
-
-
-def _check_device(device: str) -> None:
-    """Refuse at once a device on which every single run would fail."""
-    import torch
-
-    try:
-        usable = torch.zeros(1, device=device).device.type != "meta"  # which computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        raise KVPolicyError(f"--device: {device!r} cannot be used: {first_line(error)}.") from None
-    if not usable:
-        raise KVPolicyError(f"--device: {device!r} cannot be used: it computes nothing; write cpu or cuda.")
 
 
 def _snapshot(identifier: str, name: str) -> Path:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.inputs import require_ordinary
 from kvpolicy.study import records, sealing
 from kvpolicy.study.records import CELL_COLUMNS, RUN_COLUMNS, CellRecord, RunRecord, StudyData
 from kvpolicy.study.runs import REFERENCE, Run
@@ -76,6 +77,8 @@ class Results:
             raise ResultsError(f"{self.path}: there is no such file; run the study first, or name its file with --out.")
         if study is not None and link:
             raise ResultsError(f"{self.path}: is a symbolic link; name the file itself with --out.")
+        if there:
+            require_ordinary(self.path, "results file", error=ResultsError)
         with self._said():
             self._db = self._connected()
             try:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kvpolicy.contracts.component import LONGEST_TEXT
+
+COLDEST: Final = 1e-4
+"""The least temperature above 0."""
+HOTTEST: Final = 1e4
+"""Temperatures at which sampling still means something: beyond them logits overflow, or all tokens are alike."""
 
 
 class Sampling(BaseModel):
@@ -10,12 +19,19 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0 takes the most likely token."""
+    temperature: float = Field(default=0.0, ge=0, le=HOTTEST, allow_inf_nan=False)
+    """0 takes the most likely token; otherwise at least 0.0001."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most likely tokens with this mass."""
-    max_new_tokens: int = Field(default=2048, ge=1)
+    max_new_tokens: int = Field(default=2048, ge=1, le=LONGEST_TEXT)
     """Stop after so many tokens."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, temperature: float) -> float:
+        if 0 < temperature < COLDEST:
+            raise ValueError(f"should be 0 or at least {COLDEST:g}")
+        return temperature
 
     @property
     def greedy(self) -> bool:

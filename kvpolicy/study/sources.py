@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import did_you_mean
 from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
@@ -19,6 +20,9 @@ from kvpolicy.study.dataset_rows import column, existing, json_lines, load_rows,
 from kvpolicy.study.needles import needle
 from kvpolicy.study.problem import Grader, Problem
 from kvpolicy.study.wording import Family
+
+MOST_SAMPLES: Final = 100_000
+"""Problems of a data set and a seed; the largest benchmarks have a tenth of it."""
 
 BOXED: Final = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -43,9 +47,9 @@ class Source(BaseModel):
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """What tables call it; made from the other fields if left out."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
     """How many problems; the study's `samples` if left out."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=LONGEST_TEXT)
     """Most tokens that are generated; that of the study's `sampling` if left out."""
     forced: bool = False
     """Also read the full cache's answers under teacher forcing (free text is always read so)."""
@@ -106,7 +110,7 @@ class NeedleSource(Source):
 
     fresh_by_seed: ClassVar[bool] = True
 
-    words: int = Field(default=300, ge=20)
+    words: int = Field(default=300, ge=20, le=1_000_000)
     """About how long the text is."""
     needles: int = Field(default=1, ge=1, le=24)
     """Facts of the same form in the text, of which one is asked for."""
@@ -265,7 +269,7 @@ class TextSource(Source):
     """As for `hub`."""
     field: str = "text"
     """Field of the text, in JSON Lines and on the hub."""
-    tokens: int = Field(default=1024, ge=8)
+    tokens: int = Field(default=1024, ge=8, le=LONGEST_TEXT)
     """Tokens of each text that are read."""
     prompt_tokens: int = Field(default=32, ge=1)
     """How many of them are given as a prompt; the rest is measured."""

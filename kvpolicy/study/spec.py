@@ -29,7 +29,7 @@ from kvpolicy.study.design import FULL, POLICY, Axis, Design, Variant, expand
 from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
 from kvpolicy.study.reading import Reader
 from kvpolicy.study.sampling import Sampling
-from kvpolicy.study.sources import Source, source_data
+from kvpolicy.study.sources import MOST_SAMPLES, Source, source_data
 
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
@@ -77,7 +77,7 @@ class StudySpec(BaseModel):
     """Shipped models by name, model folders, ids on the hub."""
     datasets: tuple[InstanceOf[Source], ...] = Field(min_length=1)
     """What the models are given."""
-    samples: int = Field(default=100, ge=1)
+    samples: int = Field(default=100, ge=1, le=MOST_SAMPLES)
     """Problems of each dataset and, where seeds give fresh ones, each seed."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], _Tuple] = Field(default=(0,), min_length=1)
     """Seeds of sampling, of random components, and of generated problems."""
@@ -85,7 +85,7 @@ class StudySpec(BaseModel):
     """temperature, top_p, max_new_tokens."""
     metrics: Annotated[tuple[str, ...], _Tuple] = DEFAULT_METRICS
     """What is measured."""
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=16, ge=1, le=MOST_SAMPLES)
     """Rows that run together; does not change results."""
     dtype: Dtype = "auto"
     """Numbers of the model; auto is float64 for small models on a CPU, so that a batch cannot change a result."""
@@ -159,6 +159,9 @@ class StudySpec(BaseModel):
         ):
             with problems:
                 _check_unique(values, field, mend)
+        if len(self.seeds) * max(source.samples or self.samples for source in self.datasets) > MOST_SAMPLES:
+            text = f"and samples ask for more than {MOST_SAMPLES:,} problems of one dataset; ask for fewer."
+            problems.found.append(FieldError(("seeds",), text))
         for i, metric in enumerate(self.metrics):
             if metric not in METRICS:
                 text = (
