@@ -16,6 +16,7 @@ import pytest
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.runtimes.vllm import hooks
 from kvpolicy.runtimes.vllm.hooks import HOOKS, Hook, look, missing
+from kvpolicy.runtimes.vllm.refusals import hooks_refusal
 from kvpolicy.runtimes.vllm.sources import Sources
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vllm_hooks.py"
@@ -257,6 +258,33 @@ def test_all_that_the_plugin_imports_from_vllm_is_in_the_list():
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
                 for each in node.names:
                     assert (node.module, each.name) in known or f"{node.module}.{each.name}" in modules, each.name
+
+
+def test_all_that_the_plugin_overrides_is_in_the_list_with_its_own_arguments():
+    theirs = re.compile(r"base|Base|FullAttention\w+")
+    own = set()
+    for tree in plugin():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any(theirs.fullmatch(ast.unparse(base)) for base in node.bases):
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and (method.name == "__init__" or method.name[0] != "_"):
+                        for argument in [*method.args.args, method.args.vararg, method.args.kwarg]:
+                            if argument:
+                                argument.annotation = None
+                        own.add((method.name, ast.unparse(method.args)))
+    listed = {(each.name.partition(".")[2], each.arguments) for each in HOOKS if each.use == "overrides"}
+    assert own - {("of", "spec, plan")} == listed - {("prepare_attn", "self, input_batch")}
+
+
+def test_an_engine_of_an_untried_version_starts_only_if_it_has_every_hook(tmp_path):
+    texts = whole()
+    assert hooks_refusal("9.1", write(tmp_path / "good", texts) / "vllm") is None
+    texts["v1.core.block_pool"] = "class BlockPool: ...\n"
+    assert hooks_refusal("9.2", write(tmp_path / "bad", texts) / "vllm") == (
+        "vLLM 9.2 does not have what kvpolicy uses: vllm.v1.core.block_pool.BlockPool.get_num_free_blocks (missing) "
+        "and 1 more; install one of the versions that kvpolicy was tested with."
+    )
+    hooks_refusal.cache_clear()
 
 
 def test_reading_loads_neither_vllm_nor_torch(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,8 +48,10 @@ def plan_of(config: Any) -> Plan | None:
     from kvpolicy.runtimes.vllm.spec import Plan
 
     chosen, policy = _chosen(json.dumps(said, sort_keys=True))
-    if not chosen.any_version:
-        refusals.refuse(refusals.version_refusal(vllm.__version__))
+    untried = refusals.version_refusal(vllm.__version__)
+    if untried and chosen.any_version:
+        untried = refusals.hooks_refusal(vllm.__version__, Path(vllm.__file__).parent)
+    refusals.refuse(untried)
     refusals.refuse(refusals.policy_refusal(policy))
     refusals.refuse(refusals.engine_refusal(policy, config))
     worker = str(config.parallel_config.worker_cls)

@@ -122,6 +122,7 @@ model_executor.models.utils
     calls extract_layer_index(layer_name)
 distributed.parallel_state
     calls get_tp_group()
+    calls get_pp_group()
     reads GroupCoordinator.device_group
     reads GroupCoordinator.rank_in_group
     reads GroupCoordinator.world_size

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.cache.paged import unserved_traits
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy.policy import Policy
+from kvpolicy.runtimes.vllm.hooks import missing
 
 TESTED: Final = ((0, 32), (0, 33))
 """Versions of vLLM that kvpolicy was tested with: from the first, up to but without the second."""
@@ -55,6 +58,20 @@ def version_refusal(version: str) -> str | None:
     return (
         f"vLLM {version} is not among the versions that kvpolicy was tested with ({low} up to, not including, {high}); "
         "install one of those, or set `any_version` to true in kvpolicy's settings and compare its answers yourself."
+    )
+
+
+@lru_cache(maxsize=1)
+def hooks_refusal(version: str, folder: Path) -> str | None:
+    """Return what a version that was not tested, in a folder, lacks of what the plugin uses, or None."""
+    lacking = missing(folder)
+    if not lacking:
+        return None
+    name, says = next(iter(lacking.items()))
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return (
+        f"vLLM {version} does not have what kvpolicy uses: {name} ({says}){more}; install one of the versions that "
+        "kvpolicy was tested with."
     )
 
 
