@@ -386,7 +386,7 @@ class Engine:
 
     def clone(self) -> Engine:
         """Return an independent copy."""
-        twin = object.__new__(Engine)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.ledger, twin._used = self.ledger.clone(), list(self._used)
         twin.stores, twin.facts = self.stores.clone(), dict(self.facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,6 +10,28 @@ from torch import Tensor
 
 _SLACK = 8  # records that may be forgotten are forgotten together, once in so many steps
 _STEPS_BACK = 16  # single tokens that can be taken back at any time
+
+
+class RingQueries(Mapping[int, Tensor]):
+    """The queries of one step in the rings of all layers, `[B, Hq, 1, D]` by layer; views are made when asked for."""
+
+    def __init__(self, rings: Mapping[int, Tensor], number: int) -> None:
+        self._rings = rings
+        self.number = number
+
+    def __getitem__(self, layer: int) -> Tensor:
+        ring = self._rings[layer]
+        return ring.narrow(2, self.number % ring.shape[2], 1)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rings)
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def copy(self) -> dict[int, Tensor]:
+        """Return them where the ring does not overwrite them."""
+        return {layer: self[layer].clone() for layer in self}
 
 
 @dataclass
@@ -31,7 +54,7 @@ class Record:
     positions: Tensor
     valid: Tensor
     unobserved: int
-    queries: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] | RingQueries = field(default_factory=dict)
 
     def without(self, columns: int) -> Record:
         """Return the record without its last `columns` columns."""
@@ -116,6 +139,7 @@ class QueryLog:
         """Add one layer's queries `[B, Hq, q, D]` to the open record."""
         record = self.records[-1]
         columns = queries.shape[2]
+        assert isinstance(record.queries, dict)
         record.queries[layer] = queries if columns == record.width else queries[:, :, columns - record.width :].clone()
 
     def _trim(self) -> None:
@@ -205,7 +229,7 @@ class QueryLog:
             )
 
     def clone(self) -> QueryLog:
-        """Return an independent copy; the tensors are shared, for nobody writes into them."""
+        """Return an independent copy; tensors are shared unless somebody writes into them."""
         twin = QueryLog(self.observe, feeds_attention=self.feeds_attention)
-        twin.records = [replace(r, counts=list(r.counts), queries=dict(r.queries)) for r in self.records]
+        twin.records = [replace(r, counts=list(r.counts), queries=r.queries.copy()) for r in self.records]
         return twin

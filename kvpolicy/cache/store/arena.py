@@ -96,22 +96,27 @@ class ArenaStore:
 
     def append_slots(self, plan: WritePlan) -> None:
         """Write positions and fresh slot state of the new tokens, for all layers at once; `append` follows."""
-        fills = [(self.state[s.name], s.fill) for s in self.states]
-        start, end = plan.start, plan.end
         arenas = [self.keys, self.values]
-        used = [arena.narrow(3, 0, end).unbind(0) for arena in arenas]
-        if start is not None:
+        used = [arena.narrow(3, 0, plan.end).unbind(0) for arena in arenas]
+        if plan.start is None:
+            self._open = list(zip(*used, strict=True))
+        else:
             # All layers' views at once: making them for one layer of one token at a time is measurable.
-            new = [arena.narrow(3, start, plan.width).unbind(0) for arena in arenas]
+            new = [arena.narrow(3, plan.start, plan.width).unbind(0) for arena in arenas]
             self._open = list(zip(*used, *new, strict=True))
-            span = slice(start, start + plan.width)
+        self.mark_slots(plan)
+
+    def mark_slots(self, plan: WritePlan) -> None:
+        """Write positions and fresh slot state of the new tokens; their keys and values come by another way."""
+        fills = [(self.state[s.name], s.fill) for s in self.states]
+        if plan.start is not None:
+            span = slice(plan.start, plan.start + plan.width)
             self.positions[:, :, :, span] = plan.positions
             if self.rope_positions is not self.positions:
                 self.rope_positions[:, :, :, span] = plan.rope_positions
             for tensor, fill in fills:
                 tensor[:, :, :, span] = fill
             return
-        self._open = list(zip(*used, strict=True))
         row, slot = plan.row, plan.slot
         # Advanced indices that are kept apart by a slice come first in the result: [M, L, H].
         self.positions[:, row, :, slot] = plan.positions[:, None, None]

@@ -25,6 +25,9 @@ class Stores(dict[int, ArenaStore]):
         bound: most entries per head while decoding, or None when there is no bound.
         states: slot state that moves with the entries.
         re_rotates: kept keys are turned to other positions than their own.
+
+    Attributes:
+        slots: slots that an arena has from the beginning, and at least; None where it grows with what is held.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Stores(dict[int, ArenaStore]):
         super().__init__()
         self.groups = [tuple(group) for group in groups]
         self.ragged, self.bound, self.states, self.re_rotates = ragged, bound, tuple(states), re_rotates
+        self.slots: int | None = None
 
     def distinct(self) -> list[ArenaStore]:
         """Return each store once."""
@@ -69,6 +73,8 @@ class Stores(dict[int, ArenaStore]):
         bound = self.bound
         if isinstance(store, RaggedStore) and store.bases:
             capacity = -(-needed // BLOCK) * BLOCK
+        elif self.slots is not None and needed <= self.slots:
+            capacity = self.slots
         elif bound is not None and needed <= bound:
             capacity = min(bound, max(needed + needed // 2, _EAGER_SLOTS))
         elif bound is not None and not decoding:
@@ -79,7 +85,7 @@ class Stores(dict[int, ArenaStore]):
 
     def shrink(self, used: int, incoming: int) -> None:
         """Give back what lies behind the bound, once the `used` slots and `incoming` new ones fit into it."""
-        bound = self.bound
+        bound = self.bound if self.slots is None else self.slots
         for store in self.distinct():
             if bound is not None and store.capacity > bound >= used + incoming:
                 store.resize(bound, used)
@@ -128,6 +134,7 @@ class Stores(dict[int, ArenaStore]):
     def clone(self) -> Stores:
         """Return an independent copy."""
         twin = Stores(self.groups, ragged=self.ragged, bound=self.bound, states=self.states, re_rotates=self.re_rotates)
+        twin.slots = self.slots
         copies = {id(store): store.clone() for store in self.distinct()}
         twin.update({layer: copies[id(store)] for layer, store in self.items()})
         return twin

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 from torch import nn
@@ -52,8 +53,8 @@ class Switched(str):
         return (type(None), ()) if self.before is None else (str, (self.before,))
 
 
-_lock = threading.Lock()
-_left: deque[tuple[Any, Switched]] = deque()
+lock = threading.Lock()
+_left: deque[Callable[[], None]] = deque()
 
 
 def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[], None]:
@@ -69,19 +70,27 @@ def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[]
     owners = (getattr(module, "config", None) for module in model.modules())
     configs: list[Any] = list({id(config): config for config in owners if type(config) in kinds}.values())
     try:
-        with _lock:
+        with lock:
             made = [(config, _switch(config, modules)) for config in configs]
             for config, name in made:
                 name.uses += 1
                 config._attn_implementation_internal = name
     finally:
-        _undo_left()
+        undo_left()
+    return partial(undo, [partial(_leave, config, name) for config, name in made])
 
-    def detach() -> None:
-        _left.extend(made)
-        _undo_left()
 
-    return detach
+def undo(changes: Sequence[Callable[[], None]]) -> None:
+    """Run functions that undo something under `lock`, here or in whoever holds it."""
+    _left.extend(changes)
+    undo_left()
+
+
+def _leave(config: Any, name: Switched) -> None:
+    name.uses -= 1
+    # Somebody may have chosen another implementation meanwhile; that choice stays.
+    if not name.uses and config._attn_implementation_internal is name:
+        config._attn_implementation_internal = name.before
 
 
 def _switch(config: Any, modules: dict[int, nn.Module]) -> Switched:
@@ -102,14 +111,11 @@ def _switch(config: Any, modules: dict[int, nn.Module]) -> Switched:
     return Switched.of(config, base)
 
 
-def _undo_left() -> None:
-    while _left and _lock.acquire(blocking=False):
+def undo_left() -> None:
+    """Undo what is waiting for `lock`, unless somebody holds it, who will; called after every use of it."""
+    while _left and lock.acquire(blocking=False):
         try:
             while _left:
-                config, name = _left.popleft()
-                name.uses -= 1
-                # Somebody may have chosen another implementation meanwhile; that choice stays.
-                if not name.uses and config._attn_implementation_internal is name:
-                    config._attn_implementation_internal = name.before
+                _left.popleft()()
         finally:
-            _lock.release()
+            lock.release()

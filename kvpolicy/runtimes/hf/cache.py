@@ -14,20 +14,24 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.graph import GraphEngine
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.contracts.components import NEEDS
-from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
+from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
+from kvpolicy.runtimes.hf.graph import GraphLayer, GraphPasses
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
 from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
+from kvpolicy.runtimes.hf.resolve import resolve
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
+from kvpolicy.runtimes.hf.steps import open_before_forward, refuse_in_a_graph, slots_of
 from kvpolicy.runtimes.hf.trial import alike, refuse_implementation, survey, try_attention
 from kvpolicy.tables import check_fit
 
@@ -47,13 +51,17 @@ class PolicyCache(Cache):
     Args:
         policy: a `Policy`, a `PolicySpec`, the name of a registered policy, or the path of a policy file.
         model: a decoder of transformers whose attention goes through the attention registry.
+        graph: whether decode steps are to run as one graph (`torch.compile`, CUDA graphs): every layer then has as many
+            slots as the policy bounds its entries to, or this number of them, and they stay where they are.
 
     Raises:
-        UnsupportedError: the model, its attention implementation or a need of the policy is not supported.
-        SpecError: the policy is not valid.
+        UnsupportedError: the model, its attention implementation, a need of the policy or `graph` is not supported.
+        SpecError: the policy, or the number of slots, is not valid.
     """
 
-    def __init__(self, policy: Policy | PolicySpec | str | Path, model: PreTrainedModel) -> None:
+    def __init__(
+        self, policy: Policy | PolicySpec | str | Path, model: PreTrainedModel, *, graph: bool | int = False
+    ) -> None:
         self.policy = resolve(policy)
         missing = sorted(self.policy.needs - SERVED)
         if missing:
@@ -61,6 +69,7 @@ class PolicyCache(Cache):
                 f"policy {self.policy.name!r} needs {missing[0]} ({NEEDS.get(missing[0], 'not known')}), which the "
                 "transformers runtime cannot give; choose another component."
             )
+        parts: Any = {} if graph is False else {"slots": slots_of(self.policy, graph)}
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported.")
         generation = getattr(model, "generation_config", None)  # a model without a language head has none
@@ -72,15 +81,22 @@ class PolicyCache(Cache):
             check_fit(self.policy.components, len(layers), *shape)
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
         ranks, heads = parallel_heads(model, evictable)
-        engine = Engine(self.policy, alike(modules), len(layers), ropes, ranks=ranks, heads=heads)
         every = attention_modules(model)
-        self._passes = Passes(engine, model, every, has_images=bool(image_tokens(model)))
         shared = readers(model, every)
+        kinds: Any = (Engine, Passes, EvictingLayer)
+        if graph is not False:
+            refuse_in_a_graph(model, layers, evictable, shared)
+            kinds = (GraphEngine, GraphPasses, GraphLayer)
+        engine = kinds[0](self.policy, alike(modules), len(layers), ropes, ranks=ranks, heads=heads, **parts)
+        self._passes: Passes = kinds[1](engine, model, every, has_images=bool(image_tokens(model)))
         for i in evictable:
-            layers[i] = EvictingLayer(self._passes, i, shared.get(i, ()))
-        self.model = model
+            layers[i] = kinds[2](self._passes, i, shared.get(i, ()))
+        self.model, self._graph = model, graph
         super().__init__(layers=layers)
         undo = [attach(model, modules)]
+        if isinstance(self._passes, GraphPasses):
+            self._passes.layers = {i: layers[i] for i in evictable}
+            undo.append(open_before_forward(model))
         if shared:
             undo.append(compute_whole_prompts(model))
         self._detach = weakref.finalize(self, _call_all, undo)
@@ -126,7 +142,7 @@ class PolicyCache(Cache):
         """Return an independent copy that is attached to the same model, for several continuations of one prompt."""
         if not self._detach.alive:
             raise CacheStateError("this cache is closed; fork() it before its `with` block ends.")
-        twin = PolicyCache(self.policy, self.model)
+        twin = PolicyCache(self.policy, self.model, graph=self._graph)
         twin._passes.fork(self._passes)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, EvictingLayer):
@@ -158,7 +174,7 @@ class PolicyCache(Cache):
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
         """Return (key length, offset) for the mask of a layer; ours announces the mask that comes next."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        ours = isinstance(self.layers[layer_idx], EvictingLayer) and self._detach.alive
+        ours = isinstance(self.layers[layer_idx], EvictingLayer) and self._attached
         announce(self._passes if ours else None)
         return sizes
 
@@ -172,8 +188,18 @@ class PolicyCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: the cache decides on the host when to compact."""
-        return False
+        """Whether the cache was made with `graph`, so that `generate` compiles decode steps where it does so."""
+        return self._graph is not False and self._attached
+
+    @property
+    def _attached(self) -> bool:
+        # A finalizer is more than can be traced, and a graph runs in a step that an attached cache has opened.
+        return (self._graph is not False and torch.compiler.is_compiling()) or self._detach.alive
+
+    @property
+    def opens_steps(self) -> GraphPasses | None:
+        """What opens a step before the model's `forward`; None unless the cache was made with `graph`."""
+        return self._passes if isinstance(self._passes, GraphPasses) and self._detach.alive else None
 
     def activate_past_recording(self) -> None:
         """Prepare for crops, as assisted decoding asks before it starts (transformers 5.23).
@@ -294,6 +320,25 @@ class PolicyCache(Cache):
             raise CacheStateError(f"expect: {kind!r} is no kind of forward pass; write one of {', '.join(KINDS)}.")
         self._passes.expected = kind
 
+    def begin_step(self, attention_mask: Tensor | None = None) -> None:
+        """Begin a decode step of a cache with `graph`, where the model's own `forward` is not what is called next.
+
+        Calling the model, compiled or not, does it by itself. Before the replay of a captured CUDA graph, or a compiled
+        part of the model, it is called once for each token: it compacts what is due and says where the token goes.
+
+        Args:
+            attention_mask: `[B, columns]`, of everything seen and the step's tokens; None where nothing is hidden.
+
+        Raises:
+            CacheStateError: there is no such step, as nothing has been cached or a row sits it out.
+        """
+        passes = self.opens_steps
+        if passes is None or not passes.begin_step(len(self.engine.rows), attention_mask):
+            raise CacheStateError(
+                "begin_step: there is no step to begin; make the cache with graph=True, feed the prompt first, and "
+                "run a step in which a row is padding with the model as it is."
+            )
+
     def set_modality(self, images: Tensor) -> None:
         """Say which tokens of the prompt are image tokens, for policies that treat them apart.
 
@@ -351,19 +396,3 @@ def _positions(mask: Tensor | None, start: int, end: int) -> Tensor | None:
     if mask is None:
         return None
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:end]
-
-
-def resolve(policy: Policy | PolicySpec | str | Path) -> Policy:
-    """Return the `Policy` that a name, path, specification or policy stands for."""
-    if isinstance(policy, Policy):
-        return policy
-    if isinstance(policy, str | Path):
-        from kvpolicy.spec import load
-
-        policy = load(policy)
-    build: Callable[[], Policy] | None = getattr(policy, "build", None)
-    if build is None:
-        raise SpecError(
-            f"policy: {type(policy).__name__} is not a policy; give a name, a path, a PolicySpec or a Policy."
-        )
-    return build()

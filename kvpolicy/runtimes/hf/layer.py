@@ -71,9 +71,7 @@ class EvictingLayer(CacheLayerMixin):
         """Append keys `[B, H, q, D]` and values; return views over everything that is resident."""
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError("PolicyCache is for inference: call the model under torch.no_grad().")
-        current = self.passes.current
-        if current is None or not current.arrived or current.unattended is not None:
-            current = self.passes.begin(key_states)
+        current = self.passes.arrive(key_states)
         engine = self.passes.engine
         if self.layer_idx in engine.stores:
             keys, values = engine.append(self.layer_idx, key_states, value_states)

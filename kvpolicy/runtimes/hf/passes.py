@@ -37,6 +37,7 @@ class Pass:
         readings: layer whose keys several layers read -> reader -> its queries and what its call told, until all have
             come by.
         attending: the layer whose attention has begun and has not returned.
+        unread: the mask `[B, columns]` of a step, which is read when the step begins.
     """
 
     columns: int
@@ -46,6 +47,7 @@ class Pass:
     unattended: int | None = None
     readings: dict[int, dict[int, tuple[Tensor, LayerFacts]]] = field(default_factory=dict)
     attending: int | None = None
+    unread: Tensor | None = None
 
 
 class Passes:
@@ -67,7 +69,7 @@ class Passes:
     ) -> None:
         self.engine = engine
         self.has_images = has_images
-        self._model = model
+        self.model = model
         self.modules = set(modules.values())
         self._configs: dict[int, Any] = {}  # by identity: configurations compare by value
         around = (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
@@ -114,20 +116,17 @@ class Passes:
         custom = None
         if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
             custom = self._build_custom(build, kwargs)
-        valid = None
-        if mask is not None:
-            if mask.shape[1] < seen + columns:
-                raise CacheStateError(
-                    f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more "
-                    f"come in; pass a mask of {seen + columns} columns."
-                )
-            valid = self._read_mask(mask, columns)
-        self.current = Pass(columns, valid, kind)
+        self.current = Pass(columns, None if mask is None else self._read_mask(mask, columns), kind)
         return custom
 
     def _read_mask(self, mask: Tensor, columns: int) -> Tensor | None:
         """Drop what a mask `[B, seen + columns]` hides of the past; return its new columns, None if they are tokens."""
         seen = self.engine.columns
+        if mask.shape[1] < seen + columns:
+            raise CacheStateError(
+                f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} and {columns} more "
+                f"come in; pass a mask of {seen + columns} columns."
+            )
         self._late.check()
         # The first step of a turn is read on the host too: that is where masks change, and it is once in a turn.
         if columns == 1 and mask.device.type != "cpu" and self._late.follows(mask, seen):
@@ -159,7 +158,7 @@ class Passes:
 
     def _check_caller(self, config: Any) -> None:
         if config is not None and id(config) not in self._configs:
-            self._configs = {id(c): c for c in _configs(self._model)}
+            self._configs = {id(c): c for c in _configs(self.model)}
             if id(config) not in self._configs:
                 raise self.foreign(config)
         for module in self._checkpointing:
@@ -172,7 +171,7 @@ class Passes:
     def check_module(self, module: nn.Module) -> None:
         """Raise UnsupportedError unless an attention module is one of this cache's model, wrapped since or not."""
         if module not in self.modules:
-            if not any(module is own for own in self._model.modules()):
+            if not any(module is own for own in self.model.modules()):
                 raise self.foreign(module)
             self.modules.add(module)
 
@@ -192,6 +191,13 @@ class Passes:
         return torch.empty(0)
 
     # -- arrival ------------------------------------------------------------------------------------------------------
+
+    def arrive(self, keys: Tensor) -> Pass:
+        """Return the pass that a layer's keys `[B, H, q, D]` belong to; the first layer opens it: see `begin`."""
+        current = self.current
+        if current is None or not current.arrived or current.unattended is not None:
+            return self.begin(keys)
+        return current
 
     def begin(self, keys: Tensor) -> Pass:
         """Open the announced pass at its first layer; check that every earlier layer's attention came by.
@@ -215,13 +221,19 @@ class Passes:
         try:
             self._check_fits(current, keys)
             with ordinary_tensors():
-                self.engine.open(keys.shape[0], current.columns, current.valid, keys.device, kind=current.kind)
+                self._open(current, keys)
         except BaseException:
             self.current = None  # refused: nothing was stored, and nobody is to blame for it later
             raise
+        self._arrived(current)
+        return current
+
+    def _arrived(self, current: Pass) -> None:
         self._retracted, self.expected = False, None
         current.arrived = True
-        return current
+
+    def _open(self, current: Pass, keys: Tensor) -> None:
+        self.engine.open(keys.shape[0], current.columns, current.valid, keys.device, kind=current.kind)
 
     def _check_fits(self, current: Pass, keys: Tensor) -> None:
         if current.columns != keys.shape[2]:
