@@ -6,7 +6,10 @@ command. `kvpolicy calibrate` makes them; components name one in a parameter of 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +24,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from torch import Tensor
 
 from kvpolicy.errors import TableError, UnknownComponentError
+from kvpolicy.inputs import expanded, read_bytes
 from kvpolicy.loading import installed
 from kvpolicy.outputs import replace_file
 
@@ -49,6 +53,7 @@ keys along it are attended to. ``query_frequencies``: for each query head and ro
 un-rotated queries as a complex number (real, imaginary) and the mean of their magnitudes.
 """
 
+_SETTLED_NS: Final = 2_000_000_000
 _SIGNED: Final = frozenset({"filters", "mean"})
 
 
@@ -237,13 +242,24 @@ def supplying(supplier: Callable[[str, str], Table | None]) -> Iterator[None]:
 
 
 _supplier: ContextVar[Callable[[str, str], Table | None] | None] = ContextVar("kvpolicy_tables", default=None)
-_cache: dict[Path, tuple[tuple[int, int], Table]] = {}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A table that was read: the hash of its file, and what the system says of the file, if it can be trusted."""
+
+    table: Table
+    digest: bytes
+    stamp: tuple[int, ...] | None
+
+
+_cache: dict[Path, _Read] = {}
 
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
     if not isinstance(name_or_path, str) or text.endswith(SUFFIX):
-        return Path(text).expanduser()
+        return expanded(text)
     catalog = installed.catalog()
     found: dict[str, Path] = {entry.name: entry.value for entry in catalog.tables()}
     if text not in found:
@@ -256,36 +272,38 @@ def _read(path: Path) -> Table:
         status = path.stat()
     except (OSError, ValueError):
         raise TableError(f"table {str(path)!r}: there is no such file; make it with `kvpolicy calibrate`.") from None
-    stamp = (status.st_mtime_ns, status.st_size)
+    # Size and time of modification can be set; the time of change cannot, but it ticks: what was changed just now may
+    # change again within the same tick.
+    stamp = (status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
     known = _cache.get(path)
-    if known is not None and known[0] == stamp:
-        return known[1]
-    if not path.is_file() or status.st_size > MAX_BYTES:
-        raise TableError(f"table {str(path)!r}: is not an ordinary file of at most {MAX_BYTES >> 20} MiB.")
-    table = _parsed(path)
-    _cache[path] = (stamp, table)
+    if known is not None and known.stamp == stamp:
+        return known.table
+    settled = time.time_ns() - status.st_ctime_ns > _SETTLED_NS
+    raw = read_bytes(path, "table", most=MAX_BYTES, option="table", error=TableError)
+    digest = hashlib.sha256(raw).digest()
+    table = known.table if known is not None and known.digest == digest else _parsed(path, raw)
+    _cache[path] = _Read(table, digest, stamp if settled else None)
     return table
 
 
-def _parsed(path: Path) -> Table:
-    from safetensors import SafetensorError, safe_open
+def _parsed(path: Path, raw: bytes) -> Table:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            version = metadata.pop("kvpolicy_table", None)
-            if version is None:
-                raise TableError(
-                    f"table {str(path)!r}: is not a table of kvpolicy; make one with `kvpolicy calibrate`."
-                )
-            if version != str(FORMAT_VERSION):
-                raise TableError(
-                    f"table {str(path)!r}: has format version {version[:20]!r} and this kvpolicy reads "
-                    f"{FORMAT_VERSION}; make it again with `kvpolicy calibrate`."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        tensors = load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise TableError(f"table {str(path)!r}: is not a readable safetensors file ({error}).") from None
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    version = metadata.pop("kvpolicy_table", None)
+    if version is None:
+        raise TableError(f"table {str(path)!r}: is not a table of kvpolicy; make one with `kvpolicy calibrate`.")
+    if version != str(FORMAT_VERSION):
+        raise TableError(
+            f"table {str(path)!r}: has format version {version[:20]!r} and this kvpolicy reads "
+            f"{FORMAT_VERSION}; make it again with `kvpolicy calibrate`."
+        )
     try:
         words: dict[str, Any] = {name: metadata.pop(name) for name in ("kind", "model", "method", "command")}
         shape: dict[str, Any] = {name: int(metadata.pop(name)) for name in ("num_layers", "num_kv_heads", "head_dim")}

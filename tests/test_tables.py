@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import kvpolicy
-from kvpolicy import Catalog, ImportanceScorer, PluginError, PolicySpec, SpecError, UnknownComponentError
+from kvpolicy import Catalog, ImportanceScorer, PluginError, PolicySpec, SpecError, UnknownComponentError, tables
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import TableError
 from kvpolicy.loading import installed
@@ -94,6 +94,24 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert second.tensors["scores"][2, 1] == 5
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_file_that_changed_under_the_same_size_and_time_is_read_again(tmp_path, settled, monkeypatch):
+    if settled:  # as if it had been written long ago
+        monkeypatch.setattr(tables, "_SETTLED_NS", -(10**18))
+    path = tmp_path / "it.safetensors"
+    for number in range(20):  # within one tick of the file system's clock, too
+        scores = torch.tensor([[0.0, number + 1.0], [2, 3], [4, 5]])
+        save_table(table(tensors={"scores": scores}), tmp_path / "new.safetensors")
+        if settled or number % 2:
+            (tmp_path / "new.safetensors").replace(path)
+        else:
+            path.write_bytes((tmp_path / "new.safetensors").read_bytes())  # the same file with another content
+        os.utime(path, ns=(10**18, 10**18))
+        found = load_table(path, "head_scores")
+        assert torch.equal(found.tensors["scores"], scores)
+        assert load_table(path, "head_scores") is found
+
+
 SAME = torch.tensor([0.2, 0.4])[:, None, None].expand(2, L, H)
 ONE_WITHOUT = torch.eye(L * H, D).reshape(L, H, D) * torch.tensor([0.0, 1.0])[:, None]
 BAD = {
@@ -159,8 +177,12 @@ def test_files_that_are_no_tables_are_refused_by_name(tmp_path):
     save_file({"scores": torch.rand(L, H)}, path, metadata={"kvpolicy_table": "1", "kind": "head_scores"})
     with pytest.raises(TableError, match="its metadata are damaged"):
         load_table(path, "head_scores")
-    with pytest.raises(TableError, match="is not an ordinary file"):
+    with pytest.raises(TableError, match="is a directory; give one table"):
         load_table(tmp_path, "head_scores")
+    with pytest.raises(TableError, match="is not an ordinary file; give a table"):
+        load_table(Path("/dev/zero"), "head_scores")
+    with pytest.raises(TableError, match="there is no such file"):
+        load_table("~nosuch/it.safetensors", "head_scores")
 
 
 def test_a_table_of_another_kind_is_refused(tmp_path):

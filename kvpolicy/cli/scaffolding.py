@@ -7,10 +7,14 @@ import re
 import secrets
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+
+_RESERVED: Final = re.compile(r"con|prn|aux|nul|com\d|lpt\d")
 
 new = typer.Typer(help="Write a skeleton to start from.", no_args_is_help=True)
 
@@ -72,8 +76,31 @@ def check_name(name: str) -> None:
     module = module_of(name)
     if keyword.iskeyword(module) or module in sys.stdlib_module_names:
         raise KVPolicyError(f"NAME: {name!r} is a word of Python itself; choose another name, such as {name}-plugin.")
-    if module in ("kvpolicy", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_registry", "tests"):
-        raise KVPolicyError(f"NAME: {name!r} is taken by kvpolicy or its tools; choose another name.")
+    if _RESERVED.fullmatch(name):
+        raise KVPolicyError(f"NAME: {name!r} is a device on Windows, no folder; choose another name.")
+    if module in ("kvpolicy", "tests") or _installed(name, module):
+        raise KVPolicyError(
+            f"NAME: {name!r} is the name of an installed package or module, which would be hidden; choose another name."
+        )
+    import kvpolicy
+
+    catalog = kvpolicy.catalog()
+    brought = {"policy": (name, f"{name}-slope"), "importance": (f"{module}_size",), "allocator": (f"{module}_slope",)}
+    for kind, names in brought.items():
+        for each in set(names) & set(catalog.names(kind)):
+            raise KVPolicyError(
+                f"NAME: {name!r} would register the {kind} {each!r}, which is there; choose another name."
+            )
+
+
+def _installed(name: str, module: str) -> bool:
+    """Whether a package or module of that name can be imported or uninstalled here."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None  # a folder in the working directory is no package
+    return True
 
 
 def module_of(name: str) -> str:

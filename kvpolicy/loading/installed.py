@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+import sys
 import threading
 import traceback
 import warnings
@@ -24,6 +25,9 @@ from kvpolicy.loading.entries import Catalog, Origin, PluginFailure, shown
 
 DISABLED_VARIABLE: Final = "KVPOLICY_DISABLED_PLUGINS"
 """Environment variable: names of entry points that are not loaded, separated by commas."""
+
+DEBUG_VARIABLE: Final = "KVPOLICY_DEBUG_PLUGINS"
+"""Environment variable: if set, each plugin is named on standard error before it is loaded."""
 
 MAX_REGISTRATIONS: Final = 1_000
 """How often one plugin may call `register`; a hook that registers without end is cut off there."""
@@ -84,6 +88,9 @@ def load_catalog() -> Catalog:
             if point.name in disabled:
                 found.disabled.append(origin)
                 continue
+            if os.environ.get(DEBUG_VARIABLE):  # at once, for the process may not outlive the import
+                sys.stderr.write(f"kvpolicy loads plugin {point.name!r} of {origin.distribution} ({point.value})\n")
+                sys.stderr.flush()
             try:
                 brought = _collect(_plugin_manager(point, origin), origin)
             except PluginError as error:

@@ -69,7 +69,8 @@ def test_new_plugin_writes_it(run, tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["", "My-plugin", "my_plugin", "1st", "a--b", "-a", "a-", "../evil", "a/b", "a b", "a\nb", "ä", "x" * 65, "json",
-     "class", "kvpolicy", "tests"],
+     "class", "kvpolicy", "tests", "torch", "transformers", "pytest", "yaml", "pyyaml", "kvpolicy-plugins", "con",
+     "nul", "com1", "lpt9", "rkv", "full", "knorm"],
 )  # fmt: skip
 def test_new_plugin_refuses_names(name, run, tmp_path):
     code, out, err = run("new", "plugin", "--into", tmp_path, "--", name)

@@ -267,3 +267,18 @@ def test_every_public_name_exists():
     assert "TYPE_CHECKING" not in dir(kvpolicy)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kvpolicy.nothing  # noqa: B018
+
+
+def test_the_plugin_that_ends_the_process_is_the_last_that_was_named(install, tmp_path, monkeypatch):
+    install("import os\nos._exit(7)", plugin="z-deadly")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = "import kvpolicy; kvpolicy.load('rkv')"
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    monkeypatch.setenv("KVPOLICY_DEBUG_PLUGINS", "1")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert "kvpolicy loads plugin 'z-deadly' of " in done.stderr.splitlines()[-1]
+    monkeypatch.setenv("KVPOLICY_DISABLED_PLUGINS", "z-deadly")
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
