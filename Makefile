@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser lint types check bench models
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm lint types check bench models
 
 BIN := .venv/bin
 
@@ -43,6 +43,12 @@ test-aot: setup ## the Triton kernels compiled for GPUs that need not be there
 test-browser: setup ## the pages that are written, in a headless Chromium
 	scripts/browser.sh
 	KVPOLICY_BROWSER=required $(BIN)/pytest -m browser tests/browser
+
+test-vllm: .venv-vllm/.setup-done ## engines of vLLM on the CPU, in an environment of their own (3.5 GB)
+	.venv-vllm/bin/python -P -m pytest -m "vllm and not slow" tests/runtimes/vllm
+
+.venv-vllm/.setup-done: pyproject.toml scripts/vllm_env.sh
+	@scripts/vllm_env.sh
 
 lint: setup ## ruff and the direction of imports
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -158,3 +160,11 @@ def test_a_variable_that_is_no_json_is_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, '{"policy": rkv}')
     with pytest.raises(SpecError, match="this is no JSON"):
         asked(None)
+
+
+def test_the_table_of_policies_is_up_to_date():
+    root = Path(__file__).resolve().parents[3]
+    spec = importlib.util.spec_from_file_location("vllm_policies", root / "scripts" / "vllm_policies.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/vllm_policies.py"
