@@ -1,4 +1,4 @@
-"""Write docs/vllm-policies.md from the bundled policies: `python scripts/vllm_policies.py` (`--check` only compares)."""
+"""Write docs/vllm-policies.md from the bundled policies: `python scripts/vllm_policies.py` (`--check` compares)."""
 
 from __future__ import annotations
 
