@@ -15,7 +15,7 @@ import pytest
 
 import kvpolicy
 from kvpolicy.runtimes.vllm.settings import settings
-from kvsupport.vllm_engine import run
+from kvsupport.vllm_engine import job, run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -63,35 +63,48 @@ def same_as_transformers(model: Any, policy: dict[str, Any], asked: list[list[in
 
 
 def test_one_request_keeps_what_transformers_keeps_and_frees_the_rest(reasoner):
-    """The short part that CI runs: full would hold 12 blocks at the end."""
-    asked = prompts(1, 40)
-    made = run(REASONER, asked, 340, policy=small("rkv", interval=32))
-    assert same_as_transformers(reasoner, small("rkv", interval=32), asked, made) == 9
+    """Full would hold 12 blocks at the end."""
+    asked, policy = prompts(1, 40), small("rkv", interval=32)
+    (made,) = run(job(REASONER, asked, 340, policy=policy))
+    assert same_as_transformers(reasoner, policy, asked, made) == 9
     assert made["peak"] == 3
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [small("rkv-density"), small("snapkv"), small("g-kv"), small("random"), small("sinks-recent"), small("knorm"),
-     small("tova", interval=None), small("h2o", interval=None), small("keydiff", prefill_chunk=None), small("lagkv"),
-     small("lazy-eviction"), small("rkv-code"), small("rkv-paper"), small("recent-pinned"), small("random-pinned"),
-     small("snapkv-prefill", interval=None), small("mixkv"), small("expected-attention"),
-     small("rkv", selector__scope="layer"), small("rkv", selector__scope="model")],
-    ids=lambda each: "-".join([each["policy"], *(str(v) for k, v in each["set"].items() if k == "selector.scope")]),
-)  # fmt: skip
-def test_policies_keep_what_transformers_keeps(reasoner, policy):
-    """A prompt below the budget, and one above it that ends within a block."""
-    pinned = policy["policy"].endswith("pinned")
-    asked = [*prompts(1, 40), *prompts(1, 50 if pinned else 301)]
-    made = run(REASONER, asked, 180, policy=policy)
-    assert same_as_transformers(reasoner, policy, asked, made) >= (1 if "prefill" in policy["policy"] else 3)
+POLICIES = {
+    name: small(name)
+    for name in ("rkv-density", "snapkv", "g-kv", "random", "sinks-recent", "knorm", "lagkv", "lazy-eviction",
+                 "rkv-code", "rkv-paper", "recent-pinned", "random-pinned", "mixkv", "expected-attention")
+} | {
+    "tova": small("tova", interval=None), "h2o": small("h2o", interval=None),
+    "keydiff": small("keydiff", prefill_chunk=None), "snapkv-prefill": small("snapkv-prefill", interval=None),
+    "rkv-layer": small("rkv", selector__scope="layer"), "rkv-model": small("rkv", selector__scope="model"),
+}  # fmt: skip
+
+
+def asked_of(name: str) -> list[list[int]]:
+    """A prompt below the budget, and one above it that ends within a block (unless it must stay whole)."""
+    return [*prompts(1, 40), *prompts(1, 50 if name.endswith("pinned") else 301)]
+
+
+@pytest.fixture(scope="module")
+def served() -> dict[str, dict[str, Any]]:
+    """All policies, each in an engine of its own, in one process."""
+    jobs = [job(REASONER, asked_of(name), 180, policy=policy) for name, policy in POLICIES.items()]
+    return dict(zip(POLICIES, run(*jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_keep_what_transformers_keeps(reasoner, served, name):
+    compactions = same_as_transformers(reasoner, POLICIES[name], asked_of(name), served[name])
+    assert compactions >= (1 if name == "snapkv-prefill" else 3)
 
 
 def test_below_the_budget_nothing_changes():
     asked = prompts(3, 40)
-    plain = run(REASONER, asked, 300)
-    served = run(REASONER, asked, 300, policy=small("rkv", 512, 128))
-    unset = run(REASONER, asked, 300, engine={"worker_cls": "kvpolicy.runtimes.vllm.Worker"})
+    plain, served, unset = run(
+        job(REASONER, asked, 300), job(REASONER, asked, 300, policy=small("rkv", 512, 128)),
+        job(REASONER, asked, 300, worker_cls="kvpolicy.runtimes.vllm.Worker"),
+    )  # fmt: skip
     assert plain["tokens"] == served["tokens"] == unset["tokens"]
     assert plain["steps"] == served["steps"]
     assert plain["peak"] == served["peak"] == unset["peak"]
@@ -101,63 +114,56 @@ def test_below_the_budget_nothing_changes():
 def test_many_requests_in_a_tight_pool(reasoner):
     """16 requests of 384 tokens in 65 blocks of 32: none is given up, and steps are at most half of full KV."""
     asked, policy = prompts(16, 46), small("rkv-density")
-    made = run(REASONER, asked, 384, policy=policy, engine=TIGHT)
+    wanted = job(REASONER, asked, 384, policy=policy, **TIGHT)
+    ahead = job(REASONER, asked, 384, policy=policy, **TIGHT, async_scheduling=True)
+    made, later, full = run(wanted, ahead, job(REASONER, asked, 384, **TIGHT))
     assert same_as_transformers(reasoner, policy, asked, made) == 16 * 5
     assert made["peak"] == 64
-    full = run(REASONER, asked, 384, engine=TIGHT)
     assert full["preemptions"] > 0
     assert made["steps"] <= full["steps"] / 2
-    for engine, processes in ({"async_scheduling": True}, False), ({"async_scheduling": True}, True), ({}, True):
-        again = run(REASONER, asked, 384, policy=policy, engine=TIGHT | engine, processes=processes)
-        assert again["tokens"] == made["tokens"], (engine, processes)
+    for again in (later, *run(wanted, ahead, processes=True)):
+        assert again["tokens"] == made["tokens"]
 
 
-def test_prompts_in_pieces_are_one_prompt(reasoner):
-    asked, policy = prompts(5, 300), small("knorm")
-    made = run(REASONER, asked, 150, policy=policy, engine={"max_num_batched_tokens": 128})
-    assert same_as_transformers(reasoner, policy, asked, made) == 5 * 3
-
-
-def test_pieces_that_a_policy_asks_for_are_compacted_between(reasoner):
-    """Alone, with a prompt of whole pieces, they are the ones that transformers reads."""
-    policy = small("keydiff", prefill_chunk=64)
-    asked = prompts(1, 320)
-    made = run(REASONER, asked, 100, policy=policy, engine={"max_num_batched_tokens": 64})
-    assert len(made["kept"][0]) >= 4
-    assert made["peak"] <= 5
+def test_prompts_in_pieces_are_one_prompt_unless_a_policy_asks_for_pieces(reasoner):
+    """Alone, with a prompt of whole pieces, these are the ones that transformers reads."""
     from kvsupport.hf_reference import generate
 
-    tokens, kept = generate(reasoner, settings(policy).spec, asked[0], 100, piece=64)
-    assert made["kept"][0] == kept
-    assert made["tokens"][0] == tokens
-
-
-def test_a_prompt_that_the_pool_cannot_hold_is_served_between_its_pieces():
-    made = run(
-        REASONER, [*prompts(1, 900), *prompts(3, 30)], 64, policy=small("rkv"),
-        engine={"num_gpu_blocks_override": 12, "max_num_batched_tokens": 128},
+    asked, one, pieces = prompts(5, 300), small("knorm"), small("keydiff", prefill_chunk=64)
+    whole, cut, long = run(
+        job(REASONER, asked, 150, policy=one, max_num_batched_tokens=128),
+        job(REASONER, prompts(1, 320), 100, policy=pieces, max_num_batched_tokens=64),
+        job(REASONER, [*prompts(1, 900), *prompts(3, 30)], 64, policy=small("rkv"), num_gpu_blocks_override=12,
+            max_num_batched_tokens=128),
     )  # fmt: skip
-    assert [len(each) for each in made["tokens"]] == [64] * 4
-    assert len(made["kept"][0]) >= 4
-    assert made["peak"] <= 11
-    assert (made["left"], made["preemptions"]) == (0, 0)
+    assert same_as_transformers(reasoner, one, asked, whole) == 5 * 3
+    assert len(cut["kept"][0]) >= 4
+    assert cut["peak"] <= 5
+    assert (cut["tokens"][0], cut["kept"][0]) == generate(
+        reasoner, settings(pieces).spec, prompts(1, 320)[0], 100, piece=64
+    )
+    # A prompt that the pool cannot hold is compacted between its pieces.
+    assert [len(each) for each in long["tokens"]] == [64] * 4
+    assert len(long["kept"][0]) >= 4
+    assert (long["left"], long["preemptions"]) == (0, 0)
 
 
 @pytest.mark.parametrize("scope", ["head", "model"])
 def test_tensor_parallel_ranks_keep_what_one_process_keeps(scope):
     asked, policy = prompts(3, 100), small("rkv", interval=32, selector__scope=scope)
-    one = run(REASONER, asked, 160, policy=policy)
-    two = run(REASONER, asked, 160, policy=policy, processes=True, engine={"tensor_parallel_size": 2})
+    (one,) = run(job(REASONER, asked, 160, policy=policy))
+    (two,) = run(job(REASONER, asked, 160, policy=policy, tensor_parallel_size=2), processes=True)
     assert two["tokens"] == one["tokens"]
 
 
-def test_what_is_refused_at_start_up_says_so():
-    asked = prompts(1, 8)
-    for said, engine, word in (
-        (small("rkv"), {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
-        (small("rkv"), {"worker_cls": "auto"}, "--worker-cls kvpolicy.runtimes.vllm.Worker"),
-        (small("rkv", 70, 64), {}, "budget 70 is no multiple of the block size 32, .* write 64"),
-        (small("rkv"), {"num_gpu_blocks_override": 12}, "KV cache"),
-    ):
-        with pytest.raises(RuntimeError, match=word):
-            run(REASONER, asked, 4, policy=said, engine=engine)
+@pytest.mark.parametrize(
+    ("said", "engine", "word"),
+    [(small("rkv"), {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+     (small("rkv"), {"worker_cls": "auto"}, "--worker-cls kvpolicy.runtimes.vllm.Worker"),
+     (small("rkv", 70, 64), {}, "budget 70 is no multiple of the block size 32, .* write 64"),
+     (small("rkv"), {"num_gpu_blocks_override": 12}, "KV cache")],
+    ids=["caching", "worker", "blocks", "pool"],
+)  # fmt: skip
+def test_what_is_refused_at_start_up_says_so(said, engine, word):
+    with pytest.raises(RuntimeError, match=word):
+        run(job(REASONER, prompts(1, 8), 4, policy=said, **engine))

@@ -1,6 +1,6 @@
-"""One vLLM engine in a process of its own: a job comes as JSON, and what was generated, kept and scheduled goes back.
+"""vLLM engines in a process of their own: jobs come as JSON, and what was generated, kept and scheduled goes back.
 
-Run by tests and benchmarks as ``python -P -m kvsupport.vllm_engine JOB.json OUT.json`` in an environment that has vLLM.
+Run by tests as ``python -P -m kvsupport.vllm_engine JOBS.json OUT.json`` in an environment that has vLLM.
 """
 
 from __future__ import annotations
@@ -22,53 +22,62 @@ ENVIRONMENT = {
 WORKER = "kvpolicy.runtimes.vllm.Worker"
 
 
-def run(
-    model: Path | str, prompts: list[list[int]], tokens: int | list[int], *, policy: Any = None,
-    processes: bool = False, engine: dict[str, Any] | None = None, environment: dict[str, str] | None = None,
-    timeout: float = 900,
-) -> dict[str, Any]:  # fmt: skip
-    """Generate greedily in a new engine.
+def job(
+    model: Path | str, prompts: list[list[int]], tokens: int | list[int], *, policy: Any = None, **engine: Any
+) -> dict[str, Any]:
+    """Describe what is to be generated greedily in a new engine.
 
     Args:
         model: a folder.
         prompts: tokens of each request.
         tokens: how many to generate, for all or each.
         policy: kvpolicy's settings; None for vLLM without.
-        processes: scheduler and worker in processes of their own; then nothing is known but what was generated.
         engine: further arguments of `vllm.LLM`.
-        environment: further variables.
-        timeout: seconds.
+    """
+    return {"model": str(model), "prompts": prompts, "tokens": tokens, "policy": policy, "engine": engine}
+
+
+def run(*jobs: dict[str, Any], processes: bool = False, timeout: float = 1800) -> list[dict[str, Any]]:
+    """Do some jobs one after the other in a process of their own.
+
+    Args:
+        jobs: what `job` made.
+        processes: scheduler and worker in processes of their own, too; then nothing is known but what was generated.
+        timeout: seconds, for all of them.
 
     Returns:
-        `tokens` of each request, and of one process `steps`, `preemptions`, `peak` blocks, `left` blocks that are
-        held at the end, and `kept`: by request, the positions `[L][H][n]` after each compaction.
+        For each job `tokens` of each request, and of one process `steps`, `preemptions`, `peak` blocks, `left` blocks
+        that are held at the end, and `kept`: by request, the positions `[L][H][n]` after each compaction.
 
     Raises:
-        RuntimeError: the engine failed; the message is the end of what it said.
+        RuntimeError: an engine failed; the message is the end of what was said.
     """
-    job = {"model": str(model), "prompts": prompts, "tokens": tokens, "policy": policy, "processes": processes,
-           "engine": engine or {}}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        wanted, made = Path(folder, "job.json"), Path(folder, "out.json")
-        wanted.write_text(json.dumps(job))
+        wanted, made = Path(folder, "jobs.json"), Path(folder, "out.json")
+        wanted.write_text(json.dumps({"jobs": jobs, "processes": processes}))
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
             [sys.executable, "-P", "-m", "kvsupport.vllm_engine", str(wanted), str(made)],
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **(environment or {})},
+                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))},
             capture_output=True, text=True, check=False, timeout=timeout,
         )  # fmt: skip
         if done.returncode or not made.exists():
             raise RuntimeError((done.stdout + done.stderr)[-6000:])
-        result: dict[str, Any] = json.loads(made.read_text())
+        result: list[dict[str, Any]] = json.loads(made.read_text())
         return result
 
 
 def main(wanted: str, made: str) -> None:
-    """Do one job."""
-    from vllm import LLM, SamplingParams
+    """Do the jobs."""
+    asked = json.loads(Path(wanted).read_text())
+    Path(made).write_text(json.dumps([_generate(each, asked["processes"]) for each in asked["jobs"]]))
 
-    job = json.loads(Path(wanted).read_text())
+
+def _generate(job: dict[str, Any], processes: bool) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     options: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 64, "block_size": 32,
         "enable_prefix_caching": False, "disable_log_stats": True, "max_num_batched_tokens": 512,
@@ -77,7 +86,7 @@ def main(wanted: str, made: str) -> None:
     if job["policy"] is not None:
         options |= {"worker_cls": WORKER, "additional_config": {"kvpolicy": job["policy"]}}
     engine = LLM(job["model"], **options | job["engine"])
-    found = {} if job["processes"] else _watch(engine)
+    found = {} if processes else _watch(engine)
     counts = job["tokens"] if isinstance(job["tokens"], list) else [job["tokens"]] * len(job["prompts"])
     wishes = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in counts]
     prompts = [{"prompt_token_ids": each} for each in job["prompts"]]
@@ -89,7 +98,10 @@ def main(wanted: str, made: str) -> None:
         found["left"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
     found["tokens"] = [list(each.outputs[0].token_ids) for each in outputs]
     found["kept"] = [found.get("kept", {}).get(each.request_id, []) for each in outputs]
-    Path(made).write_text(json.dumps(found))
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    cleanup_dist_env_and_memory()
+    return found
 
 
 def _watch(engine: Any) -> dict[str, Any]:
