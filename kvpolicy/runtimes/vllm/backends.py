@@ -33,6 +33,15 @@ def register() -> None:
             registry.register_backend(member, ours)
 
 
+def forget_choices() -> None:
+    """Let vLLM choose backends anew: it remembers those of an engine that this process had before, without a policy."""
+    from vllm.v1.attention import selector
+
+    remembered = getattr(selector, "_cached_get_attn_backend", None)
+    if remembered is not None:
+        remembered.cache_clear()
+
+
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

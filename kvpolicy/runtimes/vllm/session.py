@@ -1,7 +1,7 @@
 """A worker's side: requests that vLLM's scheduler sends, in a paged cache over vLLM's own pages. No vLLM here.
 
 One step is `begin` (what the scheduler ordered: rows that go, compactions, new blocks), `plan` (once the runner has put
-its batch in order: what attention must know), `record` per layer, and the next `begin`.
+its batch in order: what attention must know), `record` per layer, and `end`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ class Session:
             CacheStateError: scheduler and worker have counted differently.
             BudgetError, ComponentError: from the policy.
         """
-        self._reading = None
         cached = ordered.scheduled_cached_reqs
         gone = set(ordered.finished_req_ids) | set(getattr(ordered, "preempted_req_ids", None) or ())
         for row in gone | set(cached.resumed_req_ids):
@@ -146,6 +145,10 @@ class Session:
             if self.check is not None:
                 self.check(self, self._reading, table)
         return self._reading
+
+    def end(self) -> None:
+        """End a step: what vLLM computes until the next one (batches that are made up) is none of ours."""
+        self._step, self._reading = {}, None
 
     def record(self, layer: int, queries: Tensor) -> None:
         """Keep what the policy needs of one layer's queries `[T, Hq, D]`; its keys and values have been stored."""

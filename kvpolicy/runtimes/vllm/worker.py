@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.vllm import backends, engine, metrics
 from kvpolicy.runtimes.vllm.check import check_step
 from kvpolicy.runtimes.vllm.metrics import Writer
@@ -28,7 +29,9 @@ def worker_class() -> Any:
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             self._kvpolicy_set = engine.plan_of(vllm_config) is not None
             self._kvpolicy: Session | None = None
-            backends.register()
+            if self._kvpolicy_set:
+                backends.register()
+                backends.forget_choices()
             super().__init__(vllm_config, *args, **kwargs)
 
         def get_kv_cache_spec(self) -> Any:
@@ -43,11 +46,15 @@ def worker_class() -> Any:
                 self._kvpolicy_metrics = writer(self.vllm_config)
 
         def execute_model(self, scheduler_output: Any) -> Any:
-            if self._kvpolicy is not None:
-                self._kvpolicy.begin(scheduler_output)
-                if self._kvpolicy_metrics is not None:
-                    self._kvpolicy_metrics.write(self._kvpolicy)
-            return super().execute_model(scheduler_output)
+            if self._kvpolicy is None:
+                return super().execute_model(scheduler_output)
+            self._kvpolicy.begin(scheduler_output)
+            if self._kvpolicy_metrics is not None:
+                self._kvpolicy_metrics.write(self._kvpolicy)
+            try:
+                return super().execute_model(scheduler_output)
+            finally:
+                self._kvpolicy.end()
 
     return Worker
 
@@ -74,6 +81,11 @@ def open_session(worker: Any, kv_cache_config: Any) -> Session:
         check=check_step if armed() else None,
     )
     for i, layer in layers.items():
+        if not hasattr(type(layer.impl), "kvpolicy"):
+            raise UnsupportedError(
+                f"kvpolicy in vLLM: the attention backend {layer.attn_backend.get_name()} would read what was evicted; "
+                f"choose one of {', '.join(backends.NAMES)} with --attention-backend."
+            )
         layer.impl.kvpolicy, layer.impl.kvpolicy_layer = session, i
     return session
 

@@ -169,6 +169,8 @@ class Loop:
             self.store._keys[layer].flatten(0, 1)[shared] = keys
             self.store._values[layer].flatten(0, 1)[shared] = values
             self.session.record(layer, queries)
+        self.session.end()
+        assert without_evicted(self.session, told) is told, "a batch that is made up"
         for i, wish in enumerate(self.order):
             self._compare(wish, scheduled[wish.name], told.block_table_tensor[i], int(told.seq_lens[i]))
 
