@@ -48,6 +48,8 @@ config.compilation
     reads CompilationConfig.cudagraph_mode
     calls CUDAGraphMode.has_full_cudagraphs(self)
 
+v1.attention.selector
+    reads _cached_get_attn_backend
 v1.attention.backends.registry
     calls register_backend(backend, class_path)
     calls AttentionBackendEnum.get_path(self)
