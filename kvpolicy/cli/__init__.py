@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options.debug = False
     old_format = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    warnings.formatwarning = _warned
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kvpolicy")
     except SystemExit as end:
@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = old_format
     return 0
+
+
+def _warned(message: object, *_args: object, **_kwargs: object) -> str:
+    from kvpolicy.spec.odd_text import harmless
+
+    return f"warning: {harmless(str(message))}\n"
 
 
 def _system_error(error: OSError) -> int:

@@ -47,6 +47,7 @@ def explain(
     from kvpolicy.cli.generating import budget_of
     from kvpolicy.cli.terminal import output
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.spec.odd_text import harmless
 
     for option, value in (("--batch", batch), ("--length", length), ("--prompt", prompt)):
         if value is not None and not 1 <= value <= LONGEST:
@@ -61,7 +62,8 @@ def explain(
     lines: list[str] = []
     for section in sections:
         lines += ["", *(_wrapped(label, text) for label, text in section)]
-    output().file.write("\n".join([f"{found.policy}: {found.description}".rstrip(": "), *lines]) + "\n")
+    text = "\n".join([f"{found.policy}: {found.description}".rstrip(": "), *lines])
+    output().file.write(harmless(text) + "\n")
 
 
 def _wrapped(label: str, text: str) -> str:

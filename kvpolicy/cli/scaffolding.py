@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 import secrets
+import shlex
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -31,11 +32,12 @@ def plugin(
     into: Annotated[Path, typer.Option(help="Folder in which the new folder is made.")] = Path(),
 ) -> None:
     """Write a package NAME with an importance scorer, a budget allocator, a policy and tests into a new folder."""
+    from kvpolicy.spec.odd_text import harmless
+
     folder = write_plugin(name, into)
-    typer.echo(f"{folder}: written. Next:")
-    typer.echo(f"  pip install -e {folder}")
-    typer.echo(f"  pytest {folder}")
-    typer.echo(f"  kvpolicy explain {name}")
+    here = shlex.quote(str(folder))
+    steps = [f"pip install -e {here}", f"pytest {here}", f"kvpolicy explain {name}"]
+    typer.echo(harmless("\n  ".join([f"{folder}: written. Next:", *steps])))
 
 
 def write_plugin(name: str, into: Path) -> Path:

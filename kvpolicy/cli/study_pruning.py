@@ -9,6 +9,7 @@ import typer
 from kvpolicy.cli import study_source
 from kvpolicy.cli.study_options import Device, Out, Quick
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.spec.odd_text import harmless
 
 
 def prune(
@@ -40,7 +41,7 @@ def prune(
     if not yes:
         if not sys.stdin.isatty():
             raise KVPolicyError("prune: nobody can be asked here; write --yes to remove them.")
-        if not typer.confirm(f"Remove them from {source.path}?", default=False):
+        if not typer.confirm(harmless(f"Remove them from {source.path}?"), default=False):
             raise typer.Exit(1)
     with writing(source.path), Results(source.path, name) as results:
         results.remove(older.keys)

@@ -89,7 +89,7 @@ def load_catalog() -> Catalog:
                 found.disabled.append(origin)
                 continue
             if os.environ.get(DEBUG_VARIABLE):  # at once, for the process may not outlive the import
-                sys.stderr.write(f"kvpolicy loads plugin {point.name!r} of {origin.distribution} ({point.value})\n")
+                sys.stderr.write(f"kvpolicy loads plugin {point.name!r} of {origin.distribution!r} ({point.value!r})\n")
                 sys.stderr.flush()
             try:
                 brought = _collect(_plugin_manager(point, origin), origin)

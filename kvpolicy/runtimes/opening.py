@@ -46,6 +46,9 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
         return Path(__file__).with_name("models") / REASONER
     folder = expanded(name)
     if folder.is_dir():
+        for file in folder.iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):  # which transformers would wait for
+                raise KVPolicyError(f"{option}: {name!r} holds {file.name!r}, which is no ordinary file; remove it.")
         return folder
     if name.startswith((".", "/", "~")):
         raise KVPolicyError(f"{option}: there is no folder {name!r}; give a model folder or a hub id.")

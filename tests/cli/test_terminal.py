@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 from rich.progress import Progress
 from rich.table import Table
 
+from kvpolicy import cli
 from kvpolicy.cli import main, terminal
+from kvpolicy.spec.odd_text import odd_character
 
 TEXTS = ["[/x]", "[bold]x[/]", "[link=x]y[/link]", "[[", "\\[x]", ":smile:", "[/]", "[#fff]", "[@click=f()]"]
 POLICY = """\
@@ -82,6 +85,25 @@ def test_a_name_is_said_as_it_was_given(words, text, run):
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
     assert text in err or repr(text)[1:-1] in err or "nowhere.yaml" in err
+
+
+def test_what_a_terminal_would_obey_is_written_out_everywhere(run, tmp_path, monkeypatch):
+    odd = "\x1b]0;x\x07\u202e"
+    (tmp_path / odd).mkdir()
+    assert odd_character(run("new", "plugin", "mine-own", "--into", odd)[1]) is None
+    for words in (["schema", odd], ["list", f"--{odd}"], [odd], ["study", odd], ["generate", "--seed", odd]):
+        code, out, err = run(*words)
+        assert (code, odd_character(out + err)) == (2, None), (words, err)
+    assert cli._warned(odd) == "warning: \\x1b]0;x\\x07\\u202e\n"
+
+
+def test_a_model_folder_with_a_pipe_in_it_is_refused(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    for words in (["generate", "hi", "--model", "model"], ["explain", "rkv", "--model-config", "model"]):
+        code, out, err = run(*words)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "ordinary file" in err or "no config.json" in err
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:2], "[#fff]"])
