@@ -15,6 +15,25 @@ from typing import NamedTuple
 
 from kvpolicy.runtimes.vllm.sources import Function, Sources
 
+_BACKEND = """\
+v1.attention.backends.{module}
+    overrides {name}Backend.get_impl_cls()
+    overrides {name}Backend.get_builder_cls()
+    overrides {name}MetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
+    overrides {name}MetadataBuilder.build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+    overrides {impl}.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+    calls {impl}.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
+    reads {impl}.num_heads
+    reads {impl}.num_kv_heads
+    reads {impl}.head_size
+    reads {impl}.scale
+"""
+_BACKENDS = (
+    ("cpu_attn", "CPUAttention", "CPUAttentionBackendImpl"),
+    ("flash_attn", "FlashAttention", "FlashAttentionImpl"),
+    ("triton_attn", "TritonAttention", "TritonAttentionImpl"),
+    ("flashinfer", "FlashInfer", "FlashInferImpl"),
+)
 _TABLE = """
 plugins
     reads DEFAULT_PLUGINS_GROUP
@@ -65,51 +84,7 @@ v1.attention.backend
     reads CommonAttentionMetadata.max_seq_len
     reads CommonAttentionMetadata.query_start_loc_cpu
     reads CommonAttentionMetadata.seq_lens_cpu_upper_bound
-v1.attention.backends.cpu_attn
-    overrides CPUAttentionBackend.get_impl_cls()
-    overrides CPUAttentionBackend.get_builder_cls()
-    overrides CPUAttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
-    overrides CPUAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
-    overrides CPUAttentionBackendImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-    calls CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
-    reads CPUAttentionBackendImpl.num_heads
-    reads CPUAttentionBackendImpl.num_kv_heads
-    reads CPUAttentionBackendImpl.head_size
-    reads CPUAttentionBackendImpl.scale
-v1.attention.backends.flash_attn
-    overrides FlashAttentionBackend.get_impl_cls()
-    overrides FlashAttentionBackend.get_builder_cls()
-    overrides FlashAttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
-    overrides FlashAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
-    overrides FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-    calls FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
-    reads FlashAttentionImpl.num_heads
-    reads FlashAttentionImpl.num_kv_heads
-    reads FlashAttentionImpl.head_size
-    reads FlashAttentionImpl.scale
-v1.attention.backends.triton_attn
-    overrides TritonAttentionBackend.get_impl_cls()
-    overrides TritonAttentionBackend.get_builder_cls()
-    overrides TritonAttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
-    overrides TritonAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
-    overrides TritonAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-    calls TritonAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
-    reads TritonAttentionImpl.num_heads
-    reads TritonAttentionImpl.num_kv_heads
-    reads TritonAttentionImpl.head_size
-    reads TritonAttentionImpl.scale
-v1.attention.backends.flashinfer
-    overrides FlashInferBackend.get_impl_cls()
-    overrides FlashInferBackend.get_builder_cls()
-    overrides FlashInferMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
-    overrides FlashInferMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
-    overrides FlashInferImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-    calls FlashInferImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
-    reads FlashInferImpl.num_heads
-    reads FlashInferImpl.num_kv_heads
-    reads FlashInferImpl.head_size
-    reads FlashInferImpl.scale
-v1.kv_cache_layout
+{backends}v1.kv_cache_layout
     stands under KVCacheLayout
 model_executor.layers.attention.attention
     reads Attention.impl
@@ -228,8 +203,9 @@ class Hook:
 
 
 def _hooks() -> Iterator[Hook]:
+    backends = "".join(_BACKEND.format(module=module, name=name, impl=impl) for module, name, impl in _BACKENDS)
     module = ""
-    for line in _TABLE.splitlines():
+    for line in _TABLE.replace("{backends}", backends).splitlines():
         said = re.fullmatch(r" +(overrides|calls|reads|stands under) ([\w.]+)(?:\((.*)\))?", line)
         if said:
             use, name, arguments = said.groups()
