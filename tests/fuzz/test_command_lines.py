@@ -17,7 +17,7 @@ from kvpolicy.cli.app import app
 from kvpolicy.spec.odd_text import odd_character
 from kvpolicy.study import executors
 from kvpolicy.testing.tiny import tiny_folder
-from kvsupport.fuzzing import bounded, bounded_memory, cases
+from kvsupport.fuzzing import bounded, bounded_memory, cases, check_mixture
 
 pytest.importorskip("scipy")
 pytest.importorskip("transformers")
@@ -109,6 +109,7 @@ def words_of(draw):
     return [*before, *path, *words, *bounds]
 
 
+@pytest.mark.timeout(0)
 def test_any_words_are_served_or_refused_in_one_sentence(folder, capsys, monkeypatch):
     codes = {0: 0, 1: 0, 2: 0}
     kept = {file.name for file in folder.iterdir()}
@@ -130,4 +131,4 @@ def test_any_words_are_served_or_refused_in_one_sentence(folder, capsys, monkeyp
             assert not (folder / "elsewhere").exists(), (case, words)
             assert all((folder / name).exists() or (folder / name).is_symlink() for name in kept), (case, words)
     print(codes)
-    assert min(codes.values()) > 0
+    check_mixture(0.05, *codes.values())

@@ -22,7 +22,7 @@ from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.results import _COLUMNS, Results
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Outcome
-from kvsupport.fuzzing import bounded, bounded_memory, cases, check_sentence
+from kvsupport.fuzzing import bounded, bounded_memory, cases, check_mixture, check_sentence
 from kvsupport.scripted import scripted_study
 
 pytest.importorskip("scipy")
@@ -176,6 +176,7 @@ def restructured(draw, path):
     return False
 
 
+@pytest.mark.timeout(0)
 def test_a_damaged_file_gives_a_right_report_or_one_sentence(good, tmp_path, capsys):
     raw, right = good
     counts = {"right": 0, "refused": 0, "other": 0}
@@ -207,7 +208,7 @@ def test_a_damaged_file_gives_a_right_report_or_one_sentence(good, tmp_path, cap
                 counts["other"] += 1
                 assert not same, f"{name}: a report without complaint that is not the right one"
     print(counts)
-    assert counts["refused"] > sum(counts.values()) / 3
+    check_mixture(0.25, counts["refused"], counts["right"] + counts["other"])
 
 
 def in_one_sentence(path, case):

@@ -54,7 +54,10 @@ def cases(name: str, default: int) -> Iterator[tuple[int, random.Random]]:
 
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Fail if the block takes too long, or if anything but an AssertionError leaves it."""
+    """Fail if the block takes too long, or if anything but an AssertionError leaves it.
+
+    It uses the alarm of the process, as pytest-timeout does: tests that call this are marked ``timeout(0)``.
+    """
 
     def late(*_: object) -> None:
         raise AssertionError(f"{what}: it hangs")
@@ -84,6 +87,11 @@ def bounded_memory() -> Iterator[None]:
     before = most()
     yield
     assert most() - before < MEMORY
+
+
+def check_mixture(share: float, *counts: int) -> None:
+    """Assert that each of some outcomes has its share of at least a hundred cases: neither harmless nor hopeless."""
+    assert sum(counts) < 100 or min(counts) >= share * sum(counts), counts
 
 
 def check_sentence(text: str, what: object) -> None:
