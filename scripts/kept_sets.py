@@ -129,7 +129,7 @@ def run(policy: Policy, model: Any, tokens: list[int]) -> None:
     ids = torch.tensor([tokens])
     start, stop = PROMPT, PROMPT + FORCED
     with PolicyCache(policy, model) as cache:
-        cache.prefill(ids[:, :start])
+        cache.prefill_chunks(ids[:, :start])
         model(ids[:, cache.get_seq_length() : start], past_key_values=cache)
         for n in range(start, stop):
             model(ids[:, n : n + 1], past_key_values=cache)

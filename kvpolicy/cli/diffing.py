@@ -26,7 +26,8 @@ def print_difference(first: str, second: str) -> None:
         console.print(table)
     else:
         console.print(f"{left.policy} and {right.policy} do the same.")
-    words = [field for field in _WORDS if getattr(left, field) != getattr(right, field)]
+    said = {field: (getattr(left, field), getattr(right, field)) for field in _WORDS}  # a variant need not say anything
+    words = [field for field, (one, other) in said.items() if one and other and one != other]
     if words:
         console.print(f"Other words in: {', '.join(words)}.")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvpolicy.spec import ComponentRef, PolicySpec
 
 LONGEST: Final = 1 << 22
+_WIDEST: Final = 110  # longer lines are hard to read
 _PHASES: Final = {
     "prefill": "After the steps of the prompt, not while decoding.",
     "decode": "While decoding, never within the prompt.",
@@ -40,34 +41,41 @@ def explain(
     budget: Annotated[str | None, typer.Option(metavar="N", help="Entries per head (256), or a share (0.1).")] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of a row, its prompt included.")] = 8192,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of its prompt; 128 or the whole length.")] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of its prompt; 128, or all but the last 256 for a policy that compacts prompts only."
+        ),
+    ] = None,
 ) -> None:
     """Say in words what a policy keeps and when, and how much memory it takes for a model, a batch and a length."""
     import kvpolicy
     from kvpolicy.cli.generating import budget_of
     from kvpolicy.cli.terminal import output
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.spec.odd_text import harmless
 
     for option, value in (("--batch", batch), ("--length", length), ("--prompt", prompt)):
         if value is not None and not 1 <= value <= LONGEST:
             raise KVPolicyError(f"{option}: {value} makes no sense; write a whole number from 1 to {LONGEST:,}.")
-    prompt = min(128, length) if prompt is None else prompt
-    if prompt > length:
+    if prompt is not None and prompt > length:
         raise KVPolicyError(f"--prompt: {prompt} tokens are more than the --length of {length}, which includes them.")
     shape = _shape(model_config, layers, kv_heads, head_dim, dtype)
     found = kvpolicy.load(spec, budget=budget_of(budget))
     policy = found.build()
+    if prompt is None:
+        prompt = max(length - 256, length // 2, 1) if policy.phase == "prefill" else min(128, length)
     sections = words(found, policy), memory(policy, shape, batch, length, prompt)
-    lines: list[str] = []
+    console = output()
+    width = min(console.width, _WIDEST)
+    lines = [textwrap.fill(f"{found.policy}: {found.description}".rstrip(": "), width)]
     for section in sections:
-        lines += ["", *(_wrapped(label, text) for label, text in section)]
-    text = "\n".join([f"{found.policy}: {found.description}".rstrip(": "), *lines])
-    output().file.write(harmless(text) + "\n")
+        lines += ["", *(_wrapped(label, text, width) for label, text in section)]
+    console.print("\n".join(lines), soft_wrap=True)
 
 
-def _wrapped(label: str, text: str) -> str:
-    return textwrap.fill(text, 110, initial_indent=f"{label:<12}", subsequent_indent=" " * 12, break_on_hyphens=False)
+def _wrapped(label: str, text: str, width: int) -> str:
+    indent = " " * 12
+    return textwrap.fill(text, width, initial_indent=f"{label:<12}", subsequent_indent=indent, break_on_hyphens=False)
 
 
 def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
@@ -147,8 +155,13 @@ def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: i
     turns = f"{course.compactions:,} compaction{'' if course.compactions == 1 else 's'}"
     yield "text", f"batch {batch:,}, {length:,} tokens each, {prompt:,} of them the prompt: {turns}."
     bound = policy.bound
-    if bound is None:
-        yield "at most", "No bound while decoding: the budget is a share of the text, or only the prompt is compacted."
+    if policy.budget.fraction == 1.0:
+        yield "kept", f"All of it, always: {course.seen:,} entries, {size(full)}. Nothing is saved."
+        return
+    if policy.phase == "prefill":
+        yield "at most", "No bound while decoding, for only the prompt is compacted."
+    elif bound is None:
+        yield "at most", "No bound while decoding, for the budget is a share of the text."
     else:
         mean = "" if policy.counts == "equal" else ", on average over heads and layers,"
         most = size(bound * each * batch)
@@ -160,9 +173,20 @@ def memory(policy: Policy, shape: ModelShape, batch: int, length: int, prompt: i
     yield "full cache", f"{course.seen:,} entries, {size(full)}."
     yield "saved", f"{size(full - held)} at the end ({1 - held / full:.1%})."
     yield "", f"{size(full - peak)} at the peak ({1 - peak / full:.1%})."
+    if not course.compactions:
+        yield "", _nothing_compacted(policy, length, prompt)
     state = sum(s.dtype.itemsize for s in policy.slot_states)
     notes = 4 + state + (4 if any(p.changes == "positions" for p in policy.post) else 0)
     yield "besides", f"{notes} bytes per entry, KV head and layer for positions and slot state."
+
+
+def _nothing_compacted(policy: Policy, length: int, prompt: int) -> str:
+    """Say why nothing is saved, and what to ask for instead."""
+    if policy.phase == "prefill":
+        return (
+            f"Nothing is compacted, for a prompt of {prompt:,} tokens is not above the budget; try a longer --prompt."
+        )
+    return f"Nothing is compacted, for {length:,} tokens do not exceed what may be held; try a longer --length."
 
 
 def size(count: int) -> str:

@@ -62,6 +62,9 @@ def run(request: GenerationRequest) -> None:
         runs.append(_generate(model, tokenizer, inputs, spec, request, console))
         console.print()
     console.print(table(runs))
+    for done, spec in zip(runs, specs, strict=True):
+        if not done.stats.compactions and spec.budget.fraction != 1:
+            console.print(untouched(spec, done.stats.seen))
 
 
 def prompt_of(text: str) -> str:
@@ -95,6 +98,19 @@ def described(spec: PolicySpec) -> str:
     if budget.tokens is not None:
         return f"budget {budget.tokens}"
     return "keeps everything" if budget.fraction == 1 else f"keeps {budget.fraction:g} of the tokens"
+
+
+def untouched(spec: PolicySpec, seen: int) -> str:
+    """Say why a policy did nothing to a text of so many tokens, and how to see it at work."""
+    if spec.phase == "prefill":
+        why, how = "the prompt is too short for it", "Give a longer prompt or a smaller --budget."
+    elif spec.budget.tokens is None:
+        why, how = "the text is too short for it", "Give a longer prompt or more --max-new-tokens."
+    else:
+        most = spec.build().bound
+        why = f"{seen:,} tokens do not exceed the {most:,} entries that it may hold"
+        how = "Give a smaller --budget, a longer prompt or more --max-new-tokens."
+    return f"{spec.policy}: nothing was compacted, for {why}; this was the full cache. {how}"
 
 
 def check_sampling(request: GenerationRequest) -> None:

@@ -99,7 +99,7 @@ class Prompts:
 
     def run(self, model: Any, cache: PolicyCache) -> Tensor:
         """Run the prompts, in chunks if the policy says so; return the last logits `[B, V]`."""
-        cache.prefill(self.ids, self.mask)
+        cache.prefill_chunks(self.ids, self.mask)
         start = cache.engine.columns
         return forward(model, cache, self.ids[:, start:], self.positions[:, start:], self.mask)[:, -1]
 

@@ -162,7 +162,21 @@ def test_a_row_without_a_new_token_waits():
 # -- room ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_bounded_policy_gets_its_arena_at_once_and_never_more():
+def test_a_bounded_policy_takes_what_its_text_needs_and_never_more_than_its_bound():
+    driver = Driver([1], budget=300, trigger={"every": 20})
+    driver.feed("x" * 40)
+    store, used, sizes = driver.engine.stores[0], 40, []
+    while len(sizes) < 350:
+        driver.steps(1)
+        used = max(used, driver.engine.rows[0].resident)
+        sizes.append(store.capacity)
+        assert sizes[-1] <= min(used + max(used // 2, 64) + 1, 320)
+    assert sizes[-1] == driver.engine.policy.bound == 320
+    assert len(set(sizes)) <= 5, "copies are few"
+    driver.check_contents()
+
+
+def test_a_small_bound_is_taken_at_once_and_never_more():
     driver = Driver([1, 2])
     driver.feed("x" * 5, "x" * 5)
     store = driver.engine.stores[0]

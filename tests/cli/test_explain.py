@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_a_run(name, prompt, model, run, tables):
         return
     ids = torch.randint(3, 240, (batch, prompt), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), PolicyCache(policy, model) as cache:
-        cache.prefill(ids)
+        cache.prefill_chunks(ids)
         model(ids[:, cache.get_seq_length() :], past_key_values=cache)
         for _ in range(length - prompt):
             model(ids[:, :1], past_key_values=cache)
@@ -267,10 +267,34 @@ def test_show_diff(run, tmp_path):
 
 def test_show_wants_one_name_or_two(run):
     for arguments, words in (
-        (("show", "rkv", "h2o"), "name one policy"),
+        (("show", "rkv", "h2o"), "name one, or two policies with --diff"),
         (("show", "--diff", "rkv"), "name two policies"),
         (("show", "--diff", "rkv", "nothing"), "unknown policy 'nothing'"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (1, "")
         assert words in err
+
+
+def test_lines_end_where_the_terminal_does(run, monkeypatch):
+    for columns, most in ((60, 60), (80, 80), (200, 110)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = run("explain", "snapkv-prefill")[1].splitlines()
+        assert most - 20 < max(map(len, lines)) <= most
+
+
+def test_the_prompt_is_long_where_only_prompts_are_compacted(run):
+    out = run("explain", "snapkv-prefill")[1]
+    assert "8,192 tokens each, 7,936 of them the prompt: 1 compaction." in out
+    assert "only the prompt is compacted." in out
+    assert "8,192 tokens each, 128 of them the prompt" in run("explain", "rkv")[1]
+    assert "200 tokens each, 100 of them the prompt" in run("explain", "snapkv-prefill", "--length", "200")[1]
+    assert "Nothing is compacted, for a prompt of 100 tokens" in run("explain", "snapkv-prefill", "--length", "200")[1]
+    assert "Nothing is compacted, for 200 tokens" in run("explain", "rkv", "--length", "200")[1]
+
+
+def test_the_full_cache_keeps_everything_and_saves_nothing(run):
+    out = run("explain", "full")[1]
+    assert "All of it, always: 8,192 entries" in out
+    assert "Nothing is saved." in out
+    assert "0 bytes" not in out

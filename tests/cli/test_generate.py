@@ -291,3 +291,19 @@ def test_table_of_one_run_has_no_ratio():
     rows = numbers(out.getvalue())
     assert rows["tokens/s"] == ["2.5"]
     assert rows["KV bytes allocated"] == ["2.00 MiB"]
+
+
+def test_a_policy_that_did_nothing_says_so(run, policy):
+    quiet = run("w5 w6 w7", "--policy", policy, "--max-new-tokens", "8", "--compare", "full")[1]
+    sentence = "small: nothing was compacted, for 13 tokens do not exceed the 24 entries that it may hold; this was the"
+    assert sentence in " ".join(quiet.split())
+    assert quiet.count("nothing was compacted") == 1
+    assert "nothing was compacted" not in run("w5 w6 w7", "--policy", policy, "--max-new-tokens", "40")[1]
+    prompt_only = run("w5 w6 w7", "--policy", "snapkv-prefill", "--max-new-tokens", "8")[1]
+    assert "the prompt is too short for it" in " ".join(prompt_only.split())
+
+
+def test_a_short_text_does_not_take_the_whole_bound(run):
+    rows = numbers(run("w5 w6 w7", "--policy", "rkv", "--compare", "full", "--max-new-tokens", "8")[1])
+    allocated, full = (float(cell.split()[0]) for cell in rows["KV bytes allocated"][:2])
+    assert allocated <= full + 0.1  # of 1,152 entries it would be 0.56 MiB

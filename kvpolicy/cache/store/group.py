@@ -13,8 +13,6 @@ from kvpolicy.cache.store.ragged import BLOCK, RaggedStore, Repacked
 from kvpolicy.contracts.components import SlotState
 from kvpolicy.types import KeepIndices
 
-_EAGER_SLOTS = 4096  # a bounded policy up to this size gets its whole arena at once
-
 
 class Stores(dict[int, ArenaStore]):
     """Layer index -> store, made when a layer's first keys arrive.
@@ -65,8 +63,8 @@ class Stores(dict[int, ArenaStore]):
     def reserve(self, store: ArenaStore, needed: int, used: int, *, decoding: bool) -> None:
         """Grow so that `needed` slots fit, `used` of which are in use.
 
-        A bounded policy gets all of its bound at once, an unbounded one grows geometrically, and the tail behind a
-        ragged base by single blocks, so that what is held is what is allocated.
+        An arena grows by half, so that copies cost a constant share of what is written, and a bounded policy's never
+        beyond its bound. The tail behind a ragged base grows by single blocks: what is held is what is allocated.
         """
         if needed <= store.capacity:
             return
@@ -75,12 +73,12 @@ class Stores(dict[int, ArenaStore]):
             capacity = -(-needed // BLOCK) * BLOCK
         elif self.slots is not None and needed <= self.slots:
             capacity = self.slots
-        elif bound is not None and needed <= bound:
-            capacity = min(bound, max(needed + needed // 2, _EAGER_SLOTS))
-        elif bound is not None and not decoding:
+        elif bound is not None and needed > bound and not decoding:
             capacity = needed + 1  # a long prompt: it shrinks to the bound after its first compaction
         else:
             capacity = needed + max(needed // 2, 64)
+            if bound is not None and needed <= bound:
+                capacity = min(capacity, bound)
         store.resize(capacity, min(used, store.capacity))
 
     def shrink(self, used: int, incoming: int) -> None:

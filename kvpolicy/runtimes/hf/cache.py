@@ -277,35 +277,54 @@ class PolicyCache(Cache):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk: int | None = None) -> None:
-        """Run a prompt through the model in chunks, all but its last chunk, which is left to ``model.generate``.
+        """Run a prompt through the model, all but its end, which is left to ``model.generate``.
 
-        Chunk boundaries are counted from the prompt's end, so that a padded row is cut like the row alone; compactions
-        take place in between as the policy says.
+        Without chunks that is one forward pass, and the last token is left. With chunks the last chunk is; boundaries
+        are counted from the prompt's end, so that a padded row is cut like the row alone. Compactions take place in
+        between as the policy says.
 
         Args:
             input_ids: int64 `[B, P]`, the prompt, left-padded where rows differ.
             attention_mask: `[B, P]`, 0 for padding.
-            chunk: tokens per forward pass; the policy's `prefill_chunk` by default. Without either nothing is run.
+            chunk: tokens per forward pass; the policy's `prefill_chunk` by default.
+
+        Raises:
+            CacheStateError: the chunk is no size, or the cache has seen as many tokens.
+            UnsupportedError: the policy needs the prompt in one piece.
         """
         size = self.policy.prefill_chunk if chunk is None else chunk
-        if size is None:
-            return
-        if size < 1:
+        if size is not None and size < 1:
             raise CacheStateError(f"chunk: {size} is not a chunk size; write at least 1.")
+        if self.policy.traits.whole_prompt:
+            raise UnsupportedError(
+                f"prefill: policy {self.policy.name!r} lets tokens of the prompt look ahead and needs it in one piece; "
+                "leave prefill out and give the whole prompt to model.generate()."
+            )
         seen, length = self.engine.columns, input_ids.shape[1]
         if length <= seen:
             raise CacheStateError(
                 f"input_ids: the cache has already seen {seen} tokens and the prompt has {length}; pass the whole text."
             )
-        first = length - ((length - seen - 1) // size) * size
+        if size is None:
+            ends = range(max(length - 1, seen + 1), length)
+        else:
+            ends = range(length - ((length - seen - 1) // size) * size, length, size)
         self._passes.prompt_end = length
-        for end in range(first, length, size):
+        for end in ends:
             mask = None if attention_mask is None else attention_mask[:, :end]
             self.model(
                 input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
                 past_key_values=self, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             seen = end
+
+    def prefill_chunks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Run a prompt in the chunks that the policy declares, all but the last one; nothing if it declares none.
+
+        For callers that run the rest of the prompt themselves; arguments and exceptions are those of `prefill`.
+        """
+        if self.policy.prefill_chunk is not None:
+            self.prefill(input_ids, attention_mask)
 
     def expect(self, kind: Kind) -> None:
         """Say what the tokens of the next forward pass are, where the cache cannot know.

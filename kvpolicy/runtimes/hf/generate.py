@@ -60,7 +60,7 @@ def generate(
     try:
         if set(inputs) <= {"input_ids", "attention_mask", "token_type_ids"}:
             # generate() repeats the prompt for beams and samples only after the cache has been filled.
-            cache.prefill(repeated["input_ids"], repeated.get("attention_mask"))
+            cache.prefill_chunks(repeated["input_ids"], repeated.get("attention_mask"))
         output = model.generate(
             **inputs, past_key_values=cache, num_return_sequences=num_return_sequences, num_beams=num_beams, **kwargs
         )

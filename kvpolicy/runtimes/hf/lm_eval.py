@@ -48,7 +48,7 @@ class PolicyLM(HFLM):
             if options.get(name, 1) != 1:
                 raise UnsupportedError(f"{name}: {options[name]} is not supported by this wrapper; leave it out.")
         with PolicyCache(self.spec, self.model) as cache:
-            cache.prefill(context, options.get("attention_mask"))
+            cache.prefill_chunks(context, options.get("attention_mask"))
             tokens: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
             return tokens
 
@@ -92,7 +92,7 @@ class PolicyLM(HFLM):
     def _read(self, cache: PolicyCache, prompt: list[int]) -> Tensor:
         """Fill the cache with a prompt and return the logits `[V]` of what follows."""
         ids = torch.tensor([prompt], device=self.device)
-        cache.prefill(ids)
+        cache.prefill_chunks(ids)
         rest = ids[:, cache.get_seq_length() :]
         return self._logits(cache, rest)
 

@@ -125,7 +125,7 @@ def test_several_turns_on_one_cache(policy, tiny, compose, random_prompts):
         for more in (None, second, third):
             if more is not None:
                 text = torch.cat([text, torch.tensor([more])], 1)
-            cache.prefill(text)
+            cache.prefill_chunks(text)
             text = model.generate(text, do_sample=True, max_new_tokens=20, past_key_values=cache)
         cache.settled()
         assert cache.get_seq_length() == text.shape[1] - 1
@@ -152,7 +152,7 @@ def test_a_prompt_longer_than_the_budget_in_chunks(tiny, compose, random_prompts
     policy = compose(phase="both", prefill_chunk=10)
     inputs = padded(random_prompts(150, 90))
     with TracedCache(policy, tiny(), outputs=True) as cache:
-        cache.prefill(inputs["input_ids"], inputs["attention_mask"])
+        cache.prefill_chunks(inputs["input_ids"], inputs["attention_mask"])
         tiny().generate(**inputs, do_sample=False, max_new_tokens=20, past_key_values=cache)
         cache.settled()
         assert cache.stats().peak_resident <= policy.bound == 34

@@ -56,7 +56,7 @@ def _sampled(step_seed: int = 7):
 
 def _traced(model, policy, inputs, tokens=60):
     with TracedCache(policy, model, outputs=True) as cache:
-        cache.prefill(inputs["input_ids"], inputs["attention_mask"])
+        cache.prefill_chunks(inputs["input_ids"], inputs["attention_mask"])
         model.generate(**inputs, do_sample=True, max_new_tokens=tokens, past_key_values=cache)
         cache.settled()
     return cache
@@ -210,11 +210,12 @@ def test_chunks_of_the_prompt_keep_what_one_shot_keeps(chunk, registered, tiny, 
         pytest.skip("compresses prompts only")
     policy = dataclasses.replace(policy, phase="decode")
     inputs, kept = padded(random_prompts(*_lengths(policy))), []
-    for size in (None, chunk):
+    for size in ("one shot", None, chunk):
         with PolicyCache(policy, tiny()) as cache:
-            cache.prefill(inputs["input_ids"], inputs["attention_mask"], chunk=size)
+            if size != "one shot":
+                cache.prefill(inputs["input_ids"], inputs["attention_mask"], chunk=size)
             torch.manual_seed(0)
             text = tiny().generate(**inputs, do_sample=True, max_new_tokens=24, past_key_values=cache)
             kept.append([cache.kept(i, h, b) for i in range(3) for h in range(2) for b in range(4)])
             kept[-1].append(text.tolist())
-    assert kept[0] == kept[1]
+    assert kept[0] == kept[1] == kept[2]

@@ -26,7 +26,7 @@ def _tables():
 
 def generate(model, cache, prompt, new=NEW):
     ids = torch.tensor([prompt])
-    cache.prefill(ids)
+    cache.prefill_chunks(ids)
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False)[0].tolist()
 
 

@@ -231,7 +231,7 @@ def _run(
     forced: list[list[int]] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Prefill and decode; return logits `[B, steps + 1, V]` and the tokens of each row."""
-    cache.prefill(ids, mask)
+    cache.prefill_chunks(ids, mask)
     seen = cache.get_seq_length()
     mask = torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
