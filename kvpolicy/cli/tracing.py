@@ -56,7 +56,7 @@ def trace(
     ] = False,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("trace.html"),
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, show_default=str(_NEW_TOKENS), help="Stop after so many tokens.")
+        int | None, typer.Option(min=1, help=f"Stop after so many tokens; {_NEW_TOKENS} if left out.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,

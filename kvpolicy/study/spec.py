@@ -86,7 +86,7 @@ class StudySpec(BaseModel):
     metrics: Annotated[tuple[str, ...], _Tuple] = DEFAULT_METRICS
     """What is measured."""
     batch: int = Field(default=16, ge=1, le=MOST_SAMPLES)
-    """Rows that run together; does not change results."""
+    """Rows that run together; changes results by rounding at most, and in float64 not at all."""
     dtype: Dtype = "auto"
     """Numbers of the model; auto is float64 for small models on a CPU, so that a batch cannot change a result."""
     quick: dict[str, Any] | None = None
