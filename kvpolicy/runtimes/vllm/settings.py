@@ -93,8 +93,8 @@ def settings(said: Mapping[str, Any]) -> Settings:
     prompt = said.get("prompt")
     if prompt is not None and prompt < 1:
         raise SpecError(f"{KEY}.prompt: {prompt} tokens are no prompt; write at least 1, or leave it out.")
-    spec = load(said["policy"], said.get("budget"))
-    changes = said.get("set")
+    spec = load(said["policy"])
+    changes = {**({"budget": said["budget"]} if "budget" in said else {}), **said.get("set", {})}
     return Settings(spec.replace(changes) if changes else spec, prompt, said.get("any_version", False))
 
 

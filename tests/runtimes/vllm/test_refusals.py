@@ -136,6 +136,8 @@ def test_settings_are_read_from_the_engine_or_the_environment(monkeypatch):
     assert made.spec.budget.tokens == 512
     assert made.spec.mixer.component.weight == 0.3
     assert (made.prompt, made.any_version) == (900, False)
+    # Budget and changes count together: either alone would protect more than is kept.
+    assert settings({"policy": "lagkv", "budget": 64, "set": {"protect.recent": 16}}).spec.budget.tokens == 64
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,12 @@ def test_one_request_keeps_what_transformers_keeps_and_frees_the_rest(reasoner):
 
 POLICIES = {
     name: small(name)
-    for name in ("rkv-density", "snapkv", "g-kv", "random", "sinks-recent", "knorm", "lagkv", "lazy-eviction",
+    for name in ("rkv-density", "snapkv", "g-kv", "random", "sinks-recent", "knorm",
                  "rkv-code", "rkv-paper", "recent-pinned", "random-pinned", "mixkv", "expected-attention")
 } | {
     "tova": small("tova", interval=None), "h2o": small("h2o", interval=None),
+    "lazy-eviction": small("lazy-eviction", protect__recent=16),
+    "lagkv": small("lagkv", protect__sinks=4, protect__recent=16, importance__lag=16),
     "keydiff": small("keydiff", prefill_chunk=None), "snapkv-prefill": small("snapkv-prefill", interval=None),
     "rkv-layer": small("rkv", selector__scope="layer"), "rkv-model": small("rkv", selector__scope="model"),
 }  # fmt: skip
