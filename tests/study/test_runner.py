@@ -256,7 +256,8 @@ def test_processes_give_the_same_table(study, everything, table, tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_killed_three_times_the_table_is_that_of_an_unbroken_run(study, table, tmp_path, model_folder):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_while_it_works_the_table_is_that_of_an_unbroken_run(kills, study, table, tmp_path, model_folder):
     """SIGKILL to the command while it works; nothing is repeated, nothing lost, and no worker is left behind."""
     spec = study.make(**{**EVERYTHING, "samples": 8, "batch": 2, "sampling": {"max_new_tokens": 90}})
     file, path = tmp_path / "s.yaml", tmp_path / "r.sqlite"
@@ -271,7 +272,7 @@ def test_killed_three_times_the_table_is_that_of_an_unbroken_run(study, table, t
             return {}
 
     seen = {}
-    for _ in range(3):
+    for _ in range(kills):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 240
         while len(recorded()) < len(seen) + 15 and process.poll() is None and time.monotonic() < deadline:

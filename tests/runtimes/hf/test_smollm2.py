@@ -45,13 +45,14 @@ def _greedy(smollm2, prompt, policy, tokens):
     return smollm2[0].generate(**inputs, past_key_values=cache, **options), cache
 
 
-@pytest.mark.parametrize("name", ["rkv", "h2o", "snapkv"])
+@pytest.mark.parametrize("name", ["rkv", "h2o"])
 def test_a_row_of_a_batch_behaves_as_if_alone(name, smollm2, prompts, small):
+    """A short look at what the slow test of four rows does with nine policies over 300 tokens."""
     policy = small(name, 48, 16)
-    report = as_if_alone(smollm2[0], policy, prompts, 64)
+    report = as_if_alone(smollm2[0], policy, prompts, 40)
     print(name, report)
     assert report.ok, report
-    assert report.decisions >= 4 * 2 * 30 * 3
+    assert report.decisions >= 4 * 2 * 30 * 2
 
 
 def test_below_the_budget_the_text_is_that_of_the_full_cache(smollm2, prompts):
