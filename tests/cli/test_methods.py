@@ -63,9 +63,9 @@ def test_the_command_prints_it_and_takes_a_package():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--markdown", "--json"], "leave --json and --kind out"),
-        (["--markdown", "--kind", "policy"], "leave --json and --kind out"),
-        (["--package", "kvpolicy"], "--package goes with --markdown"),
+        (["--markdown", "--json"], "leave the others out"),
+        (["--markdown", "--kind", "policy"], "leave the others out"),
+        (["--kind", "study", "--runs", "decode"], "--runs: says when a policy compacts"),
         (["--kind", "tabel"], "Did you mean 'table'?"),
     ],
 )

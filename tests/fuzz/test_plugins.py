@@ -273,7 +273,7 @@ def test_a_package_may_load_a_policy_while_it_is_imported(install, tmp_path, mon
 
 
 def test_a_bad_policy_file_is_named_when_it_is_used(install):
-    install(POLICIES + body("register('mine', 'schema_version: 1\\npolicy: other\\n')"))
+    install(POLICIES + body("register('mine', 'schema_version: 1\\npolicy: other\\nextends: rkv\\n')"))
     catalog = installed.load_catalog()
     assert not bad(catalog)
     with installed.using(catalog), pytest.raises(KVPolicyError, match=r"<mine of bad-dist.*registered as 'mine'"):
