@@ -6,6 +6,7 @@ holds no tensors; what it must remember lives in *slot state* that the engine mo
 
 from __future__ import annotations
 
+import reprlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -326,4 +327,4 @@ def kind_of(component: type[Any]) -> str:
         if isinstance(component, type) and issubclass(component, base):
             return name
     bases = ", ".join(base.__name__ for base in KINDS.values())
-    raise TypeError(f"{component!r} is not a component: derive it from one of {bases}.")
+    raise TypeError(f"{reprlib.repr(component)} is not a component: derive it from one of {bases}.")

@@ -100,7 +100,7 @@ BAD = {
                 def __repr__(cls): raise RuntimeError('no')
             class C(metaclass=M): pass
             register('mine', C)
-        """), "RuntimeError: no", "",
+        """), "<M instance at", "",
     ),
     "name is a number": (COMPONENTS + body("register(7, Mine)"), "7 is not a component name", ""),
     "name is None": (COMPONENTS + body("register(None, Mine)"), "None is not a component name", ""),
