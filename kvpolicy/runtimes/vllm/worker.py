@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.vllm import backends, engine, metrics
 from kvpolicy.runtimes.vllm.check import check_step
@@ -48,7 +50,8 @@ def worker_class() -> Any:
         def execute_model(self, scheduler_output: Any) -> Any:
             if self._kvpolicy is None:
                 return super().execute_model(scheduler_output)
-            self._kvpolicy.begin(scheduler_output)
+            with torch.inference_mode():  # as the model runs: what it makes may not be written to otherwise
+                self._kvpolicy.begin(scheduler_output)
             if self._kvpolicy_metrics is not None:
                 self._kvpolicy_metrics.write(self._kvpolicy)
             try:
