@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Forward:
         shifted: some row's new keys must be rotated before they are stored.
         pending: layers that have not been updated yet.
         kind: what the tokens are.
+        packed: what a runtime has made of these numbers for its attention, by device and tokens.
     """
 
     plan: WritePlan
@@ -39,6 +41,7 @@ class Forward:
     shifted: bool
     pending: set[int] = field(default_factory=set)
     kind: Kind = "prompt"
+    packed: dict[tuple[torch.device, int], Any] = field(default_factory=dict)
     _plans: dict[torch.device, WritePlan] = field(default_factory=dict)
     _masks: dict[torch.device, Tensor] = field(default_factory=dict)
 

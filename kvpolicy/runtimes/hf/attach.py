@@ -12,10 +12,8 @@ from typing import Any, Self
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attention import base_attention, register
-
-SUPPORTED = ("sdpa", "eager")
+from kvpolicy.runtimes.hf.implementations import family
 
 
 class Switched(str):
@@ -93,6 +91,12 @@ def _leave(config: Any, name: Switched) -> None:
         config._attn_implementation_internal = name.before
 
 
+def implementation_of(config: Any) -> str:
+    """Return the name of a configuration's own attention implementation, attached or not."""
+    current = config._attn_implementation_internal
+    return str((current.before if isinstance(current, Switched) else config._attn_implementation) or "eager")
+
+
 def _switch(config: Any, modules: dict[int, nn.Module]) -> Switched:
     """Return the name that a configuration has, or is to have, while it is attached."""
     current = config._attn_implementation_internal
@@ -100,12 +104,8 @@ def _switch(config: Any, modules: dict[int, nn.Module]) -> Switched:
         if current.stands_in(config):
             return current
         config._attn_implementation_internal = current.before
-    base = str(config._attn_implementation or "eager")
-    if base not in SUPPORTED:
-        raise UnsupportedError(
-            f"attention implementation {base!r} is not supported; load the model with "
-            f"attn_implementation={' or '.join(map(repr, SUPPORTED))}."
-        )
+    base = implementation_of(config)
+    family(base)  # or refuse it
     for module in modules.values():
         base_attention(module, base)
     return Switched.of(config, base)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -19,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announced, owner
+from kvpolicy.runtimes.hf.implementations import as_loaded
 
 PREFIX = "kvpolicy_"
 
@@ -64,7 +64,7 @@ def register(base: str) -> str:
             function = functions[type(module)] = base_attention(module, base)
         layer = owner(key)
         if layer is None:
-            return function(module, query, key, value, attention_mask, **kwargs)
+            return function(as_loaded(function, module, base), query, key, value, attention_mask, **kwargs)
         return layer.attend(function, base, module, query, key, value, attention_mask, kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -76,13 +76,6 @@ def register(base: str) -> str:
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)
     return name
-
-
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turn a bool mask (True = visible) into what eager attention adds to its logits."""
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def packs(function: AttentionFunction, query: Tensor, kwargs: dict[str, Any]) -> bool:

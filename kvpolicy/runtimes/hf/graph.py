@@ -18,8 +18,9 @@ from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.graph import GraphEngine, LayerStep
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import additive, packs
+from kvpolicy.runtimes.hf.attention import packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, mark
+from kvpolicy.runtimes.hf.implementations import additive
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.passes import Pass, Passes, ordinary_tensors
 

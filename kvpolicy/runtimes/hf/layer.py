@@ -13,8 +13,9 @@ from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import additive, packed_attention, packs
+from kvpolicy.runtimes.hf.attention import packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.implementations import attend, check_served, last
 from kvpolicy.runtimes.hf.passes import Passes, ordinary_tensors
 from kvpolicy.runtimes.hf.projection import output_projection
 from kvpolicy.runtimes.hf.sharing import SharedFacts, joined_facts, joined_queries, reader
@@ -122,6 +123,7 @@ class EvictingLayer(CacheLayerMixin):
             raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
         facts = self._known(module)
         if facts is None:
+            check_served(base, query, kwargs)
             facts = self._facts(module, query, value, kwargs)
             if engine.stores.ragged:
                 _check_ragged(module, kwargs)
@@ -140,10 +142,7 @@ class EvictingLayer(CacheLayerMixin):
         if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
             output: tuple[Tensor, Tensor | None] = packed_attention(turned, key, value, facts.scale), None
         else:
-            if mask is None:
-                allowed = _last(forward.mask_on(key.device, explicit=base == "eager"), query)
-                mask = additive(allowed, query.dtype) if base == "eager" else allowed
-            output = function(module, turned, key, value, mask, **kwargs)
+            output = attend(function, base, module, turned, key, value, mask, forward, kwargs)
         self._record(module, query, facts, key.shape[1])
         return output
 
@@ -188,7 +187,7 @@ class EvictingLayer(CacheLayerMixin):
         with ops.using_backend(engine.policy.backend):
             output = ops.ragged_attention(
                 engine.turn_queries(self.layer_idx, query), base.blocks, key, value,
-                _last(forward.mask_on(key.device, explicit=True), query) if masked else None,
+                last(forward.mask_on(key.device, explicit=True), query) if masked else None,
                 scale=facts.scale, softcap=facts.softcap, attention_sinks=facts.attention_sinks,
             )  # fmt: skip
         return output.transpose(1, 2).contiguous()
@@ -236,11 +235,6 @@ class EvictingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `reset`."""
-
-
-def _last(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return the lines of a mask for the last tokens of a pass: a layer without keys of its own may skip the others."""
-    return mask if mask is None or mask.shape[2] == query.shape[2] else mask[:, :, -query.shape[2] :]
 
 
 def _check_ragged(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from kvpolicy.runtimes.hf.handover import MaskFunction
 
@@ -24,7 +25,8 @@ def beyond_causal(build: MaskFunction, kwargs: dict[str, Any], seen: int) -> Ten
     Returns:
         `[B, 1, q, seen + q]`, bool (True = visible) or what eager attention adds to its logits.
     """
-    mask = build(**{**kwargs, "attention_mask": None})
+    honest = build if build is eager_mask else sdpa_mask  # flash attention leaves out what a model's function says
+    mask = honest(**{**kwargs, "attention_mask": None})
     if mask is None:
         return None
     visible = mask if mask.dtype == torch.bool else mask == 0

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from kvpolicy.errors import SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.hf.attach import lock, undo, undo_left
+from kvpolicy.runtimes.hf.attach import implementation_of, lock, undo, undo_left
 from kvpolicy.runtimes.hf.graph import GraphPasses
+from kvpolicy.runtimes.hf.implementations import family
 
 Forward = Callable[..., Any]
 _untraced: Callable[[Forward], Forward] = torch.compiler.disable
@@ -170,6 +171,12 @@ def refuse_in_a_graph(
         shared: owner -> readers, of layers whose keys others read.
     """
     name = type(model).__name__
+    base = implementation_of(model.config.get_text_config(decoder=True))
+    if family(base) not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"graph: attention implementation {base!r} takes the lengths of rows from the host; load the model with "
+            "attn_implementation='sdpa', or leave out graph=True."
+        )
     moving = [i for i, layer in enumerate(layers) if i not in evictable and not layer.is_compileable]
     if moving:
         raise UnsupportedError(

@@ -21,6 +21,7 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announce, mark
+from kvpolicy.runtimes.hf.implementations import as_loaded
 
 _TOKENS = 3
 _tried: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -64,7 +65,7 @@ class _Watched(DynamicLayer):
             self.problem = "adds a position bias to its attention"
         elif query.shape[1] % key.shape[1]:
             self.problem = f"has {query.shape[1]} query heads for {key.shape[1]} KV heads"
-        return function(module, query, key, value, mask, **kwargs)
+        return function(as_loaded(function, module, base), query, key, value, mask, **kwargs)
 
     def found(self) -> str | None:
         """Return what is in the way, None if nothing."""

@@ -67,9 +67,8 @@ def decode(cache, model, inputs, steps, call=None, **more):
 
 def generated(cache, model, inputs, new=24, **more):
     """Generate greedily; return the tokens and what is kept."""
-    out = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, eos_token_id=None, **more
-    )
+    more = {"eos_token_id": None, "do_sample": False, **more}
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **more)
     rows = len(inputs["input_ids"])
     return out.tolist(), [cache.kept(layer, head, row) for layer in (0, 2) for head in (0, 1) for row in range(rows)]
 
@@ -239,9 +238,9 @@ def test_beams_samples_crops_and_forks(tiny, small, random_prompts, padded):
 def test_candidates_are_verified_as_without(tiny, small, random_prompts, padded):
     policy, model, inputs = small("rkv"), tiny(), padded(random_prompts(20))
     with PolicyCache(policy, model) as cache:
-        expected = generated(cache, model, inputs, 25, prompt_lookup_num_tokens=3)
+        expected = generated(cache, model, inputs, 25, prompt_lookup_num_tokens=3, eos_token_id=999)
     with PolicyCache(policy, model, graph=True) as cache:
-        assert generated(cache, model, inputs, 25, prompt_lookup_num_tokens=3) == expected
+        assert generated(cache, model, inputs, 25, prompt_lookup_num_tokens=3, eos_token_id=999) == expected
 
 
 @pytest.mark.slow
