@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -117,7 +118,7 @@ def stand_in_kernels() -> Iterator[None]:
 
     real = utils._lazy_imports
 
-    def imports(implementation, *args, **kwargs):
+    def imports(implementation: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         functions = KERNELS[implementation]
         if "allow_all_kernels" in real.__code__.co_varnames:  # newer versions look for a third one
             return *functions, None, utils._pad_input, utils._unpad_input
