@@ -35,8 +35,8 @@ def plugin(
     from kvpolicy.spec.odd_text import harmless
 
     folder = write_plugin(name, into)
-    here = shlex.quote(str(folder))
-    steps = [f"pip install -e {here}", f"pytest {here}", f"kvpolicy explain {name}"]
+    with_tests = shlex.quote(f"{folder}[test]")  # pytest and hypothesis too
+    steps = [f"pip install -e {with_tests}", f"pytest {shlex.quote(str(folder))}", f"kvpolicy explain {name}"]
     typer.echo(harmless("\n  ".join([f"{folder}: written. Next:", *steps])))
 
 

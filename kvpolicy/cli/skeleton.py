@@ -43,7 +43,7 @@ A plugin for [kvpolicy](https://pypi.org/project/kvpolicy/).
 | policy | `@@name@@-slope` | the same with the allocator |
 
 ```
-pip install -e .
+pip install -e ".[test]"
 pytest                                        # the laws of every component and policy
 kvpolicy list                                 # names this package
 kvpolicy explain @@name@@

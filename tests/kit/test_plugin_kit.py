@@ -54,7 +54,7 @@ def test_the_example_is_what_the_command_writes():
 def test_new_plugin_writes_it(run, tmp_path):
     code, out, err = run("new", "plugin", "my-first-plugin", "--into", tmp_path)
     assert (code, err) == (0, "")
-    assert "pip install -e" in out
+    assert f"pip install -e '{tmp_path}/my-first-plugin[test]'" in out
     written = files_in(tmp_path / "my-first-plugin")
     assert written == dict(sorted(rendered("my-first-plugin").items()))
     for path, text in written.items():
