@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpolicy import Rope
 from kvpolicy.cache.queries.log import QueryLog
+from kvpolicy.cache.queries.statistics import QueryStatistics
 
 
 class Feeder:
@@ -198,3 +200,17 @@ def test_what_is_gathered_holds_on_to_nothing_but_the_window():
     feeder.feed("x")
     queries = feeder.log.gather(1, feeder.log.window())
     assert queries.untyped_storage().nbytes() == queries.numel() * queries.element_size() == 4 * 8 * 3 * 4
+
+
+def test_statistics_may_begin_in_inference_mode_and_go_on_outside():
+    """A runtime may run the model in inference mode and open its steps outside, as the transformers runtime does."""
+    queries = torch.randn(1, 2, 2, 12, 8)
+    positions, valid = torch.arange(4, 16, dtype=torch.int32)[None], torch.ones(1, 12, dtype=torch.bool)
+    rope = Rope(torch.tensor([1.0, 0.5, 0.1, 0.02]))
+    with torch.inference_mode():
+        made = QueryStatistics.empty(queries)
+        made.add(queries[..., :5, :], positions[:, :5], valid[:, :5], rope)
+    made.add(queries[..., 5:, :], positions[:, 5:], valid[:, 5:], rope)
+    whole = QueryStatistics.empty(queries)
+    whole.add(queries, positions, valid, rope)
+    assert torch.allclose(made.extras(slice(0, 1))["query_covariance"], whole.extras(slice(0, 1))["query_covariance"])

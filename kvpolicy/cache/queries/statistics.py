@@ -50,9 +50,11 @@ class QueryStatistics:
         deviation = torch.where(weight, plain - mean.unsqueeze(3), 0.0)
         shift = torch.where(new[:, None, None, None] > 0, mean - self.mean, 0.0)
         cross = (self.count * new)[:, None, None, None] / total
-        self.scatter += deviation.transpose(3, 4) @ deviation
-        self.scatter += (cross * shift).unsqueeze(-1) * shift.unsqueeze(-2)
-        self.mean += shift * new[:, None, None, None] / total
+        # Not in place: what was made in inference mode may not be written to outside of it, and both come here.
+        self.scatter = (
+            self.scatter + deviation.transpose(3, 4) @ deviation + (cross * shift).unsqueeze(-1) * shift.unsqueeze(-2)
+        )
+        self.mean = self.mean + shift * new[:, None, None, None] / total
         self.count = self.count + new
 
     def take(self, index: Tensor) -> QueryStatistics:
