@@ -7,7 +7,7 @@ transformers' `StaticCache` compiled in the same way. The first run of each, in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def lanes(model: LlamaForCausalLM, batch: int, budget: int, tokens: int) -> dict
     return {name: prepared(lambda c=cache: c, call) for name, (cache, call) in caches.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one table per shape."""
     parser = arguments(__doc__)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=160, help="decode steps of one timed run")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.quick:
         options.shape, options.batch, options.budget, options.tokens, options.rounds = ["narrow"], [1], 32, 8, 1
     torch.set_num_threads(options.threads)

@@ -257,6 +257,7 @@ def test_two_thousand_tokens_take_two_compilations_at_most(lengths, graphs, tiny
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
 def test_inductor_decodes_the_same(tiny, small, random_prompts, padded):
     policy, model = small("rkv"), tiny()
     for lengths in ((20,), (20, 7)):
