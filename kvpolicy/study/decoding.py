@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.study.choosing import choose
 from kvpolicy.study.sampling import Sampling
 
@@ -109,8 +110,9 @@ def forward(
 ) -> Tensor:
     """Run new tokens `[B, q]` of every row through the model; return their last `logits` logits `[B, logits, V]`."""
     output = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=logits
-    )
+        ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=logits,
+        **passing(cache, model.forward),
+    )  # fmt: skip
     result: Tensor = output.logits
     return result
 

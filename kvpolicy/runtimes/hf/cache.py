@@ -27,6 +27,7 @@ from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
 from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
+from kvpolicy.runtimes.hf.prompts import feed_prompt
 from kvpolicy.runtimes.hf.resolve import resolve
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
@@ -43,7 +44,7 @@ SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", 
 
 
 class PolicyCache(Cache):
-    """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy.
+    """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy; from 5.24 on, ``cache=cache``.
 
     Making one attaches it to the model; leaving its ``with`` block, `close()`, or its collection detaches it. Other
     caches on the same model are not affected at any time.
@@ -275,7 +276,6 @@ class PolicyCache(Cache):
 
     # -- what people call ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk: int | None = None) -> None:
         """Run a prompt through the model, all but its end, which is left to ``model.generate``.
 
@@ -293,30 +293,7 @@ class PolicyCache(Cache):
             UnsupportedError: the policy needs the prompt in one piece.
         """
         size = self.policy.prefill_chunk if chunk is None else chunk
-        if size is not None and size < 1:
-            raise CacheStateError(f"chunk: {size} is not a chunk size; write at least 1.")
-        if self.policy.traits.whole_prompt:
-            raise UnsupportedError(
-                f"prefill: policy {self.policy.name!r} lets tokens of the prompt look ahead and needs it in one piece; "
-                "leave prefill out and give the whole prompt to model.generate()."
-            )
-        seen, length = self.engine.columns, input_ids.shape[1]
-        if length <= seen:
-            raise CacheStateError(
-                f"input_ids: the cache has already seen {seen} tokens and the prompt has {length}; pass the whole text."
-            )
-        if size is None:
-            ends = range(max(length - 1, seen + 1), length)
-        else:
-            ends = range(length - ((length - seen - 1) // size) * size, length, size)
-        self._passes.prompt_end = length
-        for end in ends:
-            mask = None if attention_mask is None else attention_mask[:, :end]
-            self.model(
-                input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
-                past_key_values=self, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            seen = end
+        feed_prompt(self.model, self, self._passes, input_ids, attention_mask, size)
 
     def prefill_chunks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Run a prompt in the chunks that the policy declares, all but the last one; nothing if it declares none.
@@ -408,10 +385,3 @@ class PolicyCache(Cache):
 def _call_all(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
-
-
-def _positions(mask: Tensor | None, start: int, end: int) -> Tensor | None:
-    """Return position ids `[B, end - start]` as generate() makes them from a mask."""
-    if mask is None:
-        return None
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:end]

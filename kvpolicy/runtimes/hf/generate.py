@@ -14,6 +14,7 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.cache import PolicyCache
 from kvpolicy.runtimes.hf.model_facts import image_tokens
+from kvpolicy.runtimes.hf.naming import NAMES, passing
 from kvpolicy.runtimes.hf.trial import refuse_implementation
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def generate(
         still be read.
     """
     refuse_implementation(kwargs.get("cache_implementation"), "generate")
-    if "past_key_values" in kwargs:
-        other = type(kwargs["past_key_values"]).__name__
-        raise UnsupportedError(f"past_key_values: a {other} follows no policy; give a PolicyCache as `policy` instead.")
+    for name in NAMES:
+        if name in kwargs:
+            other = type(kwargs[name]).__name__
+            raise UnsupportedError(f"{name}: a {other} follows no policy; give a PolicyCache as `policy` instead.")
     cache = policy if isinstance(policy, PolicyCache) else PolicyCache(policy, model)
     more = max(num_return_sequences, num_beams)
     repeated = {
@@ -62,7 +64,7 @@ def generate(
             # generate() repeats the prompt for beams and samples only after the cache has been filled.
             cache.prefill_chunks(repeated["input_ids"], repeated.get("attention_mask"))
         output = model.generate(
-            **inputs, past_key_values=cache, num_return_sequences=num_return_sequences, num_beams=num_beams, **kwargs
+            **inputs, **passing(cache), num_return_sequences=num_return_sequences, num_beams=num_beams, **kwargs
         )
         cache.check()
         if cache.get_seq_length() == seen:

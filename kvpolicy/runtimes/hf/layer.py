@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import ops
-from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
@@ -94,76 +93,64 @@ class EvictingLayer(CacheLayerMixin):
         mask: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the model's own attention function over the resident entries, and keep what the policy needs of it."""
-        current = self.passes.current
-        if current is None or self.passes.engine.forward is None:
+        """Run the model's own attention function over the resident entries, and keep what the policy needs of it.
+
+        Every layer comes by here once per token, so that its steps stand in one function: calls are what it costs.
+        """
+        current, engine = self.passes.current, self.passes.engine
+        forward = engine.forward
+        if current is None or forward is None:
             raise CacheStateError("attention was called outside of a forward pass of this cache.")
         current.unattended, current.attending = None, self.layer_idx
         if module not in self.passes.modules:
             self.passes.check_module(module)
-        output = self._attend(self.passes.engine, function, base, module, query, key, value, mask, kwargs)
-        current.attending = None
-        return output
-
-    def _attend(
-        self,
-        engine: Engine,
-        function: AttentionFunction,
-        base: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        forward = engine.forward
-        assert forward is not None
-        if kwargs.get("position_bias") is not None:
-            raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
-        facts = self._known(module)
+        who = reader(module, self.layer_idx)
+        facts: LayerFacts | None = engine.facts.get(self.layer_idx)
+        if isinstance(facts, SharedFacts):
+            facts = facts.parts.get(who)
         if facts is None:
-            check_served(base, query, kwargs)
-            facts = self._facts(module, query, value, kwargs)
-            if engine.stores.ragged:
-                _check_ragged(module, kwargs)
+            facts = self._learn(base, module, query, value, kwargs)
         if mask is not None and mask.shape[-1] != key.shape[2]:
             raise UnsupportedError(
                 "this model asks for a mask that is not simply causal, after padding or an eviction; "
                 "give such input (images, for example) in the first, unpadded forward pass."
             )
-        base_entries = engine.ragged_base(self.layer_idx)
+        base_entries = engine.ragged_base(self.layer_idx) if engine.stores.ragged else None
+        output: tuple[Tensor, Tensor | None]
         if base_entries is not None:
             _check_ragged(module, kwargs)
-            attended = self._attend_ragged(base_entries, query, key, value, mask, facts)
-            self._record(module, query, facts, key.shape[1])
-            return attended, None
-        turned = engine.turn_queries(self.layer_idx, query)
-        if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
-            output: tuple[Tensor, Tensor | None] = packed_attention(turned, key, value, facts.scale), None
+            output = self._attend_ragged(base_entries, query, key, value, mask, facts), None
         else:
-            output = attend(function, base, module, turned, key, value, mask, forward, kwargs)
-        self._record(module, query, facts, key.shape[1])
+            turned = engine.turn_queries(self.layer_idx, query)
+            if mask is None and forward.columns == 1 and forward.visible is None and packs(function, query, kwargs):
+                output = packed_attention(turned, key, value, facts.scale), None
+            else:
+                output = attend(function, base, module, turned, key, value, mask, forward, kwargs)
+        if self.readers == (who,):
+            engine.record(self.layer_idx, query, facts)
+        else:
+            self._record(who, module, query, facts, key.shape[1])
+        current.attending = None
         return output
 
-    def _known(self, module: nn.Module) -> LayerFacts | None:
-        """Return what is known of the attention of one of the readers."""
-        facts = self.passes.engine.facts.get(self.layer_idx)
-        return facts.parts.get(reader(module, self.layer_idx)) if isinstance(facts, SharedFacts) else facts
+    def _learn(self, base: str, module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> LayerFacts:
+        """Return what the first attention call of a reader says of all that follow; raises UnsupportedError."""
+        if kwargs.get("position_bias") is not None:
+            raise UnsupportedError("models with a position bias are not supported; use one with rotary embeddings.")
+        check_served(base, query, kwargs)
+        if self.passes.engine.stores.ragged:
+            _check_ragged(module, kwargs)
+        return self._facts(module, query, value, kwargs)
 
-    def _record(self, module: nn.Module, query: Tensor, facts: LayerFacts, heads: int) -> None:
-        """Keep what the policy needs of an attention call, once the last reader of these keys has come by."""
+    def _record(self, who: int, module: nn.Module, query: Tensor, facts: LayerFacts, heads: int) -> None:
+        """Keep what the policy needs of an attention call, once the last of several readers of these keys came by."""
         engine, current = self.passes.engine, self.passes.current
         assert current is not None
-        who = reader(module, self.layer_idx)
         if who not in self.readers:
             raise UnsupportedError(
                 f"layer {who} ({type(module).__name__}) reads the keys of layer {self.layer_idx} without saying so; "
                 "use a model whose layers keep keys of their own."
             )
-        if len(self.readers) == 1:
-            engine.record(self.layer_idx, query, facts)
-            return
         calls = current.readings.setdefault(self.layer_idx, {})
         calls[who] = query, facts
         if not set(self.readers) <= set(calls):

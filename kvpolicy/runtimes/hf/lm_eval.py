@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.cache import PolicyCache
+from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.spec import load
 
 
@@ -49,7 +50,7 @@ class PolicyLM(HFLM):
                 raise UnsupportedError(f"{name}: {options[name]} is not supported by this wrapper; leave it out.")
         with PolicyCache(self.spec, self.model) as cache:
             cache.prefill_chunks(context, options.get("attention_mask"))
-            tokens: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+            tokens: Tensor = super()._model_generate(context, max_length, stop, **passing(cache), **options)
             return tokens
 
     def _model_call(self, *args: Any, **options: Any) -> Tensor:
@@ -100,7 +101,7 @@ class PolicyLM(HFLM):
         return self._logits(cache, torch.tensor([[token]], device=self.device))
 
     def _logits(self, cache: PolicyCache, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True).logits
+        logits: Tensor = self.model(ids, use_cache=True, **passing(cache, self.model.forward)).logits
         return logits[0, -1].float()
 
     @staticmethod

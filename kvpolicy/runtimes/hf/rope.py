@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvpolicy import ops
 from kvpolicy.contracts.view import Rope
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.runtimes.hf.naming import passing
 
 _CHANGING = ("dynamic", "longrope")
 _PLACES = (3, 11)
@@ -92,7 +93,7 @@ def _probe(model: PreTrainedModel, name: str) -> dict[int, Tensor]:
     training = model.training
     model.eval()
     try:
-        model(token, position_ids=places, past_key_values=cache, use_cache=True)
+        model(token, position_ids=places, use_cache=True, **passing(cache, model.forward))
         return {i: layer.keys for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None}
     except Exception as error:
         raise UnsupportedError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.runtimes.hf.naming import passed
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,6 @@ def _keep_all(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     count = kwargs.get("logits_to_keep")
     if not isinstance(count, int) or not count:
         return None
-    if count > 1 or getattr(kwargs.get("past_key_values"), "looks_at_queries", False):
+    if count > 1 or getattr(passed(kwargs), "looks_at_queries", False):
         return args, {**kwargs, "logits_to_keep": 0}
     return None

@@ -21,6 +21,7 @@ from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attach import implementation_of, lock, undo, undo_left
 from kvpolicy.runtimes.hf.graph import GraphPasses
 from kvpolicy.runtimes.hf.implementations import family
+from kvpolicy.runtimes.hf.naming import passed
 
 Forward = Callable[..., Any]
 _untraced: Callable[[Forward], Forward] = torch.compiler.disable
@@ -66,7 +67,7 @@ def _wrapped(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        passes = getattr(kwargs.get("past_key_values"), "opens_steps", None)
+        passes = getattr(passed(kwargs), "opens_steps", None)
         if passes is None:
             return original(self, *args, **kwargs)
         opened, kwargs = _open(passes, self, args, kwargs)

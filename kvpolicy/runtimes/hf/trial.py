@@ -22,6 +22,7 @@ from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announce, mark
 from kvpolicy.runtimes.hf.implementations import as_loaded
+from kvpolicy.runtimes.hf.naming import passing
 
 _TOKENS = 3
 _tried: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -210,7 +211,7 @@ def _run(model: PreTrainedModel, cache: DynamicCache | None) -> Exception | None
     device = model.device if model.device.type != "meta" else torch.device("cpu")  # hooks of an offloaded model move it
     tokens = torch.arange(1, _TOKENS + 1, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     try:
-        model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        model(input_ids=tokens, use_cache=cache is not None, **passing(cache, model.forward))
     except Exception as error:  # noqa: BLE001  whatever a modeling file raises
         return error
     return None

@@ -16,6 +16,7 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.runtimes.hf.projection import output_projection
 
 
@@ -132,6 +133,7 @@ def watch(model: PreTrainedModel, tokens: Tensor, look: Callable[[Attended], Non
     cache = Cache(layers=[_WatchedLayer(index, look) for index in range(count)])
     detach = attach(model, attention_modules(model))
     try:
-        model.base_model(input_ids=tokens[None].to(model.device), past_key_values=cache, use_cache=True)
+        base = model.base_model
+        base(input_ids=tokens[None].to(model.device), use_cache=True, **passing(cache, base.forward))
     finally:
         detach()
