@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.runtimes.vllm.hooks import HOOKS, Found, look
+from kvpolicy.runtimes.vllm.hooks import HOOKS, HookFound, look
 from kvpolicy.runtimes.vllm.sources import Sources
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vllm-versions.md"
@@ -33,13 +33,13 @@ the plugin gives.
 """
 
 
-def found(path: Path) -> tuple[str, list[Found]]:
+def found(path: Path) -> tuple[str, list[HookFound]]:
     """Return the version of a vLLM and what was found of each hook."""
     sources = Sources(path)
     return sources.version, [look(hook, sources) for hook in HOOKS]
 
 
-def report(version: str, looked: Sequence[Found]) -> list[str]:
+def report(version: str, looked: Sequence[HookFound]) -> list[str]:
     """Return lines about one version: how many hooks it has, and what differs."""
     used = [hook.use != "stands under" for hook in HOOKS]
     held = sum(each.holds for each, use in zip(looked, used, strict=True) if use)
@@ -51,7 +51,7 @@ def report(version: str, looked: Sequence[Found]) -> list[str]:
     return lines
 
 
-def page(versions: Sequence[tuple[str, Sequence[Found]]]) -> str:
+def page(versions: Sequence[tuple[str, Sequence[HookFound]]]) -> str:
     """Return docs/vllm-versions.md."""
     lines = [HEAD]
     for version, looked in versions:

@@ -232,7 +232,7 @@ def test_the_page_has_a_row_for_every_hook(script):
 def test_a_page_says_what_was_found(script):
     looked = [(True, "as expected")] * len(HOOKS)
     looked[[each.name for each in HOOKS].index("register_backend")] = (False, "moved to elsewhere")
-    page = script.page([("9.1", [script.Found(*each) for each in looked])])
+    page = script.page([("9.1", [script.HookFound(*each) for each in looked])])
     assert page.count("| ✓ |") == len(HOOKS) - 1
     assert "| moved to elsewhere |" in page
     assert "  - calls vllm.v1.attention.backends.registry.register_backend: moved to elsewhere" in page

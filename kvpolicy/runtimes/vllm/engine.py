@@ -23,14 +23,14 @@ from kvpolicy.runtimes.vllm import refusals
 from kvpolicy.runtimes.vllm.books import prompt_room, spared
 from kvpolicy.runtimes.vllm.layouts import pages, probe
 from kvpolicy.runtimes.vllm.rotary import rope_of
-from kvpolicy.runtimes.vllm.settings import Settings, asked, settings
+from kvpolicy.runtimes.vllm.settings import ServingSettings, asked, settings
 from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
-    from kvpolicy.runtimes.vllm.spec import EvictingSpec, Plan
+    from kvpolicy.runtimes.vllm.spec import EvictingSpec, EvictionPlan
 
 
-def plan_of(config: Any) -> Plan | None:
+def plan_of(config: Any) -> EvictionPlan | None:
     """Return what an engine is to do, or None where no policy is set.
 
     Args:
@@ -45,7 +45,7 @@ def plan_of(config: Any) -> Plan | None:
         return None
     import vllm
 
-    from kvpolicy.runtimes.vllm.spec import Plan
+    from kvpolicy.runtimes.vllm.spec import EvictionPlan
 
     chosen, policy = _chosen(json.dumps(said, sort_keys=True))
     untried = refusals.version_refusal(vllm.__version__)
@@ -61,17 +61,17 @@ def plan_of(config: Any) -> Plan | None:
             f"vLLM with --worker-cls {__package__}.Worker."
         )
     longest, widest = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
-    return Plan(chosen.spec.to_yaml(), longest, widest, chosen.prompt)
+    return EvictionPlan(chosen.spec.to_yaml(), longest, widest, chosen.prompt)
 
 
 @lru_cache(maxsize=4)
-def _chosen(said: str) -> tuple[Settings, Policy]:
+def _chosen(said: str) -> tuple[ServingSettings, Policy]:
     """Read a policy once, and not for every layer."""
     chosen = settings(json.loads(said))
     return chosen, chosen.spec.build()
 
 
-def evicting_spec(spec: Any, plan: Plan) -> Any:
+def evicting_spec(spec: Any, plan: EvictionPlan) -> Any:
     """Return the cache spec of a layer under the engine's policy, made of vLLM's own.
 
     Raises:

@@ -217,7 +217,7 @@ def _hooks() -> Iterator[Hook]:
 HOOKS = tuple(_hooks())
 
 
-class Found(NamedTuple):
+class HookFound(NamedTuple):
     """What was found of a hook.
 
     Attributes:
@@ -229,17 +229,17 @@ class Found(NamedTuple):
     says: str
 
 
-def look(hook: Hook, sources: Sources) -> Found:
+def look(hook: Hook, sources: Sources) -> HookFound:
     """Return whether a hook is there, and what differs."""
     found = sources.find(hook.module, hook.name)
     if found is None:
         homes = sources.moved(hook.module, hook.name)
         if not homes:
-            return Found(False, "missing")
+            return HookFound(False, "missing")
         _, parts = _compare(hook, sources.find(homes[0], hook.name))
-        return Found(False, " and ".join([f"moved to {', '.join(homes)}", *parts]))
+        return HookFound(False, " and ".join([f"moved to {', '.join(homes)}", *parts]))
     holds, parts = _compare(hook, found)
-    return Found(holds, "; ".join(parts) or "as expected")
+    return HookFound(holds, "; ".join(parts) or "as expected")
 
 
 def _compare(hook: Hook, found: ast.AST | None) -> tuple[bool, list[str]]:

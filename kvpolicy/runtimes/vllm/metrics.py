@@ -32,7 +32,7 @@ _SAID: Final = (
 )
 
 
-class Writer:
+class MetricsWriter:
     """Writes a worker's numbers.
 
     Args:

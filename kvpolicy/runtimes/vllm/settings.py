@@ -28,7 +28,7 @@ _KINDS: Final = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServingSettings:
     """Checked settings.
 
     Attributes:
@@ -69,7 +69,7 @@ def asked(additional_config: Any) -> Mapping[str, Any] | None:
     return said
 
 
-def settings(said: Mapping[str, Any]) -> Settings:
+def settings(said: Mapping[str, Any]) -> ServingSettings:
     """Return the settings that were asked for, with their policy read.
 
     Args:
@@ -95,7 +95,7 @@ def settings(said: Mapping[str, Any]) -> Settings:
         raise SpecError(f"{KEY}.prompt: {prompt} tokens are no prompt; write at least 1, or leave it out.")
     spec = load(said["policy"])
     changes = {**({"budget": said["budget"]} if "budget" in said else {}), **said.get("set", {})}
-    return Settings(spec.replace(changes) if changes else spec, prompt, said.get("any_version", False))
+    return ServingSettings(spec.replace(changes) if changes else spec, prompt, said.get("any_version", False))
 
 
 def armed() -> bool:

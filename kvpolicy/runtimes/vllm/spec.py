@@ -23,14 +23,14 @@ from kvpolicy.spec import PolicySpec
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvictionPlan:
     """What scheduler and workers must both know, besides step sizes; it travels in the cache spec.
 
     Attributes:
         policy: as YAML, in full.
         longest: tokens of the longest request (`--max-model-len`).
         widest: most tokens of a step (`--max-num-batched-tokens`).
-        prompt: see `Settings.prompt`.
+        prompt: see `ServingSettings.prompt`.
     """
 
     policy: str
@@ -54,10 +54,10 @@ class EvictingSpec(FullAttentionSpec):
     Never a subclass of SlidingWindowSpec: runners mask the layers of those.
     """
 
-    plan: Plan | None = None
+    plan: EvictionPlan | None = None
 
     @staticmethod
-    def of(spec: FullAttentionSpec, plan: Plan) -> EvictingSpec:
+    def of(spec: FullAttentionSpec, plan: EvictionPlan) -> EvictingSpec:
         """Make one of the spec that vLLM made for the layer."""
         return EvictingSpec(**{each.name: getattr(spec, each.name) for each in fields(spec)}, plan=plan)
 

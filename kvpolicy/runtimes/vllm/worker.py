@@ -10,7 +10,7 @@ import torch
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.vllm import backends, engine, metrics
 from kvpolicy.runtimes.vllm.check import check_step
-from kvpolicy.runtimes.vllm.metrics import Writer
+from kvpolicy.runtimes.vllm.metrics import MetricsWriter
 from kvpolicy.runtimes.vllm.session import Session
 from kvpolicy.runtimes.vllm.settings import armed
 
@@ -93,14 +93,14 @@ def open_session(worker: Any, kv_cache_config: Any) -> Session:
     return session
 
 
-def writer(config: Any) -> Writer | None:
+def writer(config: Any) -> MetricsWriter | None:
     """Return what writes a worker's numbers; None for all ranks but the first, which count the same."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     metrics.announce()
     if get_tp_group().rank_in_group or get_pp_group().rank_in_group:
         return None
-    return Writer(f"worker-{config.parallel_config.data_parallel_rank}")
+    return MetricsWriter(f"worker-{config.parallel_config.data_parallel_rank}")
 
 
 def batch_order(runner: Any) -> Any:

@@ -11,7 +11,7 @@ from kvpolicy.errors import CacheStateError
 from kvpolicy.runtimes.vllm.books import spared
 from kvpolicy.runtimes.vllm.refusals import policy_refusal
 from kvpolicy.testing.tables import stand_in_tables
-from kvsupport.engine_loop import Loop, Wish, wishes
+from kvsupport.engine_loop import EngineLoop, Wish, wishes
 from kvsupport.policies import small_policy
 
 
@@ -32,7 +32,7 @@ def test_every_served_policy_reads_what_a_request_reads_alone(registered):
     with stand_in_tables():
         pinned = policy.reserved(50) > policy.reserved()  # a prompt that fills the budget leaves nothing to choose
         some = wishes(6, 1, longest=90, prompt=8 if pinned else None)
-        loop = Loop(policy, some, blocks=40, block=4, widest=chunk or 24)
+        loop = EngineLoop(policy, some, blocks=40, block=4, widest=chunk or 24)
         loop.run()
     assert loop.compared >= 60
     assert loop.session.counts.compactions >= {"full": 0}.get(policy.name, 2)
@@ -49,7 +49,7 @@ def test_any_pool_serves_every_request_and_gives_none_up(name, seed, block, budg
     policy, longest = small_policy(name, budget=budget, interval=interval), 70
     entries = longest if policy.bound is None else min(max(budget + min(widest, longest), policy.bound), longest)
     blocks = -(-entries // block) + 3 + spare
-    loop = Loop(policy, wishes(6, seed, longest=longest), blocks=blocks, block=block, widest=widest, seed=seed)
+    loop = EngineLoop(policy, wishes(6, seed, longest=longest), blocks=blocks, block=block, widest=widest, seed=seed)
     loop.run()
     assert loop.peak < blocks
 
@@ -59,7 +59,7 @@ def test_freed_blocks_let_more_requests_run():
     steps = {}
     for name in ("knorm", "full"):
         some = [Wish(f"r{i}", 9, 64, 64) for i in range(8)]
-        loop = Loop(small_policy(name, budget=16, interval=16), some, blocks=33, block=8, widest=256)
+        loop = EngineLoop(small_policy(name, budget=16, interval=16), some, blocks=33, block=8, widest=256)
         loop.run()
         steps[name] = loop.steps
         assert loop.peak == 32
@@ -69,7 +69,7 @@ def test_freed_blocks_let_more_requests_run():
 
 def test_a_prompt_that_the_pool_cannot_hold_is_compacted_between_its_pieces():
     policy = small_policy("rkv", budget=16, interval=8)
-    loop = Loop(policy, [Wish("r0", 300, 320, 320), Wish("r1", 20, 60, 60)], blocks=9, block=8, widest=16)
+    loop = EngineLoop(policy, [Wish("r0", 300, 320, 320), Wish("r1", 20, 60, 60)], blocks=9, block=8, widest=16)
     loop.run()
     assert loop.peak <= 8
     assert loop.session.counts.compactions >= 15
@@ -77,7 +77,7 @@ def test_a_prompt_that_the_pool_cannot_hold_is_compacted_between_its_pieces():
 
 
 def test_what_the_scheduler_and_the_worker_count_must_agree():
-    loop = Loop(small_policy("rkv"), [Wish("r0", 30, 60, 60)], blocks=20, block=4, widest=64)
+    loop = EngineLoop(small_policy("rkv"), [Wish("r0", 30, 60, 60)], blocks=20, block=4, widest=64)
     for _ in range(3):
         loop._step()
     loop.session.cache.ledger.rows["r0"].seen -= 1
@@ -87,7 +87,9 @@ def test_what_the_scheduler_and_the_worker_count_must_agree():
 
 @pytest.mark.parametrize("what", ["table", "block", "entry"])
 def test_the_armed_check_sees(what):
-    loop = Loop(small_policy("knorm"), [Wish("r0", 30, 60, 60), Wish("r1", 30, 60, 60)], blocks=40, block=4, widest=64)
+    loop = EngineLoop(
+        small_policy("knorm"), [Wish("r0", 30, 60, 60), Wish("r1", 30, 60, 60)], blocks=40, block=4, widest=64
+    )
     for _ in range(8):
         loop._step()
     tables = loop.store.tables
@@ -111,7 +113,7 @@ def test_a_prompt_that_must_stay_whole_and_does_not_fit_the_budget_is_kept_whole
     policy = kvpolicy.load("random", 24, trigger__interval=8, protect=protect).build()
     assert policy.reserved(20) == 28
     assert [prompt for prompt in range(30) if spared(policy)(prompt)] == list(range(21, 30))
-    loop = Loop(policy, [Wish("r0", 50, 80, 80), Wish("r1", 20, 60, 60)], blocks=60, block=4, widest=80)
+    loop = EngineLoop(policy, [Wish("r0", 50, 80, 80), Wish("r1", 20, 60, 60)], blocks=60, block=4, widest=80)
     loop.run()
     assert loop.session.counts.compactions == 4, "those of the second alone"
     assert loop.compared == 41

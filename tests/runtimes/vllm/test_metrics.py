@@ -32,7 +32,7 @@ def told(evicted, compactions, seconds, held):
 def test_workers_are_summed_and_nothing_is_made_before_there_is_one(families):
     assert list(metrics.Collector().collect()) == []
     assert not families.exists()
-    first, second = metrics.Writer("worker-0"), metrics.Writer("worker-1")
+    first, second = metrics.MetricsWriter("worker-0"), metrics.MetricsWriter("worker-1")
     assert list(metrics.Collector().collect()) == []
     first.write(told(1, 1, 0.1, 9))
     first.write(told(640, 10, 0.5, 7))

@@ -10,7 +10,7 @@ import torch
 import kvpolicy
 from kvpolicy.runtimes.vllm.worker import batch_order
 from kvsupport import engine_loop
-from kvsupport.engine_loop import Loop, wishes
+from kvsupport.engine_loop import EngineLoop, wishes
 
 
 class RunnerV2:
@@ -62,7 +62,7 @@ def in_v2(runner, rows, checked):
 @pytest.mark.parametrize("policy", ["rkv", "sinks-recent"])
 def test_v2_tells_the_requests_of_a_step_and_its_padding_stays(policy, monkeypatch):
     spec = kvpolicy.load(policy, budget=16, trigger={"every": 8})
-    loop = Loop(spec.build(), wishes(5, 3, longest=70), blocks=40, block=8, widest=24)
+    loop = EngineLoop(spec.build(), wishes(5, 3, longest=70), blocks=40, block=8, widest=24)
     runner, checked = RunnerV2(8, 64), []
     loop.session.order = batch_order(runner)
     told = in_v2(runner, 8, checked)

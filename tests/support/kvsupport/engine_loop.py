@@ -41,7 +41,7 @@ class Wish:
     table: list[int] = field(default_factory=list)
 
 
-class Loop:
+class EngineLoop:
     """The engine.
 
     Attributes:
