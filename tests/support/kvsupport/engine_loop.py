@@ -22,6 +22,7 @@ from kvpolicy.cache.ledger import Incoming
 from kvpolicy.cache.paged import PagedCache
 from kvpolicy.cache.store import Layout
 from kvpolicy.cache.store.paged import PagedStore
+from kvpolicy.runtimes.vllm import backends
 from kvpolicy.runtimes.vllm.backends import without_evicted
 from kvpolicy.runtimes.vllm.books import Books
 from kvpolicy.runtimes.vllm.check import check_step
@@ -170,7 +171,7 @@ class EngineLoop:
             self.store._values[layer].flatten(0, 1)[shared] = values
             self.session.record(layer, queries)
         self.session.end()
-        assert without_evicted(self.session, told) is told, "a batch that is made up"
+        assert backends.without_evicted(self.session, told) is told, "a batch that is made up"
         for i, wish in enumerate(self.order):
             self._compare(wish, scheduled[wish.name], told.block_table_tensor[i], int(told.seq_lens[i]))
 
