@@ -101,3 +101,12 @@ def as_bytes(mask: Tensor) -> Tensor:
 def padded(count: int, least: int = 16) -> int:
     """Return the power of two that holds `count`; a matrix instruction takes no fewer than 16 columns."""
     return max(least, 1 << max(0, count - 1).bit_length())
+
+
+def parts_of(dim: int) -> tuple[int, int]:
+    """Cut a head dim into equal parts whose width is a power of two: (width, parts); up to 128 one part, if it is one.
+
+    Wider parts than 64 of a wide key would spill registers.
+    """
+    width = dim & -dim
+    return (dim, 1) if width == dim and dim <= 128 else (min(64, width), dim // min(64, width))

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy.types import KeepIndices
-from kvpolicy_kernels import compaction, ragged, selection, similarity, window
+from kvpolicy_kernels import compaction, density, ragged, selection, similarity, window
 from kvpolicy_kernels._launch import Launch
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -26,7 +26,7 @@ def multiplies(launch: Launch) -> bool:
         (launch.name == "scan.scan_keys" and of["LOGITS"])
         or (launch.name == "window.mean_weights" and of["BY_HEAD"])
         or (launch.name == "similarity.exempt" and of["BETA"] > 0)
-        or launch.name == "ragged.attend_part"
+        or launch.name in ("ragged.attend_part", "density.sum_near")
     )
 
 
@@ -38,6 +38,9 @@ def variants(*, full: bool) -> dict[str, Callable[[], object]]:
         widths += [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 128)]
     for dtype, dim in widths:
         _of_keys(calls, dtype, dim, every=full and dim == 128, full=full)
+    for dim in (96, 192, 256) if full else (192,):
+        _of_wide_keys(calls, dim)
+    _of_options(calls)
     for slots in (200, 1000, 2000, 4000, 20000) if full else (1000, 4000, 20000):
         calls[f"top_k {slots}"] = partial(_top_k, slots)
     calls["positions"] = partial(_compact, torch.int32, ())
@@ -73,6 +76,38 @@ def _of_keys(calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: in
             calls[f"{name} ragged G{group} q{count}"] = partial(_ragged, dtype, dim, group, count)
     calls[f"{name} ragged masked"] = partial(_ragged, dtype, dim, 2, 2, masked=True)
     calls[f"{name} compact"] = partial(_compact, dtype, (dim,))
+
+
+def _of_wide_keys(calls: dict[str, Callable[[], object]], dim: int) -> None:
+    """Add the calls that read keys in parts."""
+    name = f"bf16 D{dim}"
+    calls[f"{name} rkv G4"] = partial(_importance, torch.bfloat16, dim, 4, 8, shared=True)
+    calls[f"{name} redundancy"] = partial(_redundancy, torch.bfloat16, dim)
+    if dim == 256:
+        calls[f"{name} snapkv"] = partial(
+            _importance, torch.bfloat16, dim, 4, 32, group_stage="weights", softmax_over="row", mean=True
+        )
+        calls[f"{name} all options"] = partial(_redundancy, torch.bfloat16, dim, beta=3, own=True, index_zero=True)
+
+
+def _of_options(calls: dict[str, Callable[[], object]]) -> None:
+    """Add models with soft-cap and sinks, other ways of smoothing, and kernel densities."""
+    model: dict[str, Any] = {"softcap": 50.0, "attention_sinks": torch.empty(2, 4)}
+    calls["soft-cap"] = partial(_importance, torch.bfloat16, 64, 4, 8, **model)
+    calls["soft-cap by head"] = partial(
+        _importance, torch.bfloat16, 64, 4, 8, group_stage="weights", softmax_over="row", mean=True, **model
+    )
+    calls["each"] = partial(_importance, torch.bfloat16, 64, 4, 8, shared=True, smooth_stage="query")
+    calls["each mean"] = partial(
+        _importance, torch.bfloat16, 64, 4, 8, shared=True, smooth_stage="query", smooth_kind="mean"
+    )
+    for dtype, dim, lower in ((torch.float32, 64, 0.3), (torch.float32, 128, 0.3), (torch.float32, 64, 1.0)):
+        calls[f"density {dtype} D{dim} {lower}"] = partial(_density, dtype, dim, lower)
+    calls["density bf16"] = partial(_density, torch.bfloat16, 128)
+
+
+def _density(dtype: torch.dtype, dim: int, lower: float = 0.3) -> None:
+    density.key_density(_keys(dtype, dim), _mask(), bandwidth=0.15, priority=torch.empty(2, 2, _SLOTS), lower=lower)
 
 
 def _keys(dtype: torch.dtype, dim: int) -> Tensor:

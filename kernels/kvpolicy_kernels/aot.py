@@ -29,6 +29,10 @@ SHARED_LIMIT: Final = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 
 """Bytes of shared memory (LDS) that one program may use."""
 REGISTER_TOLERANCE: Final = 16
 
+# Constants that a name leaves out.
+_USUAL: Final = (
+    ("PARTS", 1), ("CAPPED", False), ("WITH_SINKS", False), ("EACH", False), ("KIND", "max"), ("PEAK", True),
+)  # fmt: skip
 _MATRIX: Final = {
     "sm_80": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
@@ -82,7 +86,8 @@ def _name(launch: Launch) -> str:
     """Name a launch by its kernel, its data type and its constants, so that equal ones meet."""
     dtypes = [a.dtype for a in launch.arguments if isinstance(a, torch.Tensor)]
     dtype = _TYPES[next((d for d in dtypes if d in (torch.float16, torch.bfloat16)), dtypes[0])]
-    shown = {k: int(v) for k, v in launch.constants.items() if k != "UPCAST"}
+    of = {k: v for k, v in launch.constants.items() if k != "UPCAST" and (k, v) not in _USUAL}
+    shown = {k: v if isinstance(v, str) else int(v) for k, v in of.items()}
     constants = " ".join(f"{k}={v}" for k, v in shown.items())
     return f"{launch.name} {dtype} {constants} warps={launch.warps} stages={launch.stages}"
 

@@ -19,6 +19,7 @@ _MODULES: Final = {
     "window_importance": "window",
     "redundancy": "similarity",
     "mean_similarity": "similarity",
+    "key_density": "density",
     "top_k": "selection",
     "compact": "compaction",
     "ragged_attention": "ragged",

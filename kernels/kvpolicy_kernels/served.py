@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError
 
-HEAD_DIMS: Final = (16, 32, 64, 128)
+HEAD_DIMS: Final = (16, 32, 64, 96, 128, 192, 256)
+RAGGED_DIMS: Final = (16, 32, 64, 128)
 MOST_QUERIES: Final = 32  # more would spill registers
 MOST_GROUP: Final = 16
 MOST_BETA: Final = 4
@@ -24,15 +25,10 @@ def require(reason: str | None) -> None:
 
 def window_importance(
     queries: Tensor, query_positions: Tensor, query_valid: Tensor, keys: Tensor, positions: Tensor, valid: Tensor,
-    *, softcap: float | None = None, attention_sinks: Tensor | None = None,
-    smooth: int = 7, smooth_kind: str = "max", smooth_stage: str = "mean", **_: Any,
+    **_: Any,
 ) -> str | None:  # fmt: skip
-    """Importance without soft-cap and sinks, smoothed by a maximum after the mean over queries."""
+    """Importance with all options, for a window and a group of limited size."""
     options = {
-        "the model's logit soft-cap": softcap is not None,
-        "the model's attention sinks": attention_sinks is not None,
-        f"smooth_kind: {smooth_kind}": smooth > 1 and smooth_kind != "max",
-        f"smooth_stage: {smooth_stage}": smooth > 1 and smooth_stage != "mean",
         f"{queries.shape[3]} observed queries (at most {MOST_QUERIES})": queries.shape[3] > MOST_QUERIES,
         f"{queries.shape[2]} query heads per KV head (at most {MOST_GROUP})": queries.shape[2] > MOST_GROUP,
         f"{queries.dtype} queries with {keys.dtype} keys": queries.dtype != keys.dtype,
@@ -49,6 +45,11 @@ def redundancy(keys: Tensor, valid: Tensor, *, beta: int = 1, **_: Any) -> str |
 def mean_similarity(keys: Tensor, takes_part: Tensor, **options: Any) -> str | None:
     """As `redundancy`."""
     return redundancy(keys, takes_part, **options)
+
+
+def key_density(keys: Tensor, valid: Tensor, **_: Any) -> str | None:
+    """Keys of any floating-point dtype: without their rotary embedding they are fp32."""
+    return head_dim(keys) or _strides(keys)
 
 
 def top_k(*_: Any, **__: Any) -> str | None:
@@ -74,7 +75,9 @@ def ragged_attention(
         "queries whose head dim is not contiguous": queries.stride(-1) != 1,
         "blocks that are not contiguous": not (base.keys.is_contiguous() and base.values.is_contiguous()),
     }
-    return _first(options) or _layout(tail_keys) or _layout(tail_values)
+    return _first(options) or next(
+        (why for keys in (tail_keys, tail_values) if (why := head_dim(keys, RAGGED_DIMS) or _layout(keys))), None
+    )
 
 
 def dtype(keys: Tensor) -> str | None:
@@ -85,11 +88,11 @@ def dtype(keys: Tensor) -> str | None:
     return f"the cache is {keys.dtype} and the kernels are for float16 and bfloat16; {INSTEAD}"
 
 
-def head_dim(keys: Tensor) -> str | None:
-    """Powers of two that were compiled ahead of time."""
-    if keys.shape[-1] in HEAD_DIMS:
+def head_dim(keys: Tensor, served: tuple[int, ...] = HEAD_DIMS) -> str | None:
+    """Those that were compiled ahead of time."""
+    if keys.shape[-1] in served:
         return None
-    return f"the head dim is {keys.shape[-1]} and the kernels are for {', '.join(map(str, HEAD_DIMS))}; {INSTEAD}"
+    return f"the head dim is {keys.shape[-1]} and the kernels are for {', '.join(map(str, served))}; {INSTEAD}"
 
 
 def _first(options: dict[str, bool]) -> str | None:
@@ -98,8 +101,12 @@ def _first(options: dict[str, bool]) -> str | None:
 
 
 def _layout(keys: Tensor) -> str | None:
-    wrong = dtype(keys) or head_dim(keys)
-    if wrong is None and keys.numel() > 0 and keys.stride(-1) != 1:
+    return dtype(keys) or head_dim(keys) or _strides(keys)
+
+
+def _strides(keys: Tensor) -> str | None:
+    wrong = None
+    if keys.numel() > 0 and keys.stride(-1) != 1:
         wrong = f"the keys have strides {list(keys.stride())} and the head dim must be contiguous; {INSTEAD}"
     # Offsets within a head are 32-bit.
     if wrong is None and keys.shape[2] * max(abs(keys.stride(2)), keys.shape[3]) >= 2**31:

@@ -11,7 +11,7 @@ from kvpolicy.ops import arguments
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, upcast
+from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, parts_of, upcast
 
 TILE = 64
 
@@ -106,12 +106,13 @@ def _scores(
 def scan(keys: Keys, mask: Mask, norms: Norms) -> None:
     """Read the keys once for their norms alone."""
     batch, heads, n, dim = keys.shape
+    width, parts = parts_of(dim)
     nothing = (None, 0, 0, 0, 0, None, None, None, 0, 0, 0, None, None, None, None)
     launch(
         "scan.scan_keys", batch * heads * -(-n // TILE),
-        keys, *keys.stride()[:3], as_bytes(mask), *mask.stride(), *norms, *nothing, 0.0, n, heads, 0,
-        D=dim, TILE=TILE, GROUP=1, QUERIES=16,
-        NORMS=True, LOGITS=False, BY_HEAD=False, MEAN=False, OVER_ROW=False, UPCAST=upcast(),
+        keys, *keys.stride()[:3], as_bytes(mask), *mask.stride(), *norms, *nothing, 0.0, 0.0, n, heads, 0,
+        D=width, PARTS=parts, TILE=TILE, GROUP=1, QUERIES=16,
+        NORMS=True, LOGITS=False, BY_HEAD=False, MEAN=False, OVER_ROW=False, CAPPED=False, UPCAST=upcast(),
     )  # fmt: skip
 
 
@@ -121,18 +122,20 @@ def _reduced(
 ) -> None:  # fmt: skip
     _, heads, n, dim = keys.shape
     rows, tiles = norms.first.shape
+    width, parts = parts_of(dim)
     total = torch.empty(rows, dim, dtype=torch.float32, device=keys.device)
     oldest = torch.empty(rows, dtype=torch.int32, device=keys.device)
     number = torch.empty_like(oldest)
     launch(
         "similarity.fold_sums", rows, norms.partial, norms.first, norms.held, total, oldest, number, tiles,
-        D=dim, BLOCK=padded(min(tiles, 32)),
+        D=width, PARTS=parts, BLOCK=padded(min(tiles, 32)),
     )  # fmt: skip
     base = torch.empty(rows, n, dtype=torch.float32, device=keys.device)
     launch(
         "similarity.exempt", rows * tiles,
         keys, *keys.stride()[:3], norms.inverse, total, oldest, base, norms.lost, threshold, n, heads,
-        D=dim, TILE=TILE, BETA=beta, OWN=own, INDEX_ZERO=index_zero, UPCAST=upcast(), warps=8,
+        D=width, PARTS=parts, TILE=TILE, BETA=beta, OWN=own, INDEX_ZERO=index_zero, UPCAST=upcast(),
+        warps=4 if parts > 1 and width < 64 else 8,
     )  # fmt: skip
     launch(
         "similarity.finish_redundancy", rows,

@@ -13,7 +13,8 @@ from kvpolicy.ops.order import in_order
 from kvpolicy.types import Keys, Mask, Scores
 
 _TINY = 1e-15
-_SHARPEST = 1e30  # 1 / bandwidth at most, so that products of scaled keys are finite
+SHARPEST = 1e30
+"""1 / bandwidth at most, so that products of scaled keys are finite."""
 _BROAD = 40.0  # up to here exp(1 / bandwidth) and its sums over many keys are far from the ends of fp32
 _ROWS = 64
 # Numbers of a tile. A CPU is to keep it in a core's cache; elsewhere fewer launches count.
@@ -45,11 +46,11 @@ def key_density(
         ValueError: the bandwidth is not positive, `lower` is not within [0, 1] or below 1 without a priority, or
             arguments do not fit `keys`.
     """
-    order = None if lower == 1 or priority is None else _by_priority(priority, valid)
+    order = None if lower == 1 or priority is None else by_priority(priority, valid)
     flat, held = keys.flatten(0, 1), valid.flatten(0, 1)
     if order is not None:
         held = held.gather(1, order)
-    sharpness = min(1 / bandwidth, _SHARPEST)
+    sharpness = min(1 / bandwidth, SHARPEST)
     density = _sums(_directions(flat, held, order, sharpness**0.5), held, sharpness, lower)
     density = (density / held.sum(-1, keepdim=True).clamp_(min=1)).masked_fill_(~held, 0.0)
     if order is not None:
@@ -57,7 +58,7 @@ def key_density(
     return density.reshape(valid.shape)
 
 
-def _by_priority(priority: Scores, valid: Mask) -> Int64[Tensor, "M N"]:
+def by_priority(priority: Scores, valid: Mask) -> Int64[Tensor, "M N"]:
     """Return the slots of each head from the first to the last; those that are not valid come at the end."""
     rising = torch.where(valid, priority, float("-inf")).flatten(0, 1)
     return in_order(rising)[1].flip(-1)  # of equal ones the later slot comes first

@@ -44,7 +44,13 @@ def test_all_that_multiplies_is_among_the_variants():
     kernels = {launch.name for launch in SOME.values()}
     assert kernels == {launch.name for launch in ALL.values()}
     multiplying = {launch.name for launch in SOME.values() if _variants.multiplies(launch)}
-    assert multiplying == {"scan.scan_keys", "window.mean_weights", "similarity.exempt", "ragged.attend_part"}
+    assert multiplying == {
+        "scan.scan_keys",
+        "window.mean_weights",
+        "similarity.exempt",
+        "ragged.attend_part",
+        "density.sum_near",
+    }
 
 
 def test_what_is_wrong_is_named():

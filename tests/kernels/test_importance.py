@@ -39,8 +39,18 @@ def case(device, dtype, dim, group, queries, n, *, holes=True, late=False):
     return queries_, at, asked, arena[1, :, :, :n], positions, valid
 
 
+def smoothed(row, smooth, kind):
+    result = []
+    for i in range(len(row)):
+        window = row[max(0, i - smooth // 2) : i + (smooth - 1) // 2 + 1]
+        of = {"max": max(window), "mean": sum(window) / len(window), "mean_zero_padded": sum(window) / smooth}
+        result.append(of[kind])
+    return result
+
+
 def reference(queries, at, asked, keys, positions, valid, scale, group="max", group_stage="logits",
-              softmax_over="candidates", smooth=7):  # fmt: skip
+              softmax_over="candidates", smooth=7, smooth_kind="max", smooth_stage="mean", softcap=None,
+              attention_sinks=None):  # fmt: skip
     """The same in float64 and plain loops over rows, heads and queries."""
     out = torch.zeros(valid.shape, dtype=torch.float64)
     for b in range(valid.shape[0]):
@@ -51,34 +61,38 @@ def reference(queries, at, asked, keys, positions, valid, scale, group="max", gr
             candidates = [s for s in held if positions[b, h, s] < oldest]
             if not chosen or not candidates:
                 continue
-            mean = dict.fromkeys(candidates, 0.0)
+            sinks = torch.full((queries.shape[2],), -math.inf, dtype=torch.float64)
+            if attention_sinks is not None:
+                sinks = attention_sinks[h].double()
+            total = [0.0] * len(candidates)
             for q in chosen:
                 seen = candidates
                 if softmax_over == "row":
                     seen = [s for s in held if positions[b, h, s] <= at[b, q]]
                 logits = (keys[b, h, seen].double() @ queries[b, h, :, q].double().T) * scale  # [seen, G]
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                one = logits, sinks[None]
                 if group_stage == "logits":
-                    one = logits.amax(1) if group == "max" else logits.mean(1)
-                    weights = torch.softmax(one, 0)
-                else:
-                    each = torch.softmax(logits, 0)
-                    weights = each.amax(1) if group == "max" else each.mean(1)
-                for s, weight in zip(seen, weights.tolist(), strict=True):
-                    if s in mean:
-                        mean[s] += weight / len(chosen)
-            row = [mean[s] for s in candidates]
-            for i, s in enumerate(candidates):
-                out[b, h, s] = max(row[max(0, i - smooth // 2) : i + (smooth - 1) // 2 + 1])
-            for s in held:
-                if s not in mean:
-                    out[b, h, s] = max(row)
+                    one = [x.amax(1, keepdim=True) if group == "max" else x.mean(1, keepdim=True) for x in one]
+                each = torch.softmax(torch.cat(list(one)), 0)[:-1]
+                weights = each.amax(1) if group == "max" else each.mean(1)
+                row = [float(weights[seen.index(s)]) for s in candidates]
+                row = smoothed(row, smooth, smooth_kind) if smooth_stage == "query" else row
+                total = [x + y / len(chosen) for x, y in zip(total, row, strict=True)]
+            row = smoothed(total, smooth, smooth_kind) if smooth_stage == "mean" else total
+            for s, score in zip(candidates, row, strict=True):
+                out[b, h, s] = score
+            for s in set(held) - set(candidates):
+                out[b, h, s] = max(row)
     return out
 
 
 def check(inputs, **options):
     scale = inputs[3].shape[-1] ** -0.5
     got = window.window_importance(*inputs, scale=scale, **options).cpu().double()
-    want = reference(*(t.cpu() for t in inputs), scale, **options)
+    on_host = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = reference(*(t.cpu() for t in inputs), scale, **on_host)
     assert torch.isfinite(got).all()
     error = ((got - want).abs().amax(-1) / want.amax(-1).clamp(min=1e-30)).max()
     assert error < 1e-6, f"relative error {error:.2e}"
@@ -102,8 +116,38 @@ def test_options(options, device, grid_order):
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("smooth", "kind", "stage"),
+    [
+        (6, "mean", "mean"),
+        (7, "mean_zero_padded", "mean"),
+        (1, "mean", "query"),
+        (6, "max", "query"),
+        (5, "mean", "query"),
+    ],
+)
+def test_ways_of_smoothing(smooth, kind, stage, device, grid_order):
+    inputs = case(device, torch.float16, 16, 2, 3, random.randint(65, 100))
+    check(inputs, **random.choice([RKV, SNAPKV]), smooth=smooth, smooth_kind=kind, smooth_stage=stage)
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("softcap", [None, 2.0, 50.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("options", [RKV, SNAPKV, OTHERS[0]], ids=["rkv", "snapkv", "mean"])
+def test_soft_cap_and_attention_sinks(options, softcap, sinks, device):
+    """A sink is a logit of its own, of each query head; 2 bends every logit, 50 hardly any."""
+    inputs = case(device, torch.bfloat16, 16, 3, 4, random.randint(30, 66))
+    given = torch.randn(2, 3, device=device) + torch.tensor([[0.0, 4.0, -90.0]], device=device) if sinks else None
+    check(inputs, **options, softcap=softcap, attention_sinks=given)
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [*((d, n) for d in (torch.bfloat16, torch.float16, torch.float32) for n in (64, 128)), (torch.bfloat16, 96),
+     (torch.float16, 192), (torch.bfloat16, 256)],
+)  # fmt: skip
 def test_dtypes_and_head_dims(dtype, dim, device):
     if dtype == torch.float32 and device.type == "cuda":
         pytest.skip("fp32 caches are refused on a GPU")
@@ -203,19 +247,6 @@ def test_what_is_not_served_is_refused(device):
     queries, at, asked, keys, positions, valid = case(device, torch.float16, 64, 2, 8, 20)
     rest = (at, asked, keys, positions, valid)
     with ops.using_backend("triton"):
-        for options, named in (
-            ({"softcap": 30.0}, "soft-cap"),
-            ({"attention_sinks": torch.zeros(2, 2)}, "sinks"),
-            ({"smooth_kind": "mean"}, "smooth_kind: mean"),
-            ({"smooth_stage": "query"}, "smooth_stage: query"),
-        ):
-            with pytest.raises(UnsupportedError, match=f"cannot run window_importance.*{named}.*write backend: auto"):
-                ops.window_importance(queries, *rest, scale=1.0, **options)
-            with pytest.raises(UnsupportedError, match=named):  # nor is it ignored by who comes past the dispatch
-                window.window_importance(queries, *rest, scale=1.0, **options)
-            smooth_once = {**options, "smooth": 1}
-            if "smooth_kind" in options or "smooth_stage" in options:  # then there is nothing to smooth
-                ops.window_importance(queries, *rest, scale=1.0, **smooth_once)
         many = torch.zeros(2, 2, 2, 33, 64, device=device, dtype=torch.float16), at[:, :1].expand(-1, 33)
         with pytest.raises(UnsupportedError, match=r"33 observed queries \(at most 32\)"):
             ops.window_importance(*many, many[1] > 0, keys, positions, valid, scale=1.0)
@@ -225,7 +256,8 @@ def test_what_is_not_served_is_refused(device):
         with pytest.raises(UnsupportedError, match=r"head dim must be contiguous"):
             ops.window_importance(queries, at, asked, across, positions, valid, scale=1.0)
     with ops.using_backend("auto" if device.type == "cuda" else "torch"):
-        assert ops.window_importance(queries, *rest, scale=1.0, softcap=30.0).isfinite().all()
+        many = torch.zeros(2, 2, 2, 33, 64, device=device, dtype=torch.float16), at[:, :1].expand(-1, 33)
+        assert ops.window_importance(*many, many[1] > 0, keys, positions, valid, scale=1.0).shape == valid.shape
 
 
 @pytest.mark.usefixtures("seed")

@@ -11,7 +11,7 @@ import torch
 import kvpolicy
 from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.store import arena
-from kvpolicy.contracts.view import CacheView
+from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
 from kvpolicy_kernels import _launch, compaction, selection, similarity, window
@@ -25,10 +25,11 @@ def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
     resident = torch.tensor([n, n - 7], device=device)
     valid = (torch.arange(n, device=device) < resident[:, None])[:, None].expand(-1, heads, -1)
     asked = torch.ones(batch, 8, dtype=torch.bool, device=device)
+    rope = Rope(1e4 ** -torch.linspace(0, 1, dim // 2, device=device))
     for layer in range(layers):
         yield CacheView(
             keys=arena[layer, :, :, :n], values=arena[layer, :, :, :n], positions=positions, valid=valid,
-            scale=dim**-0.5, layer_idx=layer, num_layers=layers,
+            scale=dim**-0.5, rope=rope, layer_idx=layer, num_layers=layers,
             prompt_length=torch.full((batch,), 9, device=device), seen=resident,
             compaction=torch.zeros(batch, dtype=torch.int64, device=device),
             queries=torch.randn(batch, heads, group, 8, dim).half().to(device),
@@ -37,7 +38,7 @@ def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("name", ["rkv", "rkv-code", "snapkv"])
+@pytest.mark.parametrize("name", ["rkv", "rkv-code", "rkv-paper", "rkv-density", "snapkv"])
 def test_same_kept_slots_as_torch(name, device):
     made = list(views(device))
     kept, scores = {}, {}
@@ -52,13 +53,6 @@ def test_same_kept_slots_as_torch(name, device):
         gap = (ranked[..., :-1] - ranked[..., 1:])[..., 20:60].amin(-1)
         clear = gap > 1e-7  # equal scores but for rounding may change places
         assert torch.equal(a[clear], b[clear])
-
-
-@pytest.mark.usefixtures("seed")
-def test_the_paper_file_needs_torch_and_says_so(device):
-    policy = kvpolicy.load("rkv-paper", budget=40, backend="triton").build()
-    with pytest.raises(UnsupportedError, match=r"cannot run window_importance.*smooth_stage: query"):
-        policy.select(list(views(device)), [40, 40])
 
 
 @pytest.mark.usefixtures("seed")

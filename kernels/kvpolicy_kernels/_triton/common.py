@@ -20,6 +20,14 @@ def dot(left, right, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def precise_dot(left, right, UPCAST: tl.constexpr):
+    """Product of two tiles to fp32's precision, fp32 operands too: six products of their parts in bf16."""
+    if left.dtype == tl.float32 and not UPCAST:
+        return tl.dot(left, right, input_precision="bf16x6")
+    return dot(left, right, UPCAST)
+
+
+@triton.jit
 def tile_of(n, heads, TILE: tl.constexpr):
     """Return row, batch index, head and columns of a program of a flat grid over (rows, tiles)."""
     tiles = tl.cdiv(n, TILE)

@@ -7,10 +7,38 @@ from kvpolicy_kernels._triton.common import NEVER, dot, load_mask, tile_of
 
 
 @triton.jit
-def group_logits(k, q_row, qg, qq, query, dim, asked, scale, g, UPCAST: tl.constexpr):
-    """Logits `[TILE, QUERIES]` of one query head."""
-    q = tl.load(q_row + g * qg + query[:, None] * qq + dim[None, :], mask=asked[:, None], other=0.0)
-    return dot(k, tl.trans(q), UPCAST) * scale
+def capped(x, cap):
+    """``cap * tanh(x / cap)``; near 0 by its series, where the exponential would lose digits."""
+    y = x / cap
+    z = tl.minimum(y * y, 0.25)
+    series = -929569.0 / 638512875.0
+    series = series * z + 21844.0 / 6081075.0
+    series = series * z - 1382.0 / 155925.0
+    series = series * z + 62.0 / 2835.0
+    series = series * z - 17.0 / 315.0
+    series = series * z + 2.0 / 15.0
+    series = series * z - 1.0 / 3.0
+    small = y + y * z * series
+    e = tl.exp(-2.0 * tl.abs(y))
+    large = tl.where(y < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    return cap * tl.where(tl.abs(y) < 0.5, small, large)
+
+
+@triton.jit
+def group_logits(
+    k, k_at, held, q_row, qg, qq, query, dim, asked, scale, cap, g,
+    D: tl.constexpr, PARTS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Logits `[TILE, QUERIES]` of one query head; `k` is the first of the keys' `PARTS` parts, `k_at` where it lies."""
+    q_at = q_row + g * qg + query[:, None] * qq + dim[None, :]
+    logit = dot(k, tl.trans(tl.load(q_at, mask=asked[:, None], other=0.0)), UPCAST)
+    for part in tl.static_range(1, PARTS):
+        more = tl.load(k_at + part * D, mask=held[:, None], other=0.0)
+        logit += dot(more, tl.trans(tl.load(q_at + part * D, mask=asked[:, None], other=0.0)), UPCAST)
+    logit *= scale
+    if CAPPED:
+        logit = capped(logit, cap)
+    return logit
 
 
 @triton.jit
@@ -33,16 +61,16 @@ def store_statistics(masked, max_ptr, sum_ptr, at, keep):
     tl.store(sum_ptr + at, total, mask=keep)
 
 
-@triton.jit(do_not_specialize=["n", "heads", "queries", "scale", "vb", "vh", "pb", "ph"])
+@triton.jit(do_not_specialize=["n", "heads", "queries", "scale", "cap", "vb", "vh", "pb", "ph"])
 def scan_keys(
     k_ptr, kb, kh, kn, valid_ptr, vb, vh, vn,
     inverse_ptr, partial_ptr, first_ptr, held_ptr, lost_ptr,
     q_ptr, qb, qh, qg, qq, asked_ptr, at_ptr, pos_ptr, pb, ph, pn,
     logit_ptr, max_ptr, sum_ptr, count_ptr,
-    scale, n, heads, queries,
-    D: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    scale, cap, n, heads, queries,
+    D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     NORMS: tl.constexpr, LOGITS: tl.constexpr, BY_HEAD: tl.constexpr, MEAN: tl.constexpr, OVER_ROW: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Per tile of keys: inverse norms and sums of unit keys (`NORMS`); logits and softmax statistics (`LOGITS`).
 
@@ -53,15 +81,24 @@ def scan_keys(
     dim = tl.arange(0, D)
     inside = column < n
     held = load_mask(valid_ptr + b * vb + h * vh, vn, column, inside)
-    k = tl.load(k_ptr + b * kb + h * kh + column[:, None] * kn + dim[None, :], mask=held[:, None], other=0.0)
+    k_at = k_ptr + b * kb + h * kh + column[:, None] * kn + dim[None, :]
+    k = tl.load(k_at, mask=held[:, None], other=0.0)
 
     if NORMS:
         wide = k.to(tl.float32)
-        inverse = tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), 1e-30))
+        square = tl.sum(wide * wide, 1)
+        for part in tl.static_range(1, PARTS):
+            more = tl.load(k_at + part * D, mask=held[:, None], other=0.0).to(tl.float32)
+            square += tl.sum(more * more, 1)
+        inverse = tl.rsqrt(tl.maximum(square, 1e-30))
         inverse = tl.where(held, inverse, 0.0)
         tl.store(inverse_ptr + row * n + column, inverse, mask=inside)
         tl.store(lost_ptr + row * n + column, tl.zeros([TILE], tl.int64), mask=inside)
-        tl.store(partial_ptr + (row * tiles + tile) * D + dim, tl.sum(wide * inverse[:, None], 0))
+        sum_at = partial_ptr + (row * tiles + tile) * D * PARTS + dim
+        tl.store(sum_at, tl.sum(wide * inverse[:, None], 0))
+        for part in tl.static_range(1, PARTS):
+            more = tl.load(k_at + part * D, mask=held[:, None], other=0.0).to(tl.float32)
+            tl.store(sum_at + part * D, tl.sum(more * inverse[:, None], 0))
         tl.store(first_ptr + row * tiles + tile, tl.min(tl.where(held, column, NEVER), 0))
         tl.store(held_ptr + row * tiles + tile, tl.sum(held.to(tl.int32), 0))
 
@@ -77,7 +114,9 @@ def scan_keys(
         q_row = q_ptr + b * qb + h * qh
         pooled = tl.zeros([TILE, QUERIES], tl.float32)
         for g in tl.static_range(GROUP):
-            logit = group_logits(k, q_row, qg, qq, query, dim, asked, scale, g, UPCAST)
+            logit = group_logits(
+                k, k_at, held, q_row, qg, qq, query, dim, asked, scale, cap, g, D, PARTS, CAPPED, UPCAST
+            )
             if BY_HEAD:
                 at = ((row * tiles + tile) * GROUP + g) * queries + query
                 store_statistics(tl.where(visible, logit, float("-inf")), max_ptr, sum_ptr, at, here)

@@ -10,22 +10,26 @@ FIXED_POINT = tl.constexpr(4294967296.0)
 
 @triton.jit(do_not_specialize=["tiles"])
 def fold_sums(
-    partial_ptr, first_ptr, held_ptr, total_ptr, oldest_ptr, number_ptr, tiles, D: tl.constexpr, BLOCK: tl.constexpr
-):
+    partial_ptr, first_ptr, held_ptr, total_ptr, oldest_ptr, number_ptr, tiles,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Per row: the sum of all unit keys, the oldest key that takes part and how many do, in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, D)
-    total = tl.zeros([D], tl.float32)
+    for part in tl.static_range(PARTS):
+        total = tl.zeros([D], tl.float32)
+        for start in range(0, tiles, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            spot = (row * tiles + at[:, None]) * D * PARTS + part * D + dim[None, :]
+            total += tl.sum(tl.load(partial_ptr + spot, mask=(at < tiles)[:, None], other=0.0), 0)
+        tl.store(total_ptr + row * D * PARTS + part * D + dim, total)
     oldest = tl.full([], NEVER, tl.int32)
     number = tl.zeros([], tl.int32)
     for start in range(0, tiles, BLOCK):
         at = start + tl.arange(0, BLOCK)
         here = at < tiles
-        spot = (row * tiles + at[:, None]) * D + dim[None, :]
-        total += tl.sum(tl.load(partial_ptr + spot, mask=here[:, None], other=0.0), 0)
         oldest = tl.minimum(oldest, tl.min(tl.load(first_ptr + row * tiles + at, mask=here, other=NEVER), 0))
         number += tl.sum(tl.load(held_ptr + row * tiles + at, mask=here, other=0), 0)
-    tl.store(total_ptr + row * D + dim, total)
     tl.store(oldest_ptr + row, oldest)
     tl.store(number_ptr + row, number)
 
@@ -34,8 +38,8 @@ def fold_sums(
 def exempt(
     k_ptr, kb, kh, kn, inverse_ptr, total_ptr, oldest_ptr, base_ptr, lost_ptr,
     threshold, n, heads,
-    D: tl.constexpr, TILE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr, INDEX_ZERO: tl.constexpr,
-    UPCAST: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr,
+    INDEX_ZERO: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Per tile of keys that pick: their column sums, and what the picked keys' sums lose.
 
@@ -49,10 +53,14 @@ def exempt(
     inverse = tl.load(inverse_ptr + row * n + column, mask=inside, other=0.0)
     # A key that takes no part has 0 here. A NaN key has not, so that its row's scores are NaN and refused.
     held = inverse != 0.0
-    k = tl.load(k_row + column[:, None] * kn + dim[None, :], mask=held[:, None], other=0.0)
+    k_at = k_row + column[:, None] * kn + dim[None, :]
+    k = tl.load(k_at, mask=held[:, None], other=0.0)
     unit = k.to(tl.float32) * inverse[:, None]
-    total = tl.load(total_ptr + row * D + dim)
-    base = tl.sum(unit * total[None, :], 1) - tl.sum(unit * unit, 1)
+    total_at = total_ptr + row * D * PARTS + dim
+    base = tl.sum(unit * tl.load(total_at)[None, :], 1) - tl.sum(unit * unit, 1)
+    for part in tl.static_range(1, PARTS):
+        unit = tl.load(k_at + part * D, mask=held[:, None], other=0.0).to(tl.float32) * inverse[:, None]
+        base += tl.sum(unit * tl.load(total_at + part * D)[None, :], 1) - tl.sum(unit * unit, 1)
 
     if BETA > 0:
         quota = tl.where(held, BETA, 0)
@@ -63,8 +71,14 @@ def exempt(
         while (other >= 0) & (lacking > 0):
             them = other * TILE + ordinal
             their = tl.load(inverse_ptr + row * n + them, mask=them < n, other=0.0)
-            keys = tl.load(k_row + them[:, None] * kn + dim[None, :], mask=(their != 0.0)[:, None], other=0.0)
-            cosine = dot(k, tl.trans(keys), UPCAST) * inverse[:, None] * their[None, :]
+            there = (their != 0.0)[:, None]
+            their_at = k_row + them[:, None] * kn + dim[None, :]
+            cosine = dot(k, tl.trans(tl.load(their_at, mask=there, other=0.0)), UPCAST)
+            if PARTS > 1:
+                for piece in range(1, PARTS):  # read again and not unrolled: wide keys would spill registers
+                    mine = tl.load(k_at + piece * D, mask=held[:, None], other=0.0)
+                    cosine += dot(mine, tl.trans(tl.load(their_at + piece * D, mask=there, other=0.0)), UPCAST)
+            cosine = cosine * inverse[:, None] * their[None, :]
             similar = (cosine > threshold) & (column[:, None] != them[None, :])
             left = tl.where(similar, ordinal[None, :] + 1, 0)
             for _ in tl.static_range(BETA):
@@ -86,11 +100,14 @@ def exempt(
         if INDEX_ZERO:
             # A key that found none picks the oldest key instead, unless it is that key.
             oldest = tl.minimum(tl.load(oldest_ptr + row), n - 1)
-            first = tl.load(k_row + oldest * kn + dim).to(tl.float32) * tl.load(inverse_ptr + row * n + oldest)
             lonely = held & (quota == BETA) & (column != oldest)
-            # Read again, rather than to hold the tile in registers during the scan.
-            again = tl.load(k_row + column[:, None] * kn + dim[None, :], mask=lonely[:, None], other=0.0)
-            pair = tl.sum(again.to(tl.float32) * first[None, :], 1) * inverse
+            pair = tl.zeros([TILE], tl.float32)
+            for part in tl.static_range(PARTS):
+                first = tl.load(k_row + oldest * kn + part * D + dim).to(tl.float32)
+                # Read again, rather than to hold the tile in registers during the scan.
+                again = tl.load(k_at + part * D, mask=lonely[:, None], other=0.0)
+                pair += tl.sum(again.to(tl.float32) * first[None, :], 1)
+            pair *= inverse * tl.load(inverse_ptr + row * n + oldest)
             pair = tl.where(lonely, pair, 0.0)
             if OWN:
                 own += pair
