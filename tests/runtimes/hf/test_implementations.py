@@ -1,8 +1,7 @@
 """Attention implementations other than sdpa and eager: the same tokens and entries, or refused by what they leave out.
 
 Flash attention is not run with the real kernels, which need a GPU: a reference in float64 with their signatures stands
-in for them (`kvsupport.flash`). flex attention is the real one, which torch runs without compiling it unless a test is
-slow.
+in for them (`kvsupport.flash`). flex attention is the real one, which torch runs without compiling it.
 """
 
 from __future__ import annotations
@@ -154,13 +153,3 @@ def test_other_caches_on_the_same_model_notice_nothing(name, model, small, rando
         )
         assert torch.equal(model.generate(**inputs, **plain, past_key_values=cache), expected)
     assert model.config._attn_implementation == name
-
-
-@pytest.mark.slow
-def test_flex_attention_that_is_compiled(model, small, random_prompts, padded):
-    inputs, results = padded(random_prompts(30, 12)), []
-    with torch.compiler.set_stance("default"):
-        for each in ("sdpa", "flex_attention"):
-            with PolicyCache(small("rkv"), under(model, each)) as cache:
-                results.append(generated(cache, model, inputs, 12))
-    assert results[0] == results[1]
