@@ -87,6 +87,13 @@ def test_dtypes_and_head_dims(dtype, dim, device, grid_order):
 
 
 @pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 96), (torch.float16, 192), (torch.bfloat16, 256)])
+def test_head_dims_that_are_read_in_parts(dtype, dim, device):
+    check(*case(device, dtype, dim, 70), beta=2, index_zero=True)
+    check(*case(device, dtype, dim, 70), spare="own", index_zero=True)
+
+
+@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize(("threshold", "share"), [(0.0, 0.0), (0.3, 1.5), (0.5, 0.0), (0.9, 0.8), (1.0, 0.8)])
 def test_thresholds_from_early_exit_to_a_full_scan(threshold, share, device):
     keys, valid = case(device, torch.float16, 64, 135, share=share, threshold=threshold)
