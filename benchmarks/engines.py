@@ -2,7 +2,8 @@
 
 The same model, prompts and lengths for all, everything in fp32, greedy, each engine in a process of its own and in
 turn, on one thread. transformers and vLLM evict with a policy of kvpolicy (budget 256, every 128: at most 384 entries),
-OpenVINO with its own (32 first, 128 recent, at most 384, NORM_SUM). Engines that are not given are left out.
+OpenVINO with its own (32 first, 128 recent, at most 384, NORM_SUM); in the tight pool with budget 64, every 64, and 64
+recent, at most 128, so that all requests fit. Engines that are not given are left out.
 
     python -P benchmarks/engines.py --quick
     python -P benchmarks/engines.py --vllm PYTHON --openvino PYTHON --exported FOLDER --json engines.json
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,22 @@ class Lane:
 
 @dataclass(frozen=True)
 class Setting:
-    """Requests, tokens for each, and blocks of 32 entries; None for ample room."""
+    """Requests, tokens for each, blocks of 32 entries (None for ample room), and what policies keep, and every when."""
 
     requests: int
     tokens: int
     blocks: int | None = None
+    budget: int = 256
+    interval: int = 128
 
 
-SETTINGS = {"batch": Setting(8, 1200), "tight": Setting(16, 384, 65), "long": Setting(2, 4096)}
-QUICK = {"batch": Setting(2, 80), "tight": Setting(3, 80, 10), "long": Setting(1, 120)}
+SETTINGS = {"batch": Setting(8, 1200), "tight": Setting(16, 384, 65, 64, 64), "long": Setting(2, 4096)}
+# 32 first entries and 32 recent ones is the least that OpenVINO takes.
+QUICK = {
+    "batch": Setting(2, 80, None, 64, 32),
+    "tight": Setting(3, 80, 10, 64, 32),
+    "long": Setting(1, 120, None, 64, 32),
+}
 
 
 def lanes_of(options: argparse.Namespace, model: Path) -> list[Lane]:
@@ -100,7 +108,7 @@ def run(name: str, setting: Setting, lanes: Sequence[Lane], options: argparse.Na
     found: dict[str, Any] = {}
     outputs: dict[str, list[list[int]]] = {}
     for lane in lanes:
-        sizes = {"budget": options.budget, "interval": options.interval, "blocks": setting.blocks}
+        sizes = {"budget": setting.budget, "interval": setting.interval, "blocks": setting.blocks}
         job = Job(str(lane.model), texts, setting.tokens, lane.policy, **sizes)
         print(f"{name}: {lane.name} ...", file=sys.stderr, flush=True)
         took = sides.answer(lane.engine, lane.python, job, options.core, options.limit)
@@ -140,7 +148,7 @@ def report(name: str, setting: Setting, found: dict[str, Any]) -> None:
         ])  # fmt: skip
     pool = f"a pool of {setting.blocks} blocks of 32" if setting.blocks else "ample room"
     measuring.show(
-        f"{name}: {setting.requests} requests x {setting.tokens} tokens, {pool}",
+        f"{name}: {setting.requests} requests x {setting.tokens} tokens, {setting.budget} + {setting.interval}, {pool}",
         ["engine", "tokens/s of CPU time", "tokens/s", "of its full cache", "tokens as in", ""],
         rows,
         "CPU time of all threads of the process, without loading. Tokens count up to the first that differs.",
@@ -157,23 +165,21 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--lanes", nargs="+", metavar="LANE", help="only these, as tables call them: 'vllm, full'")
     parser.add_argument("--policy", default="rkv")
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--interval", type=int, default=128)
+    parser.add_argument("--budget", type=int, help="instead of each setting's own")
+    parser.add_argument("--interval", type=int, help="instead of each setting's own")
     parser.add_argument("--core", type=int, help="number of the core to run on; no pinning by default")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one engine and setting")
     options = parser.parse_args(argv)
     if bool(options.openvino) != bool(options.exported):
         parser.error("--openvino and --exported belong together: an interpreter, and the model exported for it.")
-    if options.quick:
-        # 32 first entries and 32 recent ones is the least that OpenVINO takes.
-        options.budget, options.interval = 64, 32
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run all settings, print tables, and write JSON when asked."""
     options = parsed(argv)
-    sizes = QUICK if options.quick else SETTINGS
+    own = {name: value for name in ("budget", "interval") if (value := getattr(options, name)) is not None}
+    sizes = {name: replace(each, **own) for name, each in (QUICK if options.quick else SETTINGS).items()}
     model = options.model or ensure_demo_model(lambda _: None)
     lanes = lanes_of(options, model)
     results = {}

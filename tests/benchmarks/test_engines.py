@@ -16,7 +16,8 @@ def engines(script, monkeypatch, tiny_folder):
 
 def test_transformers_runs_all_settings_and_evicts(engines, monkeypatch, tiny_folder, capsys):
     monkeypatch.setattr(engines, "QUICK", {
-        "batch": engines.Setting(2, 40), "tight": engines.Setting(3, 40, 5), "long": engines.Setting(1, 60),
+        "batch": engines.Setting(2, 40), "tight": engines.Setting(3, 40, 5),
+        "long": engines.Setting(1, 60, None, 16, 8),
     })  # fmt: skip
     out = tiny_folder.parent / "engines.json"
     engines.main(["--quick", "--model", str(tiny_folder), "--json", str(out)])
