@@ -61,7 +61,7 @@ def window_importance(
         if not by_head:
             sinks = sinks.amax(1) if group == "max" else sinks.mean(1)
         sinks = sinks.contiguous()
-    options = _Options(
+    options = _WindowOptions(
         scale, softcap, sinks, smooth, smooth_kind, each, by_head, group == "mean", softmax_over == "row"
     )
     # The redundancy of the same view finds its norms here, from this one read of the keys.
@@ -74,7 +74,7 @@ def window_importance(
     return out
 
 
-class _Options(NamedTuple):
+class _WindowOptions(NamedTuple):
     scale: float
     softcap: float | None
     sinks: Tensor | None
@@ -88,7 +88,7 @@ class _Options(NamedTuple):
 
 def _part(
     queries: Queries, at: Tensor, asked: Tensor, keys: Keys, positions: Positions, valid: Mask, out: Tensor,
-    norms: Norms | None, options: _Options,
+    norms: Norms | None, options: _WindowOptions,
 ) -> None:  # fmt: skip
     scale, softcap, sinks, smooth, kind, each, by_head, mean, over_row = options
     batch, heads, n, dim = keys.shape

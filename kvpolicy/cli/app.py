@@ -36,9 +36,9 @@ def _harmlessly() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from kvpolicy.spec.odd_text import harmless
-
         if hasattr(error, "format_message"):  # a ClickException, wherever this typer has that
+            from kvpolicy.spec.odd_text import harmless
+
             error.message = harmless(error.message)  # type: ignore[attr-defined]
         raise
 

@@ -9,7 +9,6 @@ import typer
 from kvpolicy.cli import study_source
 from kvpolicy.cli.study_options import Device, Out, Quick
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.spec.odd_text import harmless
 
 
 def prune(
@@ -24,6 +23,7 @@ def prune(
     import sys
 
     from kvpolicy.cli.terminal import messages, output
+    from kvpolicy.spec.odd_text import harmless
     from kvpolicy.study.results import Results
     from kvpolicy.study.runner import writing
 

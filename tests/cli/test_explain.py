@@ -84,7 +84,8 @@ def test_the_numbers_are_those_of_a_run(name, prompt, model, run, tables):
         assert course.peak <= policy.bound
 
 
-def test_printed_bytes_are_those_of_a_run(run):
+def test_printed_bytes_are_those_of_a_run(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
     code, out, err = run("explain", "rkv", *TINY, "--budget", "24", "--batch", "2", "--length", "1000")
     assert (code, err) == (0, "")
     each = 3 * 2 * 2 * 16 * 4

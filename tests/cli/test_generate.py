@@ -167,7 +167,7 @@ def test_prompt_from_standard_input(run, policy, monkeypatch):
             ["--budget", "many", "x"],
             "error: --budget: 'many' is not a number; write 256 for entries or 0.1 for a share.",
         ),
-        (["--temperature", "0", "x"], "error: --temperature: should be above 0"),
+        (["--temperature", "0", "x"], "error: --temperature: 0 should be from 0.0001"),
         (["--top-p", "1.5", "x"], "error: --top-p: should be above 0 and at most 1, got 1.5."),
         (["--dtype", "int8", "x"], "error: --dtype: 'int8' is not one of auto, float32, bfloat16, float16."),
         (["--device", "gpu", "x"], "error: --device: 'gpu' cannot be used:"),

@@ -132,7 +132,7 @@ def test_a_given_text_is_read(run, policy, tmp_path, monkeypatch):
         (["--compare", "ful", "x"], "unknown policy 'ful'. Did you mean 'full'?"),
         (["--budget", "5", "x"], "budget: 5 entries are fewer than the 12 that are protected"),
         (["--budget", "many", "x"], "--budget: 'many' is not a number; write 256 for entries or 0.1 for a share."),
-        (["--temperature", "0", "x"], "--temperature: should be above 0"),
+        (["--temperature", "0", "x"], "--temperature: 0 should be from 0.0001"),
         (["--dtype", "int8", "x"], "--dtype: 'int8' is not one of auto, float32, bfloat16, float16."),
         (["--device", "gpu", "x"], "--device: 'gpu' cannot be used:"),
         (["--chat", "x"], "--chat: this model's tokenizer has no chat template; leave --chat out."),

@@ -144,7 +144,7 @@ def test_what_the_cache_refused_is_no_interrupted_pass(model, compose, ids):
 def test_an_attention_that_failed_is_named(model, compose, ids, monkeypatch):
     from kvpolicy.runtimes.hf.layer import EvictingLayer
 
-    original = EvictingLayer._attend
+    original = EvictingLayer._learn
 
     def fail(self, *args):
         if self.layer_idx == 1:
@@ -152,7 +152,7 @@ def test_an_attention_that_failed_is_named(model, compose, ids, monkeypatch):
         return original(self, *args)
 
     with torch.no_grad(), PolicyCache(compose(), model) as cache:
-        monkeypatch.setattr(EvictingLayer, "_attend", fail)
+        monkeypatch.setattr(EvictingLayer, "_learn", fail)
         with pytest.raises(MemoryError):
             model(ids, past_key_values=cache)
         monkeypatch.undo()
