@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attention import base_attention, register
 from kvpolicy.runtimes.hf.implementations import family
 
@@ -70,12 +71,21 @@ def attach(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Callable[[]
     try:
         with lock:
             made = [(config, _switch(config, modules)) for config in configs]
-            for config, name in made:
+            changes = [partial(_leave, config, name) for config, name in made]
+            for _, name in made:
                 name.uses += 1
-                config._attn_implementation_internal = name
+            try:
+                for config, name in made:
+                    config._attn_implementation_internal = name
+            except ValueError as error:  # GPT-OSS in transformers 5.2 takes certain names only
+                _left.extend(changes)
+                raise UnsupportedError(
+                    f"{type(model).__name__}: this version of transformers lets no other function stand in for "
+                    f"{name.before!r}; load the model with attn_implementation='eager', or use a newer transformers."
+                ) from error
     finally:
         undo_left()
-    return partial(undo, [partial(_leave, config, name) for config, name in made])
+    return partial(undo, changes)
 
 
 def undo(changes: Sequence[Callable[[], None]]) -> None:

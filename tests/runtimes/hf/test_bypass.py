@@ -7,6 +7,7 @@ import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache, generate
+from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.testing.tiny import tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -86,7 +87,7 @@ def _drop_the_cache(model):
     """Let the layers be called without the cache that the mask was made for, as a wrapper might."""
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True
+            lambda module, args, kwargs: (args, {**kwargs, **passing(None, module.forward)}), with_kwargs=True
         )
 
 
@@ -166,7 +167,7 @@ def test_an_attention_that_failed_is_named(model, compose, ids, monkeypatch):
 def test_generate_notices_a_model_that_leaves_its_cache_alone(model, compose, ids):
     PolicyCache(compose(), model).close()  # it does not when it is tried
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True
+        lambda module, args, kwargs: (args, {**kwargs, **passing(None, module.forward)}), with_kwargs=True
     )
     with pytest.raises(UnsupportedError, match="did not use the cache"):
         generate(model, {"input_ids": ids}, compose(), **GREEDY)
