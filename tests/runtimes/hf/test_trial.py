@@ -17,7 +17,7 @@ CASES = {
     "jetmoe": "layer 0 does not hand the keys that it stores",
     "diffllama": "layer 0 does not attend to the values as it stores them|does not take its attention",
     "minimax": "MiniMax uses cache of its own|keeps a .*Cache.*Layer",
-    "codegen": "layer 0 has no attention of its own that goes through",
+    "bloom": "layer 0 has no attention of its own that goes through",
     "blt": "transformers cannot make a DynamicCache",
     "mamba": "no layer to evict from|cannot make a DynamicCache",
 }

@@ -158,8 +158,10 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
         config_class: a configuration class of transformers.
         changes: fields that replace the small ones.
     """
-    known = {field.name for field in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else ()
     whole = config_class()
+    # In transformers 5.2 configurations are no dataclasses: what they have are attributes.
+    fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else None
+    known = {field.name for field in fields} if fields is not None else set(vars(whole))
     given = {
         name: size
         for name in known
