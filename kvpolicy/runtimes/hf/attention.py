@@ -89,7 +89,7 @@ def packs(function: AttentionFunction, query: Tensor, kwargs: dict[str, Any]) ->
     )
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Attend from one token to everything: what sdpa computes, with the query heads of a KV head side by side.
 
     On a CPU sdpa reads keys and values once per query head, and like this once per KV head.
@@ -99,11 +99,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         key: `[B, H, N, D]`.
         value: `[B, H, N, Dv]`.
         scale: factor of the logits.
+        mask: bool `[B, 1, 1, N]`, True = visible; None where all slots are.
 
     Returns:
         `[B, 1, Hq, Dv]`.
     """
     packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    return scaled_dot_product_attention(packed, key, value, scale=scale).reshape(
+    return scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale).reshape(
         query.shape[0], 1, query.shape[1], value.shape[3]
     )

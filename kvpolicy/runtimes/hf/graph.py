@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function
 
 from kvpolicy.cache.graph import GraphEngine, LayerStep
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvpolicy.runtimes.hf.attention import packs
+from kvpolicy.runtimes.hf.attention import packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, mark
 from kvpolicy.runtimes.hf.implementations import additive
 from kvpolicy.runtimes.hf.layer import EvictingLayer
@@ -195,12 +194,7 @@ class GraphLayer(EvictingLayer):
             )
         visible, turned = step.visible(), step.turned(query)
         if packs(function, query, kwargs):
-            # The query heads of a KV head side by side, so that keys and values are read once for all of them.
-            packed = turned.reshape(turned.shape[0], key.shape[1], -1, turned.shape[3])
-            attended = scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=self.scale)
-            output: tuple[Tensor, Tensor | None] = (
-                attended.reshape(query.shape[0], 1, query.shape[1], value.shape[3]), None,
-            )  # fmt: skip
+            output: tuple[Tensor, Tensor | None] = packed_attention(turned, key, value, self.scale, visible), None
         else:
             allowed = additive(visible, query.dtype) if base == "eager" else visible
             output = function(module, turned, key, value, allowed, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from transformers import GenerationMixin
 
@@ -13,6 +14,7 @@ NAMES: Final = ("cache", "past_key_values")
 
 _LOOP = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _GENERATION: Final = next(name for name in NAMES if name in _LOOP)
+_names: WeakKeyDictionary[Callable[..., Any], str] = WeakKeyDictionary()
 
 
 def passing(cache: Any, function: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -24,8 +26,12 @@ def passing(cache: Any, function: Callable[..., Any] | None = None) -> dict[str,
     """
     if function is None:
         return {_GENERATION: cache}
-    known = inspect.signature(function).parameters
-    return {next((name for name in NAMES if name in known), _GENERATION): cache}
+    plain = getattr(function, "__func__", function)  # a bound method is another object at every look
+    name = _names.get(plain)
+    if name is None:  # reading a signature takes as long as a layer, and some call this once for each token
+        known = inspect.signature(function).parameters
+        name = _names[plain] = next((name for name in NAMES if name in known), _GENERATION)
+    return {name: cache}
 
 
 def passed(kwargs: Mapping[str, Any]) -> Any:
