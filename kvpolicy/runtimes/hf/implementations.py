@@ -85,15 +85,17 @@ def as_loaded(function: AttentionFunction, module: nn.Module, base: str) -> Any:
 def check_served(base: str, query: Tensor, kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedError if an implementation would leave out what a model asks for."""
     kind = family(base)
-    if kind in ("sdpa", "eager"):
+    if kind == "eager":
         return
-    if kwargs.get("sliding_window") is not None:
+    if kind != "sdpa" and kwargs.get("sliding_window") is not None:
         raise UnsupportedError(
             f"attention implementation {base!r} would count a window in slots that are no longer neighbours; load the "
             "model with attn_implementation='sdpa'."
         )
     wanted = {"softcap": kwargs.get("softcap") is not None, "s_aux": kwargs.get("s_aux") is not None}
-    if kind == "flex":
+    if kind == "sdpa":
+        served = dict.fromkeys(wanted, False)  # before transformers 5.23 or so without a word
+    elif kind == "flex":
         served = {"softcap": True, "s_aux": not query.is_cpu}
     else:
         _, process = lazy_import_flash_attention(base)

@@ -18,14 +18,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.runtimes.hf.attach import attach
+from kvpolicy.runtimes.hf.attach import attach, implementation_of
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announce, mark
-from kvpolicy.runtimes.hf.implementations import as_loaded
+from kvpolicy.runtimes.hf.implementations import as_loaded, check_served
 from kvpolicy.runtimes.hf.naming import passing
 
 _TOKENS = 3
-_tried: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+# With which attention implementations a model has been tried: another one may leave out what the model asks for.
+_tried: weakref.WeakKeyDictionary[PreTrainedModel, set[str]] = weakref.WeakKeyDictionary()
 
 
 class _Watched(DynamicLayer):
@@ -36,6 +37,7 @@ class _Watched(DynamicLayer):
         self.updates = 0
         self.calls: dict[int, int] = {}  # reading module -> calls
         self.problem: str | None = None
+        self.refused: UnsupportedError | None = None
         self._returned: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,10 @@ class _Watched(DynamicLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Compare what came with what was returned; attend as the model does."""
         assert self._returned is not None
+        try:
+            check_served(base, query, kwargs)
+        except UnsupportedError as error:
+            self.refused = error
         self.calls[id(module)] = self.calls.get(id(module), 0) + 1
         if not (_same(key, self._returned[0]) and _same(value, self._returned[1])):
             self.problem = "does not attend to the values as it stores them"
@@ -148,7 +154,7 @@ def survey(model: PreTrainedModel) -> tuple[list[Any], dict[int, nn.Module]]:
 
 
 def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
-    """Run a few tokens through a model, once in its life, and check what its attention is given.
+    """Run a few tokens through a model, once for each attention implementation, and check what that is given.
 
     A model that takes no text alone cannot be tried; it is left to the checks of each forward pass.
 
@@ -159,7 +165,8 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
     Raises:
         UnsupportedError: a layer does not attend to what it stores, or the model takes no `DynamicCache`.
     """
-    if model in _tried:
+    base = implementation_of(model.config.get_text_config(decoder=True))
+    if base in _tried.get(model, ()):
         return
     name = type(model).__name__
     cache = _TryingCache(config=model.config)
@@ -168,6 +175,8 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
         cache.layers[i] = layer
     with _undisturbed(model, modules):
         error = _run(model, cache)
+        if refused := next((layer.refused for layer in watched.values() if layer.refused is not None), None):
+            raise refused
         if error is not None and _run(model, None) is None:
             first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             raise UnsupportedError(
@@ -192,7 +201,7 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
             "the text ends; use a causal decoder."
         )
     if error is None:
-        _tried.add(model)
+        _tried.setdefault(model, set()).add(base)
 
 
 def alike(modules: Mapping[int, nn.Module]) -> list[list[int]]:

@@ -16,10 +16,10 @@ CASES = {
     "minicpm3": "layer 0 does not hand the keys that it stores",
     "jetmoe": "layer 0 does not hand the keys that it stores",
     "diffllama": "layer 0 does not attend to the values as it stores them|does not take its attention",
-    "minimax": "MiniMax uses cache of its own|keeps a .*Cache.*Layer",
+    "minimax": "MiniMax uses cache of its own|keeps a .*Cache.*Layer|no attention of its own",
     "bloom": "layer 0 has no attention of its own that goes through",
     "blt": "transformers cannot make a DynamicCache",
-    "mamba": "no layer to evict from|cannot make a DynamicCache",
+    "mamba": "no layer to evict from|cannot make a DynamicCache|no attention of its own",
 }
 
 
