@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,11 @@ from kvpolicy.cache.store.paged import PagedStore
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.ranks import ALONE
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.vllm import refusals
 from kvpolicy.runtimes.vllm.books import prompt_room, spared
 from kvpolicy.runtimes.vllm.layouts import pages, probe
 from kvpolicy.runtimes.vllm.rotary import rope_of
-from kvpolicy.runtimes.vllm.settings import ServingSettings, asked, settings
+from kvpolicy.runtimes.vllm.settings import asked, settings
 from kvpolicy.tables import check_fit
 
 if TYPE_CHECKING:
@@ -47,7 +44,8 @@ def plan_of(config: Any) -> EvictionPlan | None:
 
     from kvpolicy.runtimes.vllm.spec import EvictionPlan
 
-    chosen, policy = _chosen(json.dumps(said, sort_keys=True))
+    chosen = settings(said)  # read anew for each engine: a file may have changed since the last one
+    policy = chosen.spec.build()
     untried = refusals.version_refusal(vllm.__version__)
     if untried and chosen.any_version:
         untried = refusals.hooks_refusal(vllm.__version__, Path(vllm.__file__).parent)
@@ -62,13 +60,6 @@ def plan_of(config: Any) -> EvictionPlan | None:
         )
     longest, widest = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
     return EvictionPlan(chosen.spec.to_yaml(), longest, widest, chosen.prompt)
-
-
-@lru_cache(maxsize=4)
-def _chosen(said: str) -> tuple[ServingSettings, Policy]:
-    """Read a policy once, and not for every layer."""
-    chosen = settings(json.loads(said))
-    return chosen, chosen.spec.build()
 
 
 def evicting_spec(spec: Any, plan: EvictionPlan) -> Any:

@@ -25,10 +25,10 @@ def policy_refusal(policy: Policy) -> str | None:
     """Return why a policy cannot be served by any engine, or None."""
     for trait, why in unserved_traits(policy).items():
         return f"policy {policy.name!r} cannot be served in vLLM (trait {trait}): {why}."
-    missing = sorted(policy.needs - SERVED)
-    if missing:
+    unserved = sorted(policy.needs - SERVED)
+    if unserved:
         return (
-            f"policy {policy.name!r} needs {missing[0]} ({NEEDS.get(missing[0], 'not known')}), which vLLM does not "
+            f"policy {policy.name!r} needs {unserved[0]} ({NEEDS.get(unserved[0], 'not known')}), which vLLM does not "
             "give; choose another component."
         )
     return None
