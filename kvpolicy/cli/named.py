@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kvpolicy
 from kvpolicy.errors import KVPolicyError, SpecError
+from kvpolicy.inputs import expanded
 from kvpolicy.loading.entries import KINDS_OF_ENTRIES, Catalog
 from kvpolicy.spec import files, yaml_text
 from kvpolicy.spec.forms import REFERENCES
@@ -29,7 +30,7 @@ def meanings(text: str) -> list[tuple[str, str | Path]]:
         return found
     _lead_to_part(text, catalog)
     if "/" in text or os.sep in text or text.endswith(files.SUFFIXES):
-        path = Path(text).expanduser()
+        path = expanded(text)
         return [(kind_of_file(path), path)]
     path = Path(files.find(text, catalog).source)
     return [(kind_of_file(path), path)]

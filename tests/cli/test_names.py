@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 import kvpolicy
+from kvpolicy.cli import main
 from kvpolicy.contracts.components import KINDS
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import Origin
@@ -168,3 +170,18 @@ def test_a_file_that_nearly_is_a_study_is_read_as_one(run, tmp_path, head):
     file = tmp_path / "study.yaml"
     file.write_text(f"schema_version: 1\n{head}")
     assert "a study file says `kind: study`" in run("validate", file)[2]
+
+
+@pytest.mark.parametrize("command", ["show", "validate", "explain", "check"])
+def test_the_home_of_nobody_is_no_file(command, capsys):
+    assert main([command, "~nosuch/x.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert "~nosuch/x.yaml: there is no such file." in said
+    assert said.count("\n") == 1
+
+
+def test_paths_are_written_out_in_one_place():
+    """`Path.expanduser` raises RuntimeError for the home of a user that there is not."""
+    package = Path(kvpolicy.__file__).parent
+    users = [path.name for path in package.rglob("*.py") if ".expanduser(" in path.read_text(encoding="utf-8")]
+    assert users == ["inputs.py"]
