@@ -321,19 +321,26 @@ class PolicyCache(Cache):
 
         Calling the model, compiled or not, does it by itself. Before the replay of a captured CUDA graph, or a compiled
         part of the model, it is called once for each token: it compacts what is due and says where the token goes.
+        `end_step` comes behind a replay, which runs no Python that could notice.
 
         Args:
             attention_mask: `[B, columns]`, of everything seen and the step's tokens; None where nothing is hidden.
 
         Raises:
-            CacheStateError: there is no such step, as nothing has been cached or a row sits it out.
+            CacheStateError: there is no such step, as nothing has been cached or a row sits it out, or the one before
+                has not run.
         """
         passes = self.opens_steps
-        if passes is None or not passes.begin_step(len(self.engine.rows), attention_mask):
+        if passes is None or not passes.begin_by_hand(attention_mask):
             raise CacheStateError(
                 "begin_step: there is no step to begin; make the cache with graph=True, feed the prompt first, and "
                 "run a step in which a row is padding with the model as it is."
             )
+
+    def end_step(self) -> None:
+        """Say that a captured graph was replayed for the step that was begun; raises CacheStateError if none was."""
+        if self.opens_steps is None or not self.opens_steps.end_by_hand():
+            raise CacheStateError("end_step: no step is open; begin_step() comes before a replay, and this behind it.")
 
     def set_modality(self, images: Tensor) -> None:
         """Say which tokens of the prompt are image tokens, for policies that treat them apart.

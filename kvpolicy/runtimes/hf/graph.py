@@ -88,6 +88,20 @@ class GraphPasses(Passes):
         self._arrived(self.current)
         return True
 
+    def begin_by_hand(self, mask: Tensor | None) -> bool:
+        """As `begin_step` for all rows; an open step is an error, for a replayed graph cannot say that it ran."""
+        if self.engine.turn.ready:
+            raise CacheStateError(
+                "begin_step: the step that was begun before has not run; run it, and call end_step() behind the replay "
+                "of a captured graph."
+            )
+        return self.begin_step(len(self.engine.rows), mask)
+
+    def end_by_hand(self) -> bool:
+        """Close the step that a replayed graph has run; return whether one was open."""
+        was_open, self.engine.turn.ready = self.engine.turn.ready, False
+        return was_open
+
     def _open(self, current: Pass, keys: Tensor) -> None:
         if current.columns == 1 and self.engine.columns:
             self._open_step(current, keys.shape[0])
