@@ -27,7 +27,7 @@ from kvbench.lanes import PROMPT, Lane
 from kvbench.measuring import GIB, MIB, Spread
 from kvpolicy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.runtimes.hf.model_facts import head_shape
+from kvpolicy.runtimes.hf.model_facts import head_shapes
 
 FULL = "full cache"
 _POSITION = 4  # bytes: a policy also keeps the original position of every entry of every KV head
@@ -39,7 +39,8 @@ def batches(model: PreTrainedModel, policy: Policy, tokens: int, cap: int) -> di
     Raises:
         SystemExit: not even one row fits.
     """
-    layers, heads = len(DynamicCache(config=model.config).layers), head_shape(model)[0]
+    layers = len(DynamicCache(config=model.config).layers)
+    heads = head_shapes(model, [0])[0][0]
     entry = racing.entry_bytes(model)
     bound = policy.bound
     if bound is None:

@@ -18,7 +18,7 @@ from kvbench.measuring import Sample, timed
 from kvbench.real import real_tokens
 from kvpolicy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
-from kvpolicy.runtimes.hf.model_facts import head_shape
+from kvpolicy.runtimes.hf.model_facts import head_shapes
 
 PROMPT = 32
 """Tokens of every prompt: what is measured is decoding."""
@@ -201,5 +201,5 @@ def policy_with(name: str, entries: int, interval: int | None = None) -> Policy:
 
 def entry_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of one entry of one row: a key and a value of every KV head of every layer."""
-    heads, dim = head_shape(model)
-    return int(2 * heads * dim * len(DynamicCache(config=model.config).layers) * model.dtype.itemsize)
+    layers = range(len(DynamicCache(config=model.config).layers))
+    return int(2 * model.dtype.itemsize * sum(heads * dim for heads, dim in head_shapes(model, layers)))
