@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm lint types check bench models
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm gpu-dry lint types check bench models
 
 BIN := .venv/bin
 
@@ -39,6 +39,9 @@ test-processors: setup ## kept sets under other instruction sets, with one and t
 
 test-aot: setup ## the Triton kernels compiled for GPUs that need not be there
 	$(BIN)/pytest -n 2 -m "aot and not slow" tests/aot
+
+gpu-dry: setup ## all that scripts/gpu_proof.sh does on a GPU, at toy sizes on the CPU
+	KVPOLICY_PYTHON=$(BIN)/python scripts/gpu_proof.sh --dry
 
 test-browser: setup ## the pages that are written, in a headless Chromium
 	scripts/browser.sh

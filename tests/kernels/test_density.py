@@ -61,8 +61,9 @@ def test_in_order_of_priority(lower, bandwidth, device, grid_order):
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize(
     ("dtype", "dim"),
-    [(torch.bfloat16, 16), (torch.float16, 32), (torch.float32, 96), (torch.bfloat16, 128), (torch.float32, 256)],
-)
+    [(torch.bfloat16, 16), (torch.float16, 32), (torch.bfloat16, 64), (torch.float32, 96), (torch.bfloat16, 128),
+     (torch.float16, 192), (torch.float32, 256)],
+)  # fmt: skip
 def test_dtypes_and_head_dims(dtype, dim, device):
     """fp32 on a GPU too: keys whose rotary embedding is taken off are not rounded again."""
     check(case(device, dtype, dim, 60), bandwidth=0.2, lower=0.5)

@@ -145,8 +145,8 @@ def test_soft_cap_and_attention_sinks(options, softcap, sinks, device):
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize(
     ("dtype", "dim"),
-    [*((d, n) for d in (torch.bfloat16, torch.float16, torch.float32) for n in (64, 128)), (torch.bfloat16, 96),
-     (torch.float16, 192), (torch.bfloat16, 256)],
+    [*((d, n) for d in (torch.bfloat16, torch.float16, torch.float32) for n in (64, 128)), (torch.bfloat16, 16),
+     (torch.float16, 32), (torch.bfloat16, 96), (torch.float16, 192), (torch.bfloat16, 256)],
 )  # fmt: skip
 def test_dtypes_and_head_dims(dtype, dim, device):
     if dtype == torch.float32 and device.type == "cuda":

@@ -87,8 +87,10 @@ def test_dtypes_and_head_dims(dtype, dim, device, grid_order):
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 96), (torch.float16, 192), (torch.bfloat16, 256)])
-def test_head_dims_that_are_read_in_parts(dtype, dim, device):
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.bfloat16, 32), (torch.bfloat16, 96), (torch.float16, 192), (torch.bfloat16, 256)]
+)
+def test_other_head_dims_and_those_that_are_read_in_parts(dtype, dim, device):
     check(*case(device, dtype, dim, 70), beta=2, index_zero=True)
     check(*case(device, dtype, dim, 70), spare="own", index_zero=True)
 

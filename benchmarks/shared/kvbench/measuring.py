@@ -166,4 +166,7 @@ def write(options: argparse.Namespace, benchmark: str, figures: Mapping[str, obj
         "cpu_clock": cpu_clock(),
         **figures,
     }
-    options.json.write_text(json.dumps(report, indent=1, default=asdict) + "\n", encoding="utf-8")
+    # Some write after every line: what is read meanwhile, or after a kill, is whole.
+    partial = options.json.with_name(f".{options.json.name}.partial")
+    partial.write_text(json.dumps(report, indent=1, default=asdict) + "\n", encoding="utf-8")
+    partial.replace(options.json)
