@@ -28,6 +28,8 @@ COMPONENTS = (
     "importance.leverage:Leverage",
     "importance.non_causal:NonCausal",
     "importance.none:NoImportance",
+    "importance.optimal_brain:OptimalBrain",
+    "importance.output_error:OutputError",
     "importance.q_filter:QFilter",
     "importance.random:Random",
     "importance.recency:Recency",

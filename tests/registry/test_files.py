@@ -13,11 +13,12 @@ from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.testing.tables import stand_in_tables
 
 NAMES = [
-    "adakv-snapkv", "cam", "chunkkv", "compactor", "criticalkv", "cur", "duo-attention", "expected-attention",
-    "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "lagkv", "lazy-eviction", "lu-kv", "mixkv",
-    "nacl", "pyramidkv", "qfilter", "raas", "random", "random-pinned", "recent-pinned", "rkv", "rkv-code",
-    "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid", "rkv-regions", "scissorhands",
-    "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold", "tova", "triattention",
+    "adakv-snapkv", "cam", "caote", "chunkkv", "compactor", "criticalkv", "cur", "duo-attention",
+    "expected-attention", "fast-caote", "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "lagkv",
+    "lazy-eviction", "lu-kv", "mixkv", "nacl", "obcache", "pyramidkv", "qfilter", "raas", "random", "random-pinned",
+    "recent-pinned", "rkv", "rkv-code", "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid",
+    "rkv-regions", "scissorhands", "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold",
+    "tova", "triattention", "vatp",
 ]  # fmt: skip
 CONTROLS = {"full", "random", "random-pinned", "recent-pinned"}
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Scores
+from kvpolicy_plugins._window import last_queries
 
 
 class WindowAttention(ImportanceScorer):
@@ -49,17 +49,9 @@ class WindowAttention(ImportanceScorer):
         return mixes if self.smooth > 1 else {}
 
     def score(self, view: CacheView) -> Scores:
-        if view.queries is None or view.query_positions is None or view.query_valid is None:
-            raise UnsupportedError("importance: window_attention needs the last queries and the view holds none.")
-        asked = view.query_valid
-        if view.queries.shape[3] > self.observe:
-            # Another component asked for more: only the newest `observe` of them count here.
-            newest = view.query_positions.masked_fill(~asked, -1).amax(dim=-1, keepdim=True)
-            asked = asked & (view.query_positions > newest - self.observe)
+        window = last_queries(view, self.observe, "importance: window_attention")
         return ops.window_importance(
-            view.queries,
-            view.query_positions,
-            asked,
+            *window,
             view.keys,
             view.positions,
             view.valid,

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvpolicy import ops
 from kvpolicy.contracts.components import PostOperation
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import KeepIndices
+from kvpolicy_plugins._window import last_queries
 
 
 class PruneChannels(PostOperation):
@@ -39,11 +39,8 @@ class PruneChannels(PostOperation):
         return self.observe
 
     def apply(self, view: CacheView, kept: KeepIndices) -> Mapping[str, Tensor]:
-        if view.queries is None or view.query_positions is None or view.query_valid is None:
-            raise UnsupportedError("post: prune_channels needs the last queries and the view holds none.")
-        newest = view.query_positions.masked_fill(~view.query_valid, -1).amax(dim=-1, keepdim=True)
-        asked = view.query_valid & (view.query_positions > newest - self.observe)
-        queries = torch.where(asked[:, None, None, :, None], view.queries, 0.0).to(torch.float32)
+        window = last_queries(view, self.observe, "post: prune_channels")
+        queries = torch.where(window.valid[:, None, None, :, None], window.queries, 0.0).to(torch.float32)
         stays = kept.mask(view.shape[2]) & view.valid
         keys = torch.where(stays.unsqueeze(-1), view.keys, 0.0).to(torch.float32)
         # Means over the same queries and keys for all channels rank as sums do.
@@ -52,5 +49,5 @@ class PruneChannels(PostOperation):
         order = worth.sort(dim=-1, stable=True).indices
         gone = torch.zeros_like(worth, dtype=torch.bool)
         gone.scatter_(-1, order[..., : int(self.ratio * worth.shape[-1])], True)
-        pruned = stays & ~view.newest(self.recent) & asked.any(-1)[:, None, None]
+        pruned = stays & ~view.newest(self.recent) & window.valid.any(-1)[:, None, None]
         return {"keys": view.keys.masked_fill(gone.unsqueeze(2) & pruned.unsqueeze(-1), 0.0)}

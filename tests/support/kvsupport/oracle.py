@@ -16,12 +16,13 @@ from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.loading.installed import catalog
 from kvpolicy.policy.policy import Policy
 from kvsupport import oracle_memory as memory
+from kvsupport import oracle_outputs as outputs
 from kvsupport import oracle_scores as scores
 from kvsupport import oracle_statistics as statistics
 from kvsupport.events import Crop, PassEvent, RowsTaken, Settled, Trace
 from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets, near_tie
 
-_IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **statistics.IMPORTANCE}
+_IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **outputs.IMPORTANCE, **statistics.IMPORTANCE}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
 
 

@@ -19,7 +19,7 @@ Remember = Callable[[Any, HeadView], dict[str, Sequence[float | None]]]
 """(parameters, head) -> what is kept of each entry, by name; None for nothing."""
 
 
-def _base(component: Any, head: HeadView) -> Tensor:
+def base_of(component: Any, head: HeadView) -> Tensor:
     known = {**scores.IMPORTANCE, **IMPORTANCE, **statistics.IMPORTANCE}
     return scores.asked(known[catalog().name_of(type(component))], component, head)
 
@@ -86,7 +86,7 @@ def faded(p: Any, head: HeadView) -> dict[str, Sequence[float | None]]:
 
 
 def _combined(p: Any, head: HeadView) -> list[float]:
-    now = _base(p.base, head)
+    now = base_of(p.base, head)
     best = float(now.abs().max()) or 1.0
     result = []
     for old, new in zip(head.remembered("faded", -1.0), (now / best).tolist(), strict=True):
@@ -110,7 +110,7 @@ def critical(p: Any, head: HeadView) -> Tensor:
     """The best of the base score first, then by what the values do to the output."""
     if head.info.output_projection is None:
         raise ValueError("the trace knows no output projection")
-    base = _base(p.base, head)
+    base = base_of(p.base, head)
     outputs = torch.einsum("nd,gdm->ngm", head.values, head.info.output_projection[head.head].double())
     refined = (base - min(float(base.min()), 0.0) + p.epsilon) * outputs.abs().sum(-1).mean(1)
     order = sorted(range(len(base)), key=lambda n: (-float(base[n]), n))
@@ -123,14 +123,14 @@ def critical(p: Any, head: HeadView) -> Tensor:
 
 def value_weighted(p: Any, head: HeadView) -> Tensor:
     """The base, counted from its lowest where that is negative, times the length of the value."""
-    base = _base(p.base, head)
+    base = base_of(p.base, head)
     weighted: Tensor = (base - min(float(base.min()), 0.0)) * head.values.norm(p.norm, dim=-1)
     return weighted
 
 
 def key_coverage(p: Any, head: HeadView) -> Tensor:
     """The density of keys, where those that matter more count whole."""
-    matters = _base(p.by, head).tolist()
+    matters = base_of(p.by, head).tolist()
     return scores.density(p, head, lambda i, j: 1.0 if (matters[j], j) > (matters[i], i) else p.lower)
 
 
