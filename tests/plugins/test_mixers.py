@@ -11,6 +11,8 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import UnsupportedError
+from kvsupport.one_head import heads_of
+from kvsupport.oracle_outputs import attention_mass
 
 
 def make(kind, name, **params):
@@ -256,3 +258,26 @@ def test_rkv_with_the_mixer_of_mixkv(make_view):
             for n in old:
                 expected = (1 - r) * attention[n] + r * diverse[n]
                 assert got[b, h, n].item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+# -- Blocks by attention, then by diversity ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize(("size", "sinks", "recent"), [(4, 0, 0), (3, 2, 5), (1, 0, 3), (50, 0, 0), (4, 50, 0)])
+def test_attention_mass(make_view, mass, size, sinks, recent):
+    view, importance, _ = drawn(make_view, queries=torch.zeros(2, 2, 1, 1, 8))
+    mixer = make("mixer", "attention_mass", mass=mass, size=size, sinks=sinks, recent=recent)
+    got = mixer.mix(importance, torch.zeros_like(importance), view)
+    for b, h, held, head in heads_of(view):
+        wanted = attention_mass(mixer, importance[b, h, held].double(), importance[b, h, held] * 0, head)
+        torch.testing.assert_close(got[b, h, held].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_mass_keeps_the_unlike_block(make_view):
+    """Block 0 has the attention; of the others the one whose keys point elsewhere is worth most."""
+    keys = torch.eye(8)[[0, 1, 2, 2, 2, 2, 3, 4]].expand(1, 1, 8, 8)
+    importance = torch.tensor([[[5.0, 5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]]])
+    mixed = make("mixer", "attention_mass", mass=0.8, size=2).mix(importance, importance * 0, make_view(keys))
+    assert mixed[0, 0].tolist() == [3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert not make("mixer", "attention_mass").uses_redundancy

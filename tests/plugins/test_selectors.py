@@ -201,7 +201,7 @@ def test_a_policy_with_a_threshold_has_its_own_counts_per_head(make_view):
     assert len(set(kept.lengths.flatten().tolist())) > 1
 
 
-def drawn(sampled, counts, *, temperature=1.0, scores=(3.0, 2.0, 1.0, 0.0), trials=20_000, seed=0):
+def drawn(sampled, counts, *, scores=(3.0, 2.0, 1.0, 0.0), trials=20_000, **params):
     """How often each entry of a row is kept over many compactions of it."""
     n = len(scores)
     shape = (trials, 1, n)
@@ -211,7 +211,7 @@ def drawn(sampled, counts, *, temperature=1.0, scores=(3.0, 2.0, 1.0, 0.0), tria
         compaction=torch.arange(trials),
         layer_idx=0,
     )
-    kept = make("stochastic", sampled=sampled, temperature=temperature, seed=seed).select(
+    kept = make("stochastic", sampled=sampled, **params).select(
         torch.tensor(scores).expand(shape),
         torch.full((trials, 1), counts),
         torch.zeros(shape, dtype=torch.bool),
@@ -278,7 +278,63 @@ def test_heads_draw_their_own_lots_unless_they_share_a_set():
         assert not torch.equal(kept[0], kept[1])
 
 
-@pytest.mark.parametrize("name", ["chunks", "per_chunk_quota", "region_quota", "stochastic", "threshold"])
+def test_lots_in_proportion_to_the_scores():
+    """20,000 compactions: three standard deviations are 0.0107; what scores nothing comes last."""
+    plain = (5.0, 3.0, 1.0, 1.0)
+    got = drawn(1.0, 2, scores=plain, in_proportion=True)
+    assert (got - without_replacement([math.log(x) for x in plain], 2)).abs().max() < 0.0107
+    got = drawn(1.0, 2, scores=(5.0, 0.0, 1.0, -1.0), in_proportion=True)
+    assert got.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert drawn(1.0, 1, scores=(0.0, 0.0, 0.0), in_proportion=True).tolist() == [1.0, 0.0, 0.0]
+
+
+ANCHORS = {"alternate": lambda o, e: o % 2, "zeros": lambda o, e: 0, "ones": lambda o, e: 1}
+
+
+def bits_of(entries):
+    upper = best(entries, len(entries) // 2)
+    return {n: int(n in upper) for n, _, _ in entries}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("anchor", ["alternate", "mean", "zeros", "ones"])
+@pytest.mark.parametrize(("size", "share"), [(4, 0.25), (5, 0.8), (1, 0.5), (16, 1.0), (7, 0.0)])
+def test_representatives(seed, anchor, size, share):
+    case = draw(seed)
+    kept = make("representatives", size=size, share=share, anchor=anchor).select(*case)
+    assert torch.equal(kept.lengths, case[1])
+    for _, entries, room, got in heads(case, kept):
+        standing = math.floor(room * share)
+        blocks, bits = grouped(entries, lambda e: e[2] // size), bits_of(entries)
+        ranked = sorted(blocks, key=lambda c: (-Fraction(sum(int(8 * e[1]) for e in blocks[c]), len(blocks[c])), c))
+        important = [n for c in ranked for n in best(blocks[c], size)][: room - standing]
+        wanted_bit = {}
+        for _, _, position in entries:
+            same = [bits[n] for n, _, p in entries if p % size == position % size]
+            mean = int(2 * sum(same) > len(same))
+            wanted_bit[position % size] = mean if anchor == "mean" else ANCHORS[anchor](position % size, entries)
+        far = {c: sum(bits[n] != wanted_bit[p % size] for n, _, p in members) for c, members in blocks.items()}
+        left = grouped([e for e in entries if e[0] not in important], lambda e: e[2] // size)
+        line = sorted(left, key=lambda c: (far[c], c))
+        number = math.ceil(standing / size)
+        turns = [math.ceil(Fraction(i * len(line), number)) for i in range(number)]
+        order = [c for t, c in enumerate(line) if t in turns] + [c for t, c in enumerate(line) if t not in turns]
+        others = [n for c in order for n in best(left[c], size)][:standing]
+        assert got == sorted(important + others)
+
+
+def test_representatives_are_of_every_sort():
+    """Six blocks of two bits, from like the anchor to unlike it: of three that stay one is near, one far."""
+    scores = torch.tensor([[[0.0, 9, 0, 8, 7, 6, 1, 1, 5, 0, 4, 0]]])
+    whole, none = torch.ones(1, 1, 12) > 0, torch.zeros(1, 1, 12) > 0
+    at = Slots(torch.arange(12).int().view(1, 1, 12), *[torch.tensor([12])] * 3, layer_idx=0)
+    kept = make("representatives", size=2, share=1.0).select(scores, torch.tensor([[6]]), none, whole, at)
+    assert kept.indices[0, 0].tolist() == [0, 1, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "name", ["chunks", "per_chunk_quota", "region_quota", "representatives", "stochastic", "threshold"]
+)
 def test_scope_layer_shares_one_set(make_view, name):
     spec = kvpolicy.load("snapkv").replace({"budget.tokens": 24, "selector": {"use": name, "scope": "layer"}})
     policy = spec.build()

@@ -13,12 +13,12 @@ from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.testing.tables import stand_in_tables
 
 NAMES = [
-    "adakv-snapkv", "cam", "caote", "chunkkv", "compactor", "criticalkv", "cur", "duo-attention",
-    "expected-attention", "fast-caote", "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "lagkv",
-    "lazy-eviction", "lu-kv", "mixkv", "nacl", "obcache", "pyramidkv", "qfilter", "raas", "random", "random-pinned",
-    "recent-pinned", "rkv", "rkv-code", "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid",
-    "rkv-regions", "scissorhands", "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold",
-    "tova", "triattention", "vatp",
+    "adakv-snapkv", "adaptive-rkv", "beaconkv", "cam", "caote", "capkv", "chunkkv", "compactor", "criticalkv", "cur",
+    "defensivekv", "duo-attention", "expected-attention", "facility-location", "fast-caote", "finch", "full", "g-kv",
+    "h2o", "headkv", "keydiff", "knorm", "kvcrush", "lagkv", "lazy-eviction", "lu-kv", "mixkv", "nacl", "obcache",
+    "pyramidkv", "qfilter", "raas", "random", "random-pinned", "recent-pinned", "rkv", "rkv-code", "rkv-density",
+    "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid", "rkv-regions", "scissorhands", "sinks-recent",
+    "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold", "tova", "triattention", "vase", "vatp",
 ]  # fmt: skip
 CONTROLS = {"full", "random", "random-pinned", "recent-pinned"}
 
@@ -86,6 +86,8 @@ def test_selects_exactly_the_budget(name, budget):
     spec = kvpolicy.load(name)
     if spec.build().reserved() > budget:
         spec = spec.replace("protect.recent", budget // 2)
+    if spec.build().reserved() > budget:
+        spec = spec.replace("protect.large_values.count", budget // 4)
     policy = (spec if name == "full" else spec.replace("budget.tokens", budget)).build()
     asked = [policy.entries(90, 20), policy.entries(77, 11)]
     view = draw(policy, asked)

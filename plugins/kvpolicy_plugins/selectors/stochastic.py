@@ -17,7 +17,8 @@ class Stochastic(Selector):
     """Protected entries, the highest scores, and for the rest of the count a sample of what is left.
 
     The sample is drawn without replacement with probabilities ``softmax(score / temperature)`` over what is left
-    (arXiv:2408.03675), as the highest ``score / temperature + Gumbel noise``. The noise is a hash of seed,
+    (arXiv:2408.03675), as the highest ``score / temperature + Gumbel noise``; `in_proportion` to the scores themselves
+    (arXiv:2606.03928), it is their logarithm that is divided and raised. The noise is a hash of seed,
     layer, head, original position and compaction, so a row draws in a batch what it draws alone; heads or layers that
     share a set share the noise. Equal scores of the first part go to the older entry.
     """
@@ -33,8 +34,14 @@ class Stochastic(Selector):
     """Share of the unprotected budget that is drawn by lot, rounded down; 0 is `top_k`."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Scores are divided by it: a small one samples nearly by rank, a large one evenly."""
+    in_proportion: bool = False
+    """Draw in proportion to ``score ** (1 / temperature)``; scores of 0 and below come last, the older first."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Another seed is another sample."""
+
+    def laws_excused(self) -> Mapping[str, str]:
+        level = {"constant_ignored": "chances are in proportion to the level of the scores"}
+        return {**self.laws_not_applicable, **(level if self.in_proportion else {})}
 
     def select(self, scores: Scores, counts: Counts, protected: Mask, valid: Mask, slots: Slots) -> KeepIndices:
         candidates = valid & ~protected
@@ -55,4 +62,8 @@ class Stochastic(Selector):
         # Multiples of 2^-24 from 0 on; the middle of each step is neither 0 nor 1.
         gumbel = -torch.log(-torch.log(uniform.to(torch.float64) + 2.0**-25))
         _, highest = ops.extremes(scores, candidates)
+        if self.in_proportion:
+            # From the highest on; where all are 0 nothing is divided, and the older come first.
+            share = scores.clamp(min=0).to(torch.float64) / torch.where(highest > 0, highest, 1.0).to(torch.float64)
+            return share.log() / self.temperature + gumbel
         return (scores.to(torch.float64) - highest.to(torch.float64)) / self.temperature + gumbel

@@ -23,6 +23,7 @@ from kvsupport.events import Crop, PassEvent, RowsTaken, Settled, Trace
 from kvsupport.oracle_rows import TOLERANCE, OracleReport, OracleRow, Sets, near_tie
 
 _IMPORTANCE = {**scores.IMPORTANCE, **memory.IMPORTANCE, **outputs.IMPORTANCE, **statistics.IMPORTANCE}
+_MIXERS = {**scores.MIXERS, **outputs.MIXERS}
 _REDUNDANCY = {**scores.REDUNDANCY, **memory.REDUNDANCY, **statistics.REDUNDANCY}
 
 
@@ -30,10 +31,7 @@ def knows(policy: Policy) -> bool:
     """Say whether the oracle can replay a policy; `kvsupport.audit` checks what holds under any."""
     named = [_name(c) in _IMPORTANCE for c in policy.components if isinstance(c, ImportanceScorer)]
     return (
-        all(named)
-        and _name(policy.redundancy) in _REDUNDANCY
-        and _name(policy.mixer) in scores.MIXERS
-        and _selects(policy)
+        all(named) and _name(policy.redundancy) in _REDUNDANCY and _name(policy.mixer) in _MIXERS and _selects(policy)
     )
 
 
@@ -57,7 +55,7 @@ class Oracle:
         self.importance = {**_IMPORTANCE, **(scorers or {})}[_name(policy.importance)]
         self.memories = {_name(c): c for c in policy.components if _name(c) in memory.REMEMBER}
         self.redundancy = {**_REDUNDANCY, **(scorers or {})}[_name(policy.redundancy)]
-        self.mixer = scores.MIXERS[_name(policy.mixer)]
+        self.mixer = _MIXERS[_name(policy.mixer)]
         self.trigger = _name(policy.trigger)
         self.rerotates = [_name(post) for post in policy.post] == ["rerotate"]
         if not _selects(policy):

@@ -21,6 +21,8 @@ def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
         changes["importance.observe"] = budget // 2
     if data["protect"].get("sinks", {}).get("count", 0) > budget // 4:
         changes["protect.sinks"] = budget // 4
+    if data["protect"].get("large_values", {}).get("count", 0) > budget // 8:
+        changes |= {"protect.large_values.count": budget // 8, "protect.large_values.newest": budget // 2}
     for size in ("lag", "chunk"):  # of partitions of the sequence
         if data["importance"].get(size, 0) > budget // 4:
             changes[f"importance.{size}"] = budget // 4
