@@ -17,11 +17,31 @@ same budget for every head, top-k per head. Made by `python scripts/methods.py` 
 `registry/kvpolicy_registry/policies`; `kvpolicy show NAME` prints one with all parameters.
 
 """
+TAIL = """
+## What is left out
+
+- **KVzap, FastKVzip, TRIM-KV, DBTrimKV** (arXiv:2601.07891, 2601.17668, 2512.03324, 2605.09649): gates on the hidden
+  states that a layer reads, which no runtime hands to components.
+- **KVpop** (arXiv:2607.05061): the trained scorer has no public format; its delay, by which an entry is judged only
+  after `n` more tokens, is `protect: {recent: n}` with a scorer that has `observe: n`.
+- **KVP** (arXiv:2602.10238): a trained ranker for every head, without public weights.
+- **counter-causal surprise** (arXiv:2607.27600): runs the cached keys and values through the model once more,
+  backwards and up to its logits: it needs the model, not the cache.
+- **Nexus Sampling** (arXiv:2606.23961): its walk over attention is not public beyond the abstract.
+- **MomentKV** (arXiv:2606.01563): corrects the attention's output by what was evicted: it changes the attention, not
+  what is kept.
+- **GrowPage** (arXiv:2609.03494): lets the budget grow where attention asks for it; budgets here are numbers that are
+  known beforehand.
+- **Layer-DefensiveKV** (arXiv:2510.13334): ranks scores of all layers together, which products with the norms of
+  different layers do not allow.
+- **ThinKV, SkipKV, EpiKV** (arXiv:2510.01290, 2512.07993, 2606.26472): look at the text or at hidden states, or
+  change the precision of what stays.
+"""
 
 
 def page() -> str:
     """Return what the page should say."""
-    return HEAD + methods_markdown("kvpolicy")
+    return HEAD + methods_markdown("kvpolicy") + TAIL
 
 
 if __name__ == "__main__":

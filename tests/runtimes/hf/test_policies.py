@@ -25,8 +25,8 @@ def _tables_of_any_model():
 
 
 AUDITED = {
-    "adakv-snapkv", "cam", "chunkkv", "duo-attention", "finch", "headkv", "lu-kv", "nacl", "pyramidkv", "qfilter",
-    "rkv-pyramid", "rkv-regions", "think", "threshold", "triattention",
+    "adakv-snapkv", "adaptive-rkv", "cam", "chunkkv", "defensivekv", "duo-attention", "finch", "headkv", "kvcrush",
+    "lu-kv", "nacl", "pyramidkv", "qfilter", "rkv-pyramid", "rkv-regions", "think", "threshold", "triattention", "vase",
 }  # fmt: skip
 
 
