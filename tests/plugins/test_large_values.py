@@ -20,14 +20,19 @@ def test_the_largest_of_what_is_older_stay(make_view, measure, count, newest):
     values[0, 0, 7] = values[0, 0, 2]  # equal ones: the older goes first
     valid = torch.ones(2, 2, 20, dtype=torch.bool)
     valid[0, 1, 3] = valid[1, :, 15:] = False
-    view = make_view(shape=(2, 2, 20, 8), values=values.masked_fill(~valid[..., None], float("nan")), valid=valid)
+    view = make_view(
+        shape=(2, 2, 20, 8),
+        values=values.masked_fill(~valid[..., None], float("nan")),
+        valid=valid,
+        seen=torch.tensor([20, 15]),
+    )
     protection = make(count=count, newest=newest, measure=measure)
     got = protection.mask(view)
     assert protection.reserved(1000) == count
     for b in range(2):
         for h in range(2):
             slots = [n for n in range(20) if valid[b, h, n]]
-            older = slots[: max(len(slots) - newest, 0)]
+            older = [n for n in slots if n < int(view.seen[b]) - newest]
 
             def size(n, b=b, h=h):
                 value = values[b, h, n].tolist()

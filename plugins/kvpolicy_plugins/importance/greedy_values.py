@@ -61,4 +61,4 @@ class GreedyValues(ImportanceScorer):
             near = (unit @ taken.transpose(-1, -2)).amax(-1)
             likeness = near if first == 0 else torch.maximum(likeness, near)
             left.scatter_(-1, order, False)
-        return torch.where(view.valid, count - turns, 0.0)
+        return torch.where(view.valid, view.valid.sum(-1, keepdim=True) - turns, 0.0)

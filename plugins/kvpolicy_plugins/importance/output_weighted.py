@@ -31,7 +31,7 @@ class OutputWeighted(ImportanceScorer):
     shorthand: ClassVar[str | None] = "base"
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     paper: ClassVar[str] = "arXiv:2502.03805 (CriticalKV)"
-    comparable_across_heads = _AsItsBase()  # type: ignore[assignment]
+    comparable_across_heads = _AsItsBase()
 
     base: ImportanceScorer = WorstCase()
     """The score that is weighted."""

@@ -14,6 +14,7 @@ from kvpolicy.types import Scores
 from kvpolicy_plugins._window import last_queries
 
 _TINY = 1e-15
+_LEAST = 1e-12  # of the trace
 
 
 class ValueCapacity(ImportanceScorer):
@@ -45,8 +46,10 @@ class ValueCapacity(ImportanceScorer):
         values = torch.where(held, view.values, 0).double() * weight.double().sqrt().unsqueeze(-1)
         gram = values.transpose(-1, -2) @ values
         unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        # Unlike `cholesky` it does not wait for the device to say that the matrix is definite, which the unit ensures.
-        lower, _ = torch.linalg.cholesky_ex(gram + unit)
+        # Beside very large values the unit would be lost to rounding, and with it that the matrix is definite.
+        least = (_LEAST * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=1.0)
+        # Unlike `cholesky` it does not wait for the device to say so.
+        lower, _ = torch.linalg.cholesky_ex(gram + unit * least[..., None, None])
         white: Tensor = torch.linalg.solve_triangular(lower, values.transpose(-1, -2), upper=False)
         return white.square().sum(-2).float().masked_fill(~view.valid, 0.0)
 
@@ -54,4 +57,5 @@ class ValueCapacity(ImportanceScorer):
 def _cosines(keys: Tensor, query: Tensor) -> Tensor:
     """Cosine of each key of `[B, H, N, D]` with its head's query `[B, H, D]`; 0 where one has no length."""
     lengths = torch.linalg.vector_norm(keys, dim=-1) * torch.linalg.vector_norm(query, dim=-1, keepdim=True)
-    return (keys @ query.unsqueeze(-1)).squeeze(-1) / lengths.clamp(min=_TINY)
+    cosines: Tensor = (keys @ query.unsqueeze(-1)).squeeze(-1) / lengths.clamp(min=_TINY)
+    return cosines

@@ -16,7 +16,7 @@ from kvpolicy.types import Mask
 class LargeValues(Protection):
     """Keeps the entries whose values are largest, of each head; of equal ones the older.
 
-    Few values are far larger than the others, and a model that loses them repeats itself. The newest entries, which
+    Few values are far larger than the others, and a model that loses them repeats itself. The newest tokens, which
     another protection keeps, take no part.
     """
 
@@ -29,10 +29,12 @@ class LargeValues(Protection):
     measure: Literal["range", "length"] = "range"
     """Largest number of the value less its smallest (`range`), or its Euclidean norm (`length`)."""
     newest: int = Field(default=128, ge=0)
-    """So many of the newest entries are left to another protection."""
+    """So many of the newest tokens are left to another protection."""
 
     def mask(self, view: CacheView) -> Mask:
-        candidates = view.valid & ~view.newest(self.newest)
+        # By position: counted in entries, the newest would be others after an eviction.
+        since = view.seen.to(device=view.device, dtype=torch.int64)[:, None, None] - self.newest
+        candidates = view.valid & (view.positions < since)
         values = torch.where(candidates.unsqueeze(-1), view.values, 0)
         size = ops.lengths(values) if self.measure == "length" else (values.amax(-1) - values.amin(-1)).float()
         order = ops.ordered_by(candidates, ops.levelled(size, candidates))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy import ops
 from kvpolicy.loading.installed import catalog
 from kvsupport import oracle_memory as memory
 from kvsupport import oracle_scores as scores
@@ -112,7 +113,8 @@ def greedy_values(p: Any, head: HeadView) -> Tensor:
     base = base_of(p.base, head)
     width = float(base.max() - base.min())
     plain = [(float(x) - float(base.min())) / width if width else 0.0 for x in base]
-    count, taken = len(plain), []
+    count = len(plain)
+    taken: list[int] = []
     while len(taken) < count:
         worth = {
             n: plain[n] - p.weight * (max(_cosine(head.values[n], head.values[j]) for j in taken) if taken else 0.0)
@@ -172,7 +174,7 @@ def attention_mass(p: Any, importance: Tensor, redundancy: Tensor, head: HeadVie
     )
     first: list[int] = []
     for c in sorted(blocks, key=lambda c: (-level[c], c)):
-        if sum(sums[x] for x in first) < p.mass * sum(sums.values()) * (1 - scores.ops.ROUNDING):
+        if sum(sums[x] for x in first) < p.mass * sum(sums.values()) * (1 - ops.ROUNDING):
             first.append(c)
     others = [n for c, members in blocks.items() if c not in first for n in members]
     diverse: dict[int, float] = {}
