@@ -98,12 +98,8 @@ class QueryLog:
         self.observe = observe
         self.feeds_attention = feeds_attention
         self.rollback = rollback
+        self.active = observe > 0 or feeds_attention  # whether queries must be recorded at all
         self.records: list[Record] = []
-
-    @property
-    def active(self) -> bool:
-        """Whether queries must be recorded at all."""
-        return self.observe > 0 or self.feeds_attention
 
     @property
     def unobserved(self) -> int:

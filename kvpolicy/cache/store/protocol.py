@@ -58,10 +58,10 @@ class Layout:
                 f"layer {layer} was given {keys.dtype} keys on {keys.device} but its cache is {self.dtype} on "
                 f"{self.device}; keep dtype and device of a model while a cache is in use."
             )
-        if keys.shape[1] != self.heads or keys.shape[3] != self.key_dim:
+        _, heads, _, size = keys.shape
+        if heads != self.heads or size != self.key_dim:
             raise UnsupportedError(
-                f"layer {layer} has {keys.shape[1]} KV heads of size {keys.shape[3]}, unlike the layers "
-                "that it is grouped with."
+                f"layer {layer} has {heads} KV heads of size {size}, unlike the layers that it is grouped with."
             )
 
     @property

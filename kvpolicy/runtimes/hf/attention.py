@@ -104,7 +104,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     Returns:
         `[B, 1, Hq, Dv]`.
     """
-    packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    return scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale).reshape(
-        query.shape[0], 1, query.shape[1], value.shape[3]
-    )
+    batch, heads, _, size = query.shape
+    packed = query.reshape(batch, key.shape[1], -1, size)
+    made = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+    return made.reshape(batch, 1, heads, -1)

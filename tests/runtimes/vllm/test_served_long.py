@@ -56,12 +56,18 @@ def served(smollm2, story) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_1100_tokens_of_the_demo_model(smollm2, story, served, name):
-    """In 12 blocks of 32, where full would need 36."""
-    from kvsupport.hf_reference import generate
+    """In 12 blocks of 32, where full would need 36.
 
-    tokens, kept = generate(smollm2[0], settings(at_256(name)).spec, story, 1100)
-    assert served[name]["kept"][0] == kept
-    assert served[name]["tokens"][0] == tokens
+    Two attention kernels round differently, so that a head may decide a true near tie the other way; what comes after
+    it is compared, too.
+    """
+    from kvsupport.alone import as_served
+
+    tokens, kept = served[name]["tokens"][0], served[name]["kept"][0]
+    report = as_served(smollm2[0], settings(at_256(name)).spec.build(), story, tokens, kept)
+    print(name, report)
+    assert report.ok, report
+    assert len(report.accepted) <= report.near_ties, report
     assert len(kept) >= 6
     assert served[name]["peak"] == 12
 

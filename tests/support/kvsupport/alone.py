@@ -65,9 +65,9 @@ class AloneReport:
 
 @dataclass
 class _Noted:
-    """One compaction of one row: how much it had seen, and the positions that each head of each layer kept."""
+    """One compaction of one row: how much it had seen, if that is known, and what each head of each layer kept."""
 
-    seen: int
+    seen: int | None
     kept: list[list[Tensor]]
 
 
@@ -99,7 +99,7 @@ class _Noting(Policy):
         number = len(self.made.get(row, []))
         expected = self.reference[row][number] if number < len(self.reference[row]) else None
         where = f"row {row}, compaction {number} at {seen} tokens"
-        if expected is None or expected.seen != seen:
+        if expected is None or expected.seen not in (seen, None):
             at = "none" if expected is None else f"one at {expected.seen}"
             self.report.mismatches.append(f"{where}: alone there is {at}")
             return
@@ -218,6 +218,34 @@ def as_if_alone(
             report.mismatches.append(f"row {b}: {len(watched.made.get(b, []))} compactions, alone {len(made)}")
         if final[b] != kept:
             report.mismatches.append(f"row {b}: holds something else at the end")
+    return report
+
+
+@torch.no_grad()
+def as_served(
+    model: PreTrainedModel, policy: Policy, prompt: Sequence[int], made: Sequence[int], kept: Sequence[Sequence[Any]]
+) -> AloneReport:
+    """Write greedily under a policy and compare with what an engine has made of the same prompt.
+
+    Args:
+        model: a decoder in fp32.
+        policy: what both run.
+        prompt: token ids.
+        made: tokens that the engine wrote.
+        kept: positions `[L][H][n]` that it held after each compaction.
+    """
+    report = AloneReport()
+    told = [_Noted(None, [[torch.tensor(head) for head in layer] for layer in each]) for each in kept]
+    watched = _watched(policy, report, [told])
+    with PolicyCache(watched, model) as cache:
+        _tell_rows(cache, watched)
+        _, report.tokens = _run(model, cache, torch.tensor([list(prompt)]), None, len(made), None)
+        report.resident = cache.stats().peak_resident
+    if len(watched.made.get(0, [])) != len(told):
+        report.mismatches.append(f"{len(watched.made.get(0, []))} compactions, the engine's are {len(told)}")
+    if report.tokens[0] != list(made):
+        first = next(i for i, (a, b) in enumerate(zip(report.tokens[0], made, strict=True)) if a != b)
+        report.mismatches.append(f"token {first} is {report.tokens[0][first]}, the engine's is {made[first]}")
     return report
 
 
