@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,3 +38,15 @@ def make_view():
         return CacheView(keys=keys, **(defaults | fields))
 
     return make
+
+
+@pytest.fixture
+def view(make_view):
+    """Two rows and heads, 40 slots of which some hold nothing but NaN; positions have gaps."""
+    valid = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(5)) < 0.8
+    valid[1, 0, :9] = False
+    steps = torch.randint(1, 4, (2, 2, 40), generator=torch.Generator().manual_seed(6))
+    positions = (steps.cumsum(-1) - 1).to(torch.int32)
+    made = make_view(shape=(2, 2, 40, 8), valid=valid, positions=positions, seen=torch.tensor([120, 121]))
+    keys, values = (torch.where(valid[..., None], x, float("nan")) for x in (made.keys, made.values))
+    return replace(made, keys=keys, values=values)

@@ -1,0 +1,29 @@
+"""A specification without a mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpolicy import PolicySpec, SpecError
+
+GOOD = """\
+schema_version: 1
+policy: p
+budget: {tokens: 64}
+trigger: {every: 16}
+protect: {sinks: 4, recent: 8}
+importance:
+  use: window_attention
+  observe: 8
+redundancy: key_cosine
+mixer: {use: linear, weight: 0.1}
+"""
+
+
+def error_of(text, source="p.yaml", **fields):
+    with pytest.raises(SpecError) as caught:
+        PolicySpec.from_yaml(text, source, **fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith((".", "?", ")"))
+    return message
