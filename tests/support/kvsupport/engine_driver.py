@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from kvpolicy import PolicySpec, Rope
 from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
+from kvpolicy.policy.policy import Policy
 
 GROUPS, DIM = 2, 8
 CPU = torch.device("cpu")
 
 
-def policy(**fields: Any):
+def policy(**fields: Any) -> Policy:
+    """A small policy of key norms, with these fields of a specification."""
     base = {
         "policy": "test",
         "budget": 16,
@@ -39,7 +42,13 @@ class Text:
 class Driver:
     """Feeds an engine as a model would: all layers, one forward pass after another."""
 
-    def __init__(self, texts: list[int], groups=((0, 2),), heads=None, **fields: Any) -> None:
+    def __init__(
+        self,
+        texts: list[int],
+        groups: Sequence[Sequence[int]] = ((0, 2),),
+        heads: dict[int, int] | None = None,
+        **fields: Any,
+    ) -> None:
         layers = [layer for group in groups for layer in group]
         self.heads = heads or dict.fromkeys(layers, 2)
         ropes = dict.fromkeys(layers, Rope(torch.tensor([1.0, 0.5, 0.1, 0.02])))
@@ -98,7 +107,7 @@ class Driver:
                         assert torch.equal(held, self.texts[b].keys[i][h, at])
 
 
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "key norm": {},
     "rkv": {
         "importance": {"use": "window_attention", "observe": 4}, "redundancy": "key_cosine",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvpolicy import PolicySpec, SpecError
@@ -20,7 +22,8 @@ mixer: {use: linear, weight: 0.1}
 """
 
 
-def error_of(text, source="p.yaml", **fields):
+def error_of(text: str, source: str = "p.yaml", **fields: Any) -> str:
+    """The sentence with which a specification is refused."""
     with pytest.raises(SpecError) as caught:
         PolicySpec.from_yaml(text, source, **fields)
     message = str(caught.value)

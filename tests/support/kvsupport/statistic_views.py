@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import kvpolicy
-from kvpolicy.contracts.view import Rope
+from kvpolicy.contracts.view import CacheView, Rope
 
 ROPES = {
     "halves": Rope(torch.tensor([1.0, 0.3, 0.05])),  # of 8 dimensions 2 are not rotated
@@ -15,15 +18,17 @@ ROPES = {
 }
 
 
-def make(name, kind="importance", **params):
+def make(name: str, kind: Any = "importance", **params: Any) -> Any:
+    """A bundled component."""
     return kvpolicy.catalog().get(kind, name)(**params)
 
 
-def normal(*shape, seed=1):
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    """Normal numbers, fp32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def expect(view, scores, reference, atol=2e-6):
+def expect(view: CacheView, scores: Tensor, reference: Callable[..., Any], atol: float = 2e-6) -> None:
     """Compare with `reference(b, h, keys, values, positions)`, called with the entries of one head, in float64."""
     assert scores.dtype == torch.float32
     for b in range(view.shape[0]):
@@ -37,7 +42,7 @@ def expect(view, scores, reference, atol=2e-6):
             assert (scores[b, h][~mask] == 0).all()
 
 
-def turned(x, rope, position):
+def turned(x: Tensor, rope: Rope, position: int) -> Tensor:
     """The vectors `x` rotated by `position`, one pair after the other."""
     half, out = len(rope.inv_freq), x.double().clone()
     for i, frequency in enumerate(rope.inv_freq.double().tolist()):
