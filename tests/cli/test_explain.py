@@ -13,6 +13,7 @@ from kvpolicy.cli import main
 from kvpolicy.cli.memory import Course, ModelShape, shape_from_config, simulate
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.testing.tables import stand_in_tables
+from kvsupport.policies import small_spec
 
 TINY = ("--layers", "3", "--kv-heads", "2", "--head-dim", "16", "--dtype", "fp32")
 
@@ -42,28 +43,12 @@ def tables():
         yield
 
 
-def small(name: str) -> kvpolicy.PolicySpec:
-    """Return a registered policy at 24 entries, with what is larger made to fit."""
-    spec = kvpolicy.load(name)
-    changes = {} if spec.budget.fraction == 1 else {"budget": 0.4 if spec.budget.fraction else 24}
-    data = spec.to_data()
-    if data["trigger"]["use"] == "every":
-        changes["trigger.interval"] = 7
-    if "recent" in data["protect"]:
-        changes["protect.recent"] = min(data["protect"]["recent"]["count"], 8)
-    if "observe" in data["importance"]:
-        changes["importance.observe"] = min(data["importance"]["observe"], 8)
-    if spec.prefill_chunk is not None:
-        changes["prefill_chunk"] = 9
-    return spec.replace(changes) if changes else spec
-
-
 @pytest.mark.parametrize("prompt", [5, 20, 53])
 @pytest.mark.parametrize("name", [entry.name for entry in kvpolicy.catalog().policies()])
 def test_the_numbers_are_those_of_a_run(name, prompt, model, run, tables):
     from kvpolicy.runtimes.hf import PolicyCache
 
-    spec, length, batch = small(name), 64, 2
+    spec, length, batch = small_spec(name, 24, 7), 64, 2
     policy = spec.build()
     if policy.reserved(prompt) > 24 and policy.budget.tokens:
         with pytest.raises(KVPolicyError, match="budget: 24 entries per head are fewer than"):

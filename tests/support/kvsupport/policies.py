@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import kvpolicy
-from kvpolicy import Policy
+from kvpolicy import Policy, PolicySpec
 
 
 def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
     """Return a registered policy at a small budget; what is larger than that is made to fit."""
+    return small_spec(name, budget, interval).build()
+
+
+def small_spec(name: str, budget: int = 24, interval: int = 8) -> PolicySpec:
+    """Return the specification of that policy."""
     spec = kvpolicy.load(name)
     changes: dict[str, Any] = {} if spec.budget.fraction == 1.0 else {"budget": 0.4 if spec.budget.fraction else budget}
     data = spec.to_data()
@@ -30,4 +35,8 @@ def small_policy(name: str, budget: int = 24, interval: int = 8) -> Policy:
         changes["redundancy.base.sketch"] = budget // 4
     if spec.prefill_chunk is not None:
         changes["prefill_chunk"] = interval
-    return spec.replace(changes).build()
+    if data["mixer"].get("size", 0) > budget // 6:  # blocks, and what takes no part in them
+        changes |= {"mixer.sinks": budget // 4, "mixer.recent": budget // 2, "mixer.size": budget // 6}
+    if data["selector"]["use"] == "representatives" or "mixer.size" in changes:
+        changes["selector.size"] = budget // 6
+    return spec.replace(changes) if changes else spec
