@@ -22,8 +22,8 @@ TAIL = """
 
 - **KVzap, FastKVzip, TRIM-KV, DBTrimKV** (arXiv:2601.07891, 2601.17668, 2512.03324, 2605.09649): gates on the hidden
   states that a layer reads, which no runtime hands to components.
-- **KVpop** (arXiv:2607.05061): the trained scorer has no public format; its delay, by which an entry is judged only
-  after `n` more tokens, is `protect: {recent: n}` with a scorer that has `observe: n`.
+- **KVpop** (arXiv:2607.05061): its trained scorer, which has no public format; its delayed scoring is the component
+  `delayed`, over any scorer.
 - **KVP** (arXiv:2602.10238): a trained ranker for every head, without public weights.
 - **counter-causal surprise** (arXiv:2607.27600): runs the cached keys and values through the model once more,
   backwards and up to its logits: it needs the model, not the cache.

@@ -21,6 +21,7 @@ COMPONENTS = (
     "importance.critical:Critical",
     "importance.cur:Cur",
     "importance.decayed_attention:DecayedAttention",
+    "importance.delayed:Delayed",
     "importance.expected_attention:ExpectedAttention",
     "importance.greedy_values:GreedyValues",
     "importance.key_diff:KeyDiff",

@@ -106,6 +106,23 @@ def attention_memory(p: Any, head: HeadView) -> Tensor:
     return torch.where(torch.tensor(older), scores.smooth(combined, older, p.smooth, "max"), combined)
 
 
+def given(p: Any, head: HeadView) -> dict[str, Sequence[float | None]]:
+    """The score that each entry has been given once and for all; None for those that are too young."""
+    now = base_of(p.base, head).tolist()
+    found: list[float | None] = []
+    for position, old, new in zip(head.positions, head.remembered("given", math.inf), now, strict=True):
+        late = head.seen - 1 - position >= p.delay
+        found.append(old if old != math.inf else new if late else None)
+    return {"given": found}
+
+
+def delayed(p: Any, head: HeadView) -> Tensor:
+    """The same, and the best of them for those that are too young."""
+    found = given(p, head)["given"]
+    best = max((value for value in found if value is not None), default=0.0)
+    return _tensor([best if value is None else value for value in found])
+
+
 def critical(p: Any, head: HeadView) -> Tensor:
     """The best of the base score first, then by what the values do to the output."""
     if head.info.output_projection is None:
@@ -138,6 +155,7 @@ IMPORTANCE: dict[str, Scorer] = {
     "accumulated_attention": lambda p, head: _tensor(accumulated(p, head)["accumulated"]),
     "attention_memory": attention_memory,
     "critical": critical,
+    "delayed": delayed,
     "decayed_attention": lambda p, head: _tensor(accumulated(p, head)["accumulated"]),
     "last_used": lambda p, head: _tensor(stamps(p, head)["stamps"]),
     "recurrence": recurrence,
@@ -149,6 +167,7 @@ REMEMBER: dict[str, Remember] = {
     "accumulated_attention": accumulated,
     "attention_memory": faded,
     "decayed_attention": accumulated,
+    "delayed": given,
     "last_used": stamps,
     "recurrence": pauses,
 }
