@@ -68,6 +68,8 @@ def _directions(keys: Tensor, held: Tensor, order: Tensor | None, length: float)
     """Return keys of the given length in an order; 0 for keys of length 0 and slots that are not held."""
     # Columns: a product with a wide matrix on the right is faster if that lies row by row.
     made = torch.empty(keys.shape[0], keys.shape[2], keys.shape[1], dtype=torch.float32, device=keys.device)
+    # Where nothing has to be left out no copy is made; asking would make the host wait for another device.
+    masked = held.device.type != "cpu" or not bool(held.all())
     some = max(1, _tile(keys) // max(keys[0].numel(), 1)) if len(keys) else 1
     for first in range(0, len(keys), some):
         part = slice(first, first + some)
@@ -76,8 +78,8 @@ def _directions(keys: Tensor, held: Tensor, order: Tensor | None, length: float)
             count = plain.shape[1]
             at = order[part] + torch.arange(0, len(plain) * count, count, device=keys.device).unsqueeze(-1)
             plain = plain.reshape(-1, plain.shape[2]).index_select(0, at.flatten()).view(plain.shape)
-        # `where`, not a product: a slot that is not valid may hold NaN.
-        plain = torch.where(held[part].unsqueeze(-1), plain, 0)
+        if masked:  # `where`, not a product: a slot that is not valid may hold NaN
+            plain = torch.where(held[part].unsqueeze(-1), plain, 0)
         norm = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_(min=_TINY)
         torch.mul(plain.transpose(1, 2), (length / norm).transpose(1, 2), out=made[part])
     return made

@@ -38,6 +38,17 @@ def test_equals_the_definition_and_reads_no_other_slot(count, bandwidth):
     assert (got[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_where_nothing_is_left_out_keys_are_read_in_place_and_left_alone(ordered):
+    generator = torch.Generator().manual_seed(0)
+    keys, valid = torch.randn(2, 2, 90, 8, generator=generator) + 1, torch.ones(2, 2, 90, dtype=torch.bool)
+    before, priority = keys.clone(), torch.rand(2, 2, 90, generator=generator) if ordered else None
+    got = ops.key_density(keys, valid, bandwidth=0.2, priority=priority, lower=0.3 if ordered else 1.0)
+    expected = by_definition(keys, valid, 0.2, priority, 0.3 if ordered else 1.0)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(keys, before)
+
+
 @pytest.mark.parametrize("count", [1, 2, 64, 65, 200])
 @pytest.mark.parametrize("lower", [0.0, 0.3, 1.0])
 def test_keys_of_higher_priority_count_whole(count, lower):

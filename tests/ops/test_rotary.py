@@ -70,3 +70,23 @@ def test_a_poisoned_slot_stays_alone():
     x = torch.randn(1, 1, 4, 16)
     x[0, 0, 2] = float("nan")
     assert ops.rotate(x, Rope(INV_FREQ), torch.arange(4))[0, 0, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "rotated"), [((3, 5, 700, 16), 16), ((2, 2, 1500, 40), 24), ((9000, 8), 8), ((1, 1, 20000, 4), 4)]
+)
+def test_what_is_cut_into_pieces_is_the_same_bit_for_bit(shape, rotated, dtype, interleaved):
+    torch.manual_seed(0)
+    whole = torch.randn(*shape[:-2], shape[-2] + 3, shape[-1]).to(dtype)
+    x = whole[..., : shape[-2], :]  # not contiguous, as an arena's
+    rope = Rope(1e4 ** -torch.linspace(0, 1, rotated // 2), interleaved=interleaved)
+    delta = -torch.randint(0, 40_000, (shape[-2],))  # one for all heads
+    assert x[..., 0].numel() * (rotated // 2) > 1 << 15, "larger than a piece"
+    found = ops.rotate(x, rope, delta)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    for at in range(0, shape[-2], 123):
+        part = slice(at, at + 123)
+        assert torch.equal(found[..., part, :], ops.rotate(x[..., part, :].contiguous(), rope, delta[part]))
