@@ -94,3 +94,20 @@ def test_compact_slot_state_and_nothing():
     assert state.tolist() == [[[1, 4, 2, 3, 4, 5]]]
     ops.compact(state, KeepIndices(torch.empty(1, 1, 0, dtype=torch.int64), torch.tensor([[0]])))
     assert state.tolist() == [[[1, 4, 2, 3, 4, 5]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("trailing", [(), (64,), (5, 13), (200,)])
+@pytest.mark.parametrize("columns", [1, 30, 90])
+def test_compact_moves_wide_and_narrow_slots_alike(dtype, trailing, columns):
+    """Heads whose slots are wide are moved one by one on a CPU."""
+    torch.manual_seed(columns)
+    arena = torch.randn(3, 2, 3, 100, *trailing).mul(9).to(dtype)
+    indices = torch.stack([torch.randperm(95)[:columns].sort().values for _ in range(6)]).view(2, 3, columns)
+    before = arena.clone()
+    ops.compact(arena[1], KeepIndices(indices, torch.full((2, 3), columns)))
+    for row in range(2):
+        for head in range(3):
+            assert torch.equal(arena[1, row, head, :columns], before[1, row, head, indices[row, head]])
+            assert torch.equal(arena[1, row, head, columns:], before[1, row, head, columns:])
+    assert torch.equal(arena[[0, 2]], before[[0, 2]])
