@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Self
+
+from kvpolicy.odd_text import harmless
 
 
 class KVPolicyError(Exception):
-    """Base of all errors that kvpolicy raises on purpose."""
+    """Base of all errors that kvpolicy raises on purpose.
+
+    A message may quote a file, a path or another library: what a terminal would obey in it is written out.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(harmless(each) if isinstance(each, str) else each for each in arguments))
 
 
 class SpecError(KVPolicyError, ValueError):
@@ -19,7 +28,15 @@ class SpecError(KVPolicyError, ValueError):
 
     def __init__(self, message: str = "", problems: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems) or (message,)
+        self.problems = tuple(map(harmless, problems or (message,)))
+
+    @classmethod
+    def of(cls, problems: Sequence[str]) -> Self:
+        """Return the error for one or more problems."""
+        first, more = problems[0], len(problems) - 1
+        return cls(
+            first + (f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else ""), problems
+        )
 
 
 class UnknownComponentError(SpecError):

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KVPolicyError as error:
         if options.debug:
             raise
-        from kvpolicy.spec.odd_text import harmless
+        from kvpolicy.odd_text import harmless
 
         sys.stderr.write(f"error: {harmless(str(error))}\n")
         return 1
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warned(message: object, *_args: object, **_kwargs: object) -> str:
-    from kvpolicy.spec.odd_text import harmless
+    from kvpolicy.odd_text import harmless
 
     return f"warning: {harmless(str(message))}\n"
 
 
 def _system_error(error: OSError) -> int:
     """Say in a sentence what the system complains of: a path it does not take, or output that cannot be written."""
-    from kvpolicy.spec.odd_text import harmless
+    from kvpolicy.odd_text import harmless
 
     if error.filename is None:
         where = "standard output"

@@ -32,7 +32,7 @@ def plugin(
     into: Annotated[Path, typer.Option(help="Folder in which the new folder is made.")] = Path(),
 ) -> None:
     """Write a package NAME with an importance scorer, a budget allocator, a policy and tests into a new folder."""
-    from kvpolicy.spec.odd_text import harmless
+    from kvpolicy.odd_text import harmless
 
     folder = write_plugin(name, into)
     with_tests = shlex.quote(f"{folder}[test]")  # pytest and hypothesis too

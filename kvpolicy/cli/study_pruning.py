@@ -23,7 +23,7 @@ def prune(
     import sys
 
     from kvpolicy.cli.terminal import messages, output
-    from kvpolicy.spec.odd_text import harmless
+    from kvpolicy.odd_text import harmless
     from kvpolicy.study.results import Results
     from kvpolicy.study.runner import writing
 

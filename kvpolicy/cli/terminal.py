@@ -14,7 +14,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from kvpolicy.spec.odd_text import harmless
+from kvpolicy.odd_text import harmless
 
 _WIDTH_OF_FILES = 120
 _BOUNDLESS = 10_000

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from kvpolicy.spec.odd_text import odd_character
+from kvpolicy.odd_text import odd_character
 from kvpolicy.spec.problems import FieldError
 from kvpolicy.spec.yaml_text import MAX_DEPTH, KeyPath
 

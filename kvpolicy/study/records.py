@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, TypeAdapter
 # pydantic reads the one of typing before Python 3.12 as if every field were required.
 from typing_extensions import TypedDict
 
-from kvpolicy.spec.odd_text import odd_character
+from kvpolicy.odd_text import odd_character
 from kvpolicy.study import keys, sealing
 from kvpolicy.study.metrics import METRICS, RunKind
 from kvpolicy.study.runs import Cell, Run

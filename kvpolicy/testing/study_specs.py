@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import DrawFn, SearchStrategy  # noqa: E402
 
 from kvpolicy.errors import SpecError  # noqa: E402
-from kvpolicy.spec.odd_text import odd_character  # noqa: E402
+from kvpolicy.odd_text import odd_character  # noqa: E402
 from kvpolicy.study.design import BUDGET, POLICY  # noqa: E402
 from kvpolicy.study.metrics import METRICS  # noqa: E402
 from kvpolicy.study.spec import StudySpec  # noqa: E402

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvpolicy import cli
 from kvpolicy.cli import main, terminal
-from kvpolicy.spec.odd_text import odd_character
+from kvpolicy.odd_text import odd_character
 
 TEXTS = ["[/x]", "[bold]x[/]", "[link=x]y[/link]", "[[", "\\[x]", ":smile:", "[/]", "[#fff]", "[@click=f()]"]
 POLICY = """\

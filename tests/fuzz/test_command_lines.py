@@ -14,7 +14,7 @@ import typer
 
 from kvpolicy.cli import main
 from kvpolicy.cli.app import app
-from kvpolicy.spec.odd_text import odd_character
+from kvpolicy.odd_text import odd_character
 from kvpolicy.study import executors
 from kvpolicy.testing.tiny import tiny_folder
 from kvsupport.fuzzing import bounded, bounded_memory, cases, check_mixture

@@ -9,9 +9,9 @@ import pytest
 from rich.table import Table
 
 import kvpolicy
-from kvpolicy import PolicySpec, SpecError
+from kvpolicy import PolicySpec, SpecError, errors
 from kvpolicy.cli import main, terminal
-from kvpolicy.spec.odd_text import harmless, odd_character
+from kvpolicy.odd_text import harmless, odd_character
 from kvpolicy.study.spec import StudySpec
 
 ODD = {
@@ -116,3 +116,22 @@ def test_an_error_is_printed_harmlessly(capsys, tmp_path):
     err = capsys.readouterr().err
     assert odd_character(err) is None
     assert "\\x1b]0;x.yaml: there is no such file" in err
+
+
+@pytest.mark.parametrize("name", [name for name in vars(errors) if name.endswith("Error")])
+def test_no_error_holds_what_a_terminal_obeys(name):
+    error = getattr(errors, name)("x\x1b]0;y\x07 \ud800.yaml: is\tnothing")
+    assert str(error) == "x\\x1b]0;y\\x07 \\ud800.yaml: is\tnothing"
+
+
+def test_nor_do_the_other_problems_of_a_file():
+    error = SpecError("first", ["first", "second \x1b"])
+    assert error.problems == ("first", "second \\x1b")
+
+
+def test_the_name_of_a_file_is_written_out(tmp_path):
+    path = tmp_path / "a\x1b[2J.yaml"
+    path.write_text("policy: 3\n")
+    with pytest.raises(SpecError, match=r"a\\x1b\[2J\.yaml:1:1: ") as caught:
+        PolicySpec.from_file(path)
+    assert all(odd_character(problem) is None for problem in caught.value.problems)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import kvpolicy
 from kvpolicy import ComponentRef, PolicySpec, SpecError
 from kvpolicy.contracts.budget import Budget
+from kvpolicy.odd_text import odd_character
 from kvpolicy.spec import yaml_text
-from kvpolicy.spec.odd_text import odd_character
 from kvsupport.spec_shapes import RKV, SHORT
 
 

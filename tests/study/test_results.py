@@ -169,6 +169,16 @@ def test_of_a_damaged_file_nobody_says_that_it_is_safe(small):
             assert small.read_bytes() == raw[:end]
 
 
+def test_what_sqlite_quotes_of_the_file_is_written_out(small):
+    with sqlite3.connect(small) as database:
+        database.execute("PRAGMA writable_schema = ON")
+        database.execute("UPDATE sqlite_master SET sql = replace(sql, 'CREATE', 'CREATE \x0e') WHERE name = 'runs'")
+    database.close()
+    with pytest.raises(ResultsError, match=r'unrecognized token: "\\x0e"') as caught:
+        read_all(small)
+    assert "\x0e" not in str(caught.value)
+
+
 def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked(small):
     pytest.importorskip("scipy")
     packer = zlib.compressobj(9)

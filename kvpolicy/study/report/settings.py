@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import kvpolicy
+from kvpolicy.odd_text import harmless
 from kvpolicy.spec import yaml_text
-from kvpolicy.spec.odd_text import harmless
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.records import CellRecord, RunRecord
 from kvpolicy.study.results import Results

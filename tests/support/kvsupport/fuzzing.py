@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvpolicy.spec.odd_text import odd_character
+from kvpolicy.odd_text import odd_character
 
 Path = tuple[str | int, ...]
 FIRST = int(os.environ.get("KVPOLICY_FUZZ_SEED", "0"))
