@@ -37,7 +37,7 @@ def _harmlessly() -> Iterator[None]:
         yield
     except Exception as error:
         if hasattr(error, "format_message"):  # a ClickException, wherever this typer has that
-            from kvpolicy.spec.odd_text import harmless
+            from kvpolicy.odd_text import harmless
 
             error.message = harmless(error.message)  # type: ignore[attr-defined]
         raise
@@ -87,7 +87,7 @@ def _common(
 @app.command("list")
 def list_(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[WORD]...", help="Only what has all these words in its line.")
+        list[str] | None, typer.Argument(metavar="WORD", help="Only what has all these words in its line.")
     ] = None,
     *,
     kind: Annotated[
@@ -147,13 +147,13 @@ def show(
 @app.command()
 def validate(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE|NAME...", help="Files of policies and studies, or registered names.")
+        list[str], typer.Argument(metavar="FILE|NAME", help="Files of policies and studies, or registered names.")
     ],
 ) -> None:
     """Check files of policies and studies: a line for each that is valid, and one for every mistake (exit code 1)."""
     from kvpolicy.cli.validating import found_valid, sentences
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.spec.odd_text import harmless
+    from kvpolicy.odd_text import harmless
 
     bad = 0
     for file in files:

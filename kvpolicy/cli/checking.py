@@ -33,7 +33,7 @@ def check(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SPEC|COMPONENT|PACKAGE]...",
+            metavar="SPEC|COMPONENT|PACKAGE",
             help="A policy's name or file, a component (key_norm, importance.none, my_package.module:MyScorer), "
             "or an installed package.",
         ),

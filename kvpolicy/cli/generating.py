@@ -142,7 +142,7 @@ def load_model(request: GenerationRequest, note: Console, *, user: str = "genera
     dtype = "float32" if request.dtype == "auto" and device == "cpu" else request.dtype
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")
-    tokenizer = open_tokenizer(place, request.model)
+    tokenizer = open_tokenizer(place, request.model, say=note.print)
     return open_model(place, request.model, dtype=dtype, device=device), tokenizer
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.cache.ledger import Incoming, Ledger
+from kvpolicy.cli.terminal import messages
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.inputs import expanded, read_text
 from kvpolicy.policy.policy import Policy
+from kvpolicy.runtimes.opening import announce_hub
 from kvpolicy.runtimes.shapes import head_shape, layer_fields
 
 DTYPES: Final = {
@@ -222,6 +224,8 @@ def _through_transformers(place: str, path: Path | None, plain: dict[str, Any] |
         if plain is not None:
             return plain
         raise KVPolicyError("--model-config: a hub id needs transformers; give a folder or a config.json.") from None
+    if path is None:
+        announce_hub(f"--model-config: there is no file or folder {place!r}", messages().print)
     try:
         found: dict[str, Any] = AutoConfig.from_pretrained(path or place).get_text_config(decoder=True).to_dict()
     except Exception as error:  # whatever a configuration class makes of a broken file

@@ -97,11 +97,16 @@ def command(name: str, study: str, *, quick: bool, options: dict[str, Any]) -> s
 def make_plan(spec: StudySpec, device: str) -> Plan:
     """Return the runs of a study; raises KVPolicyError if its models or data sets are not here."""
     from kvpolicy.cli.terminal import messages
+    from kvpolicy.runtimes.opening import announce_hub
     from kvpolicy.study.models import find_model
     from kvpolicy.study.runs import Plan
 
-    say = messages()
-    return Plan(spec, [find_model(name, spec.dtype, device, say.print) for name in spec.models])
+    say = messages().print
+    models = [find_model(name, spec.dtype, device, say) for name in spec.models]
+    for source in spec.datasets:
+        if source.remote is not None:
+            announce_hub(f"datasets: {source.remote} is on the hub", say)
+    return Plan(spec, models)
 
 
 def _what(study: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class _TracedText:
 def trace(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="The prompt; - reads it from standard input. Optional with --text."),
+        typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input. Optional with --text."),
     ] = None,
     *,
     model: Annotated[

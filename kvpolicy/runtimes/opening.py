@@ -55,7 +55,30 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
     return name
 
 
-def open_tokenizer(place: Path | str, name: str, *, option: str = "--model", revision: str | None = None) -> Any:
+def announce_hub(what: str, say: Callable[[str], None] | None) -> None:
+    """Say that the hub is asked: without a network its client tries for a minute before it gives up.
+
+    Args:
+        what: what is not here.
+        say: called with one sentence, unless the hub is not asked.
+    """
+    from huggingface_hub import constants
+
+    if say is not None and not constants.HF_HUB_OFFLINE:
+        say(
+            f"{what}; asking the Hugging Face hub, which takes a minute where there is no network "
+            "(HF_HUB_OFFLINE=1 takes only what was downloaded before)."
+        )
+
+
+def open_tokenizer(
+    place: Path | str,
+    name: str,
+    *,
+    option: str = "--model",
+    revision: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
     """Return the tokenizer of a model; raises KVPolicyError when the place holds no model.
 
     Args:
@@ -63,10 +86,13 @@ def open_tokenizer(place: Path | str, name: str, *, option: str = "--model", rev
         name: what errors call the model.
         option: what errors begin with.
         revision: commit or tag on the hub.
+        say: called with one sentence when the hub is asked.
     """
     import transformers
 
     _silence(transformers)
+    if not Path(place).is_dir():
+        announce_hub(f"{option}: there is no folder {name!r}", say)
     try:
         # What is no model at all fails here with the clearest words.
         transformers.AutoConfig.from_pretrained(place, revision=revision)

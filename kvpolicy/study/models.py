@@ -62,7 +62,7 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     place = locate(name, user="a study", option="models", say=say)
-    open_tokenizer(place, name, option="models")
+    open_tokenizer(place, name, option="models", say=say)
     if isinstance(place, Path):
         revision, folder = None, place
     else:

@@ -61,6 +61,11 @@ class Source(BaseModel):
         """The name in tables."""
         return self.name or self._label()
 
+    @property
+    def remote(self) -> str | None:
+        """The id on the hub that it is read from; None for what is here."""
+        return getattr(self, "id", None) if getattr(self, "path", None) is None else None
+
     @abstractmethod
     def _label(self) -> str: ...
 

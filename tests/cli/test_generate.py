@@ -198,6 +198,40 @@ def test_models_that_cannot_be_loaded(capsys, tmp_path):
     assert error("nobody/nothing").startswith("error: --model: 'nobody/nothing' cannot be loaded: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "--model", "nope/none", "x"], "--model: there is no folder 'nope/none'"),
+        (["trace", "--model", "nope/none", "x"], "--model: there is no folder 'nope/none'"),
+        (
+            ["calibrate", "qfilter", "--model", "nope/none", "--text", "t.txt", "--out", "x.safetensors"],
+            "--model: there is no folder 'nope/none'",
+        ),
+        (["explain", "rkv", "--model-config", "no/ne"], "--model-config: there is no file or folder 'no/ne'"),
+    ],
+)
+def test_the_hub_is_named_before_it_is_asked(capsys, tmp_path, monkeypatch, arguments, option):
+    import transformers
+    from huggingface_hub import constants
+
+    said = []
+
+    def ask(*_args, **_kwargs):
+        said.append(capsys.readouterr().err)
+        raise OSError("no answer.")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("words")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert main(arguments) == 1
+        assert "no answer" in capsys.readouterr().err
+    online, without = said
+    assert " ".join(online.split()).startswith(f"{option}; asking the Hugging Face hub, which takes a minute")
+    assert without == ""
+
+
 def test_without_transformers(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run("x") == (1, "", "error: generate needs transformers; install it with: pip install 'kvpolicy[hf]'.\n")

@@ -126,3 +126,17 @@ def test_grading(grader, answer, output, exact):
 def test_mathematics_is_graded_by_value(answer, output, exact):
     pytest.importorskip("math_verify")
     assert grade(Problem("d", 0, "q", answer, "math"), output) == {"exact": exact}
+
+
+@pytest.mark.parametrize(
+    ("source", "remote"),
+    [
+        ("gsm8k", "openai/gsm8k"),
+        ({"use": "gsm8k", "path": "x.jsonl"}, None),
+        ({"use": "text", "path": "x.txt"}, None),
+        ({"use": "text", "id": "some/text"}, "some/text"),
+        ({"use": "needle"}, None),
+    ],
+)
+def test_what_is_read_from_the_hub_is_known(source, remote):
+    assert read_source(source, (), None).remote == remote
