@@ -15,6 +15,7 @@ from kvpolicy.cli.listing import first_sentence
 from kvpolicy.cli.named import meanings
 from kvpolicy.cli.showing import allowed, columns, print_policy, shown
 from kvpolicy.cli.terminal import output
+from kvpolicy.contracts.component import descriptions
 from kvpolicy.contracts.components import KINDS, NEEDS, Component
 from kvpolicy.errors import SpecError, TableError
 from kvpolicy.loading.entries import held_kinds, with_article
@@ -169,5 +170,5 @@ def _parameters(component: type[Component]) -> Table:
                 kvpolicy.catalog().name_of(type(value)) if isinstance(value, Component) else shown(plain(value, ()))
             )
         kinds = f"a component: {held[name]}" if name in held else allowed(properties[name])
-        table.add_row(name, default, kinds, info.description or "")
+        table.add_row(name, default, kinds, descriptions(component)[name])
     return table

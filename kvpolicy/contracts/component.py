@@ -5,8 +5,13 @@ Apart from `components`, and without torch, like `trigger`: a scheduler that onl
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -43,7 +48,7 @@ class Component(BaseModel, ABC):
     (``Field(ge=0, lt=2**64)``).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     needs: ClassVar[frozenset[str]] = frozenset()
     shorthand: ClassVar[str | None] = None
@@ -66,6 +71,15 @@ class Component(BaseModel, ABC):
             if depth >= DEEPEST:
                 raise ValueError(f"holds components that are nested more than {DEEPEST} deep; nest fewer")
         return value
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return pydantic's JSON schema, with what the class says of its parameters."""
+        schema = super().model_json_schema(*args, **options)
+        for name, text in descriptions(cls).items():
+            if text:
+                schema["properties"][name]["description"] = text
+        return schema
 
     def laws_excused(self) -> Mapping[str, str]:
         """Return the laws that do not apply with these parameters, and why; `laws_not_applicable` by default."""
@@ -104,3 +118,48 @@ class Component(BaseModel, ABC):
 def has_upper_bound(field: FieldInfo) -> bool:
     """Return whether a field itself declares how large its value may be."""
     return any(getattr(mark, name, None) is not None for mark in field.metadata for name in ("le", "lt"))
+
+
+def descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """Return what a class says of its fields: the text below each, or `Field(description=...)`; "" if nothing.
+
+    The source is read when somebody asks. Left to pydantic (`use_attribute_docstrings`) it would be read for every
+    class that is made, which takes longer than all else of importing the bundled components.
+    """
+    below: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        below |= _texts_of(owner.__module__).get(owner.__qualname__, {})
+    return {name: info.description or below.get(name, "") for name, info in model.model_fields.items()}
+
+
+@lru_cache(maxsize=256)
+def _texts_of(module: str) -> dict[str, dict[str, str]]:
+    """Return the texts below annotated names, for every class of a module by its qualified name."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):  # it has no source
+        return {}
+    found: dict[str, dict[str, str]] = {}
+
+    def read(body: Sequence[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                found[f"{prefix}{node.name}"] = _texts_below(node.body)
+                read(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                read(node.body, f"{prefix}{node.name}.<locals>.")
+            else:
+                read([each for each in ast.iter_child_nodes(node) if isinstance(each, ast.stmt)], prefix)
+
+    read(tree.body, "")
+    return found
+
+
+def _texts_below(body: Sequence[ast.stmt]) -> dict[str, str]:
+    found = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            value = text.value.value if isinstance(text.value, ast.Constant) else None
+            if isinstance(value, str):
+                found[field.target.id] = inspect.cleandoc(value)
+    return found

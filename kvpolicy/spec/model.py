@@ -61,7 +61,7 @@ class PolicySpec(BaseModel):
         SpecError: something is wrong; the message names the field, and the file and line if there is one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     schema_version: Literal[1] = 1
     """Version of the file format; always 1."""

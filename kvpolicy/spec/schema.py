@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from kvpolicy.contracts.budget import Budget
-from kvpolicy.contracts.component import LONGEST_TEXT, has_upper_bound
+from kvpolicy.contracts.component import LONGEST_TEXT, descriptions, has_upper_bound
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog, Entry, held_kinds
@@ -85,7 +85,7 @@ def _fields(catalog: Catalog, definitions: _Schema) -> _Schema:
 
 
 def _described(field: str, schema: _Schema) -> _Schema:
-    return {**schema, "description": PolicySpec.model_fields[field].description or ""}
+    return {**schema, "description": descriptions(PolicySpec)[field]}
 
 
 def _budget() -> _Schema:
@@ -181,7 +181,7 @@ def _parameters(entry: Entry, definitions: _Schema) -> _Schema:
         if field.annotation is int and not has_upper_bound(field):
             properties[name]["maximum"] = LONGEST_TEXT
     for name, kind in held.items():
-        properties[name] = _held(kind, entry.component.model_fields[name])
+        properties[name] = _held(kind, entry.component.model_fields[name], descriptions(entry.component)[name])
     return {
         "type": "object",
         "additionalProperties": False,
@@ -190,13 +190,13 @@ def _parameters(entry: Entry, definitions: _Schema) -> _Schema:
     }
 
 
-def _held(kind: str, field: FieldInfo) -> _Schema:
+def _held(kind: str, field: FieldInfo, description: str) -> _Schema:
     """Return the schema of a parameter that is a component of a kind."""
     schema: _Schema = {"anyOf": [{"$ref": f"#/$defs/{kind}"}]}
     if NoneType in get_args(field.annotation):
         schema["anyOf"].append({"type": "null"})
-    if field.description:
-        schema["description"] = field.description
+    if description:
+        schema["description"] = description
     if isinstance(field.default, Component):
         schema["default"] = ComponentRef(installed.catalog().name_of(type(field.default)), field.default).data
     elif not field.is_required():

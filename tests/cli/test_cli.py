@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -240,3 +241,26 @@ def test_schema(run, tmp_path):
 )
 def test_allowed_values_in_short(schema, text):
     assert allowed(schema) == text
+
+
+UNNEEDED = (
+    "transformers ray sqlite3 scipy datasets matplotlib jinja2 triton hypothesis huggingface_hub pandas vllm accelerate"
+)
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "rkv"], ["validate", "rkv"], ["schema"]])
+def test_looking_something_up_loads_only_what_it_needs(words):
+    """Apart from torch itself, whose import takes longer than all else together."""
+    script = (
+        "import sys; from kvpolicy.cli import main; code = main(sys.argv[2:])\n"
+        "from kvpolicy.contracts.component import _texts_of\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules} & set(sys.argv[1].split())\n"
+        "print(code, sorted(loaded), _texts_of.cache_info().currsize, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, UNNEEDED, *words], capture_output=True, text=True, check=True
+    )
+    code, loaded, described = re.fullmatch(r"(\d) (\[.*\]) (\d+)\n", done.stderr).groups()
+    assert (code, loaded) == ("0", "[]")
+    if words[0] in ("list", "validate"):  # which say nothing of parameters: no source is read for what it says of them
+        assert described == "0"

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 import kvpolicy
 import kvpolicy_plugins
 from kvpolicy import PolicySpec, ops
+from kvpolicy.contracts.component import descriptions
 from kvpolicy.contracts.components import KINDS, NEEDS
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.loading import installed
@@ -93,8 +94,8 @@ def test_a_scorer_takes_its_module_and_one_line(monkeypatch):
 def test_declaration(kind, name):
     component = kvpolicy.catalog().get(kind, name)
     assert inspect.getdoc(component)
-    for parameter, field in component.model_fields.items():
-        assert field.description or kind == "selector", f"{name}.{parameter} has no docstring"
+    for parameter, description in descriptions(component).items():
+        assert description or kind == "selector", f"{name}.{parameter} has no docstring"
     made, again = make(kind, name), make(kind, name)
     with pytest.raises(ValidationError, match="no_such_parameter"):
         make(kind, name, no_such_parameter=1)
