@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import kvpolicy
@@ -57,7 +57,11 @@ def _lead_to_part(text: str, catalog: Catalog) -> None:
 def kind_of_file(path: Path) -> str:
     """Return ``study`` for a file that says so, ``policy`` for any other: whoever reads it says what is wrong."""
     try:
-        data = yaml_text.parse(yaml_text.read_file(path), str(path)).data
+        text = yaml_text.read_file(path)
     except SpecError:
         return "policy"
+    try:
+        data: Container[str] = yaml_text.scan(text, str(path)).data
+    except SpecError:  # of what cannot be read, a line says it
+        data = re.findall(r"^(\w+):", text, re.MULTILINE)
     return "study" if "kind" in data or ("study" in data and "policy" not in data) else "policy"

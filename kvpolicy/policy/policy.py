@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -35,7 +36,7 @@ Phase = Literal["prefill", "decode", "both"]
 class Policy:
     """A composition of components that decides which KV entries stay.
 
-    Raises SpecError when the parts do not fit together; the message names the field.
+    Raises SpecError when the parts do not fit together; a sentence for each misfit, which names the field.
 
     Attributes:
         name: name of the policy in tables.
@@ -70,62 +71,61 @@ class Policy:
     description: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        misfits = list(dict.fromkeys(self._misfits()))
+        if misfits:
+            raise SpecError.of(misfits)
+
+    def _misfits(self) -> Iterator[str]:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise SpecError(
-                f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out."
-            )
+            yield f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out."
         if self.budget.tokens is not None and self.reserved() > self.budget.tokens:
             parts = ", ".join(f"{type(p).__name__.lower()} {p.reserved()}" for p in self.protections if p.reserved())
-            raise SpecError(
+            yield (
                 f"budget: {self.budget.tokens} entries are fewer than the {self.reserved()} that are protected "
-                f"({parts}); "
-                "raise the budget or protect less."
+                f"({parts}); raise the budget or protect less."
             )
         if not self.ranks and not self.protections and self.budget.fraction != 1.0:
-            raise SpecError(
+            yield (
                 f"budget: policy {self.name!r} ranks nothing and protects nothing, so that a budget would keep the "
                 "oldest entries whatever they are; leave the budget at 1.0, or choose an importance such as `recency` "
                 "or `random`."
             )
-        self._check_phase()
+        yield from self._misfits_of_phase()
         if self.counts != "equal" and any(p.changes == "positions" for p in self.post):
             dropping: list[Component] = [p for p in self.protections if p.effect == "drop" and not p.only_padding]
             uneven = self.allocator if self.selector.exact else self.selector
-            raise SpecError(
+            yield (
                 "post: re-rotated keys need the same number of entries in every head, which "
                 f"{type([*dropping, uneven][0]).__name__} does not leave; remove the operation, or use "
                 "`allocator: uniform`, `selector: top_k` and no protection that drops slots."
             )
-        self._check_comparable()
-        names = [state.name for state in self.slot_states]
-        for name in names:
-            if names.count(name) > 1:
-                raise SpecError(
-                    f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one."
-                )
+        yield from self._misfits_of_pools()
+        for name, count in Counter(state.name for state in self.slot_states).items():
+            if count > 1:
+                yield f"slot state {name!r}: two components of policy {self.name!r} use that name; rename one."
 
-    def _check_phase(self) -> None:
+    def _misfits_of_phase(self) -> Iterator[str]:
         wanted = {"prefill", "decode"} if self.phase == "both" else {self.phase}
         for component in self.components:
             if not wanted <= component.phases:
                 only = " and ".join(sorted(component.phases))
-                raise SpecError(
+                yield (
                     f"phase: {self.phase!r} does not fit {type(component).__name__}, which works at {only} only; "
                     f"write `phase: {only}` or choose another component."
                 )
-
         ahead = [type(c).__name__ for c in self.components if c.whole_prompt]
         if ahead and self.prefill_chunk is not None:
-            raise SpecError(
+            yield (
                 f"prefill_chunk: {ahead[0]} lets the tokens of the prompt look ahead and needs it in one piece; "
                 "leave prefill_chunk out."
             )
 
-    def _check_comparable(self) -> None:
+    def _misfits_of_pools(self) -> Iterator[str]:
+        """Say why scores or sets of several heads or layers cannot be taken together."""
         pooled, scope, counts = self.allocator.scores_needed, self.selector.scope, self.allocator.counts
         if (scope == "model" and counts != "equal") or (scope == "layer" and counts == "per_head"):
             who = "head" if counts == "per_head" else "layer"
-            raise SpecError(
+            yield (
                 f"selector.scope: {scope!r} lets {'heads' if scope == 'layer' else 'layers'} share one set, but "
                 f"{type(self.allocator).__name__} gives every {who} its own count; write `scope: head` or "
                 "`allocator: uniform`."
@@ -141,13 +141,13 @@ class Policy:
             heads_ok = scorer.comparable_across_heads
             if not heads_ok or (pooled == "model" and not scorer.comparable_across_layers):
                 across = "layers" if heads_ok else "heads"
-                raise SpecError(
+                yield (
                     f"allocator: {type(self.allocator).__name__} pools scores, but those of the {kind} scorer "
                     f"{type(scorer).__name__} are not comparable across {across}; use another scorer or "
                     "`allocator: uniform`."
                 )
         if not self.mixer.keeps_comparability:
-            raise SpecError(
+            yield (
                 f"allocator: {type(self.allocator).__name__} pools scores, but the mixer {type(self.mixer).__name__} "
                 "makes them incomparable; use another mixer or `allocator: uniform`."
             )

@@ -138,27 +138,29 @@ def resolved(
         chain: the files that extend this one.
 
     Raises:
-        SpecError: a base is wrong, with the place.
-        FieldError: there is no such base.
+        SpecError: a base cannot be read, with the place.
+        FieldError: there is no such base, or something is wrong in it.
     """
-    data, marks = document
+    data, marks = document.readable, document.marks
     _check_head(document, found, problems)
     overlay = forms.Canonical(
         {field: value for field, value in data.items() if field != "extends"}, catalog, marks, problems=problems
     )
     if "extends" not in data:
+        if "extends" in document.data:  # it cannot be read, and what the rest means is not known without it
+            raise together(problems.found)
         return forms.unfold(overlay.data, catalog), overlay.marks
     try:
         base = _base(data["extends"], found, catalog, search, (*chain, found))
     except FieldError as problem:  # what the rest means is not known without it
         raise together([*problems.found, problem]) from None
-    beneath = Problems()
-    read = yaml_text.parse(base.text, base.source)
+    read = yaml_text.scan(base.text, base.source)
+    beneath = Problems(read.faults)
     try:
         base_data, base_marks = resolved(read, base, catalog, search, problems=beneath, chain=(*chain, found))
         beneath.check()
     except FieldError as problem:
-        raise problem.located(read.marks) from None
+        raise together([*problems.found, *problem.placed(read.marks)]) from None
     inherited = {field: value for field, value in base_data.items() if field not in OWN}
     merged, marks = forms.merge(inherited, overlay.data, base_marks, overlay.marks)
     return forms.unfold(merged, catalog), marks

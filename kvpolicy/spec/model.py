@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -27,7 +27,7 @@ from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.ops import dispatch
 from kvpolicy.policy.policy import Phase, Policy
 from kvpolicy.spec import files, forms, yaml_text
-from kvpolicy.spec.problems import FieldError, Problems, from_pydantic
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, together
 from kvpolicy.spec.reference import ComponentRef
 from kvpolicy.spec.resolving import resolved_fields
 from kvpolicy.spec.values import check_values
@@ -47,6 +47,9 @@ def _checked_backend(name: str) -> str:
         raise ValueError(f"should be one of {', '.join(known)}{f' ({near}?)' if near else ''}")
     return name
 
+
+_PARTS: Final = ("budget", "phase", "prefill_chunk", "protect", "post", *forms.REFERENCES)
+"""The fields that have to fit together."""
 
 _Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
@@ -117,11 +120,19 @@ class PolicySpec(BaseModel):
             known = problems.fields
             found = from_pydantic(error, (), data, "a policy", forms.FIELDS)
             problems.found += (problem for problem in found if problem.path[0] not in known)
+        wrong = problems.fields
+        if wrong.isdisjoint(_PARTS):  # whether they fit is known, whatever else is wrong
+            rest = {field: value for field, value in fields.items() if field not in wrong}
+            whole = type(self).model_construct(**{"policy": "", **rest}) if problems.found else self
+            with problems:
+                whole._check_fit()  # noqa: SLF001
         problems.check()
+
+    def _check_fit(self) -> None:
         try:
             self.build()
         except (SpecError, BudgetError, ValidationError) as error:
-            raise _misfit(error) from None
+            raise _misfits(error) from None
 
     @classmethod
     def _from_canonical(cls, data: dict[str, Any], problems: Problems | None = None) -> Self:
@@ -151,7 +162,7 @@ class PolicySpec(BaseModel):
     @classmethod
     def read_found(cls, found: files.Found, search: files.Search = ()) -> Self:
         """Read what `kvpolicy.spec.files.find` found; raises SpecError as `from_yaml`."""
-        return cls.from_document(yaml_text.parse(found.text, found.source), found, search)
+        return cls.from_document(yaml_text.scan(found.text, found.source), found, search)
 
     @classmethod
     def from_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
@@ -164,7 +175,7 @@ class PolicySpec(BaseModel):
     @classmethod
     def checked_document(cls, document: yaml_text.Document, found: files.Found, search: files.Search = ()) -> Self:
         """Do what `from_document` does, for a caller that has more to find: raises FieldError with its places."""
-        problems, marks = Problems(), document.marks
+        problems, marks = Problems(document.faults), document.marks
         try:
             data, placed = files.resolved(document, found, installed.catalog(), search, problems=problems)
             marks = {**marks, **placed}
@@ -321,9 +332,16 @@ def _protection(ref: ComponentRef) -> Any:
     return params or True
 
 
-def _misfit(error: Exception) -> FieldError:
-    """Find the field that a message of `Policy` begins with."""
-    message = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+def _misfits(error: SpecError | BudgetError | ValidationError) -> FieldError:
+    """Find the fields that the sentences of `Policy` begin with."""
+    if isinstance(error, ValidationError):
+        messages = [str(detail["msg"]) for detail in error.errors()]
+    else:
+        messages = list(error.problems) if isinstance(error, SpecError) else [str(error)]
+    return together([_misfit(message) for message in messages])
+
+
+def _misfit(message: str) -> FieldError:
     head = re.match(r"([a-z_]+)((?:\.[a-z0-9_]+)*): ", message)
     if head is None or head[1] not in forms.FIELDS:
         return FieldError((), message)

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from kvpolicy.errors import SpecError, did_you_mean
 from kvpolicy.loading import entries
-from kvpolicy.spec.yaml_text import KeyPath, Mark
+from kvpolicy.spec.yaml_text import Fault, KeyPath, Mark
 
 
 class FieldError(Exception):
@@ -58,15 +58,20 @@ class FieldError(Exception):
         """Return the error to raise; with marks, sentences begin with ``file:line:column`` and stand in that order."""
         placed = self.placed(marks or {})
         sentences = [str(problem) if problem.mark is None else f"{problem.mark}: {problem}" for problem in placed]
-        return placed.error(counted(sentences), sentences)
+        return placed.error.of(sentences)
 
 
 class Problems:
-    """Collects what is wrong with a specification, so that all of it is said at once: ``with problems: ...``."""
+    """Collects what is wrong with a specification, so that all of it is said at once: ``with problems: ...``.
 
-    def __init__(self) -> None:
-        self.found: list[FieldError] = []
-        self._left_out: set[str | int] = set()
+    Args:
+        faults: what reading the file found. What then seems wrong with a value that is not known follows from that.
+    """
+
+    def __init__(self, faults: Sequence[Fault] = ()) -> None:
+        self.found = [FieldError((), fault.message, mark=fault.mark) for fault in faults]
+        self._settled = [fault.path for fault in faults if fault.path and not fault.known]
+        self._left_out = {path[0] for path in self._settled}
 
     def __enter__(self) -> None:
         """Begin a block; a problem that it raises is taken, and what stands behind it goes on."""
@@ -75,7 +80,7 @@ class Problems:
         """Take what the block raised, if it is a FieldError."""
         if not isinstance(error, FieldError):
             return False
-        self.found += error
+        self.found += (p for p in error if not any(p.path[: len(path)] == path for path in self._settled))
         return True
 
     def leave_out(self, field: str) -> None:
@@ -101,12 +106,6 @@ def together(problems: Sequence[FieldError]) -> FieldError:
 
 def _nearest(path: KeyPath, marks: Mapping[KeyPath, Mark]) -> Mark | None:
     return next((marks[path[:end]] for end in range(len(path), -1, -1) if path[:end] in marks), None)
-
-
-def counted(sentences: Sequence[str]) -> str:
-    """Return the first of several sentences, and how many follow."""
-    more = len(sentences) - 1
-    return sentences[0] + (f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else "")
 
 
 def dotted(path: KeyPath) -> str:

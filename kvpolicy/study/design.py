@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from kvpolicy.errors import SpecError
 from kvpolicy.spec import PolicySpec
-from kvpolicy.spec.problems import FieldError, shown
+from kvpolicy.spec.problems import FieldError, Problems, shown
 from kvpolicy.spec.yaml_text import KeyPath
 
 Design = Literal["grid", "one-at-a-time", "paired"]
@@ -21,6 +21,7 @@ BUDGET: Final = "budget"
 FULL: Final = "full"
 """Name of the full cache, the reference of every study."""
 MOST_VARIANTS: Final = 2_000
+_MOST_PROBLEMS: Final = 20  # each is a policy that was tried
 
 _LARGE: Final = 1 << 30  # stands for a budget that is known only after the full cache has run
 
@@ -135,10 +136,17 @@ def expand(
         )
     variants: dict[str, Variant] = {}
     known: dict[tuple[str, str], str] = {}
+    problems = Problems()
     for condition, choice in itertools.product(circumstances, choices):
-        if _excluded((*choice, *condition), exclude):
+        assignment = (*choice, *condition)
+        blamed = {problem.path for problem in problems.found}
+        if _excluded(assignment, exclude) or any((axis.place, axis.path, i) in blamed for axis, i in assignment):
             continue
-        variant = _variant(base, choice, condition, design)
+        variant = None
+        with problems:
+            variant = _variant(base, choice, condition, design)
+        if len(problems.found) >= _MOST_PROBLEMS:
+            break
         if variant is None:
             continue
         what = json.dumps([identity(variant.policy), str(variant.trace)])
@@ -151,6 +159,7 @@ def expand(
             raise FieldError(("axes",), f"two different variants are called {variant.label!r}; rename one policy.")
         known[variant.condition, what] = variant.name
         variants[variant.label] = variant
+    problems.check()
     if not variants:
         if exclude:
             raise FieldError(("exclude",), "leaves no variant; remove some of it.")

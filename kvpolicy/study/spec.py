@@ -42,6 +42,7 @@ FIELDS: Final = (
 QUICK_FIELDS: Final = ("axes", "conditions", "datasets", "models", "samples", "seeds", "sampling")
 
 _Tuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+_AXES: Final = ("base", "axes", "conditions", "design")
 
 
 class StudySpec(BaseModel):
@@ -123,14 +124,26 @@ class StudySpec(BaseModel):
             known = problems.fields
             more = from_pydantic(error, (), data, "a study", FIELDS)
             problems.found += (problem for problem in more if problem.path[0] not in known)
+        wrong = problems.fields
+        rest = {field: value for field, value in fields.items() if field not in wrong}
+        whole = type(self).model_construct(**rest) if problems.found else self
+        for check, needed in (
+            (whole._check_axes, _AXES),  # noqa: SLF001
+            (whole._check_lists, ("models", "seeds", "metrics")),  # noqa: SLF001
+            (whole._check_datasets, ("datasets", "seeds", "samples")),  # noqa: SLF001
+            (whole._check_given, ("datasets", "models")),  # noqa: SLF001
+            (whole._check_compared, (*_AXES, "exclude", "compare_to")),  # noqa: SLF001
+        ):
+            if problems.fields.isdisjoint(needed):  # whatever else is wrong
+                with problems:
+                    check()
+        if self is whole and self.quick is not None:
+            try:
+                self._quick(marks, found)
+            except FieldError as error:  # what the study itself has wrong is not said again
+                known = problems.fields
+                problems.found += (problem for problem in error if not known & {*problem.path[1:2]})
         problems.check()
-        for check in (self._check_axes, self._check_lists, self._check_given):
-            with problems:
-                check()
-        problems.check()
-        self._check_compared()
-        if self.quick is not None:
-            self._quick(marks, found)
 
     def _check_axes(self) -> None:
         paths = [axis.path for axis in (*self.axes, *self.conditions)]
@@ -150,18 +163,9 @@ class StudySpec(BaseModel):
 
     def _check_lists(self) -> None:
         problems = Problems()
-        labels = [source.label for source in self.datasets]
-        for values, field, mend in (
-            (labels, "datasets", "give one of them a `name`"),
-            (self.models, "models", "remove one"),
-            (self.seeds, "seeds", "remove one"),
-            (self.metrics, "metrics", "remove one"),
-        ):
+        for values, field in ((self.models, "models"), (self.seeds, "seeds"), (self.metrics, "metrics")):
             with problems:
-                _check_unique(values, field, mend)
-        if len(self.seeds) * max(source.samples or self.samples for source in self.datasets) > MOST_SAMPLES:
-            text = f"and samples ask for more than {MOST_SAMPLES:,} problems of one dataset; ask for fewer."
-            problems.found.append(FieldError(("seeds",), text))
+                _check_unique(values, field, "remove one")
         for i, metric in enumerate(self.metrics):
             if metric not in METRICS:
                 text = (
@@ -169,6 +173,12 @@ class StudySpec(BaseModel):
                 )
                 problems.found.append(FieldError(("metrics", i), text))
         problems.check()
+
+    def _check_datasets(self) -> None:
+        _check_unique([source.label for source in self.datasets], "datasets", "give one of them a `name`")
+        if len(self.seeds) * max(source.samples or self.samples for source in self.datasets) > MOST_SAMPLES:
+            text = f"and samples ask for more than {MOST_SAMPLES:,} problems of one dataset; ask for fewer."
+            raise FieldError(("seeds",), text)
 
     def _check_compared(self) -> None:
         names = list(dict.fromkeys((*(variant.name for variant in self.variants()), FULL)))
@@ -196,18 +206,21 @@ class StudySpec(BaseModel):
     def _quick(self, marks: Mapping[KeyPath, Mark], found: files.Found | None) -> Self:
         """Return the study that `--quick` runs; raises FieldError below ``quick``."""
         assert self.quick is not None
-        data = self.to_data()
+        data, problems = self.to_data(), Problems()
         del data["quick"]
         for field, value in self.quick.items():
-            if field not in QUICK_FIELDS:
-                near = did_you_mean(field, QUICK_FIELDS)
-                raise FieldError(("quick", field), f"cannot be changed here.{near} Fields: {', '.join(QUICK_FIELDS)}.")
-            merged = isinstance(value, Mapping) and isinstance(data[field], dict)
-            data[field] = {**data[field], **value} if merged else value
+            with problems:
+                if field not in QUICK_FIELDS:
+                    text = (
+                        f"cannot be changed here.{did_you_mean(field, QUICK_FIELDS)} Fields: {', '.join(QUICK_FIELDS)}."
+                    )
+                    raise FieldError((field,), text)
+                merged = isinstance(value, Mapping) and isinstance(data[field], dict)
+                data[field] = {**data[field], **value} if merged else value
         inner = {path[1:]: mark for path, mark in marks.items() if path[:1] == ("quick",)}
         twin = type(self).__new__(type(self))
         try:
-            twin._fill(data, inner, found)  # noqa: SLF001
+            twin._fill(data, inner, found, problems)  # noqa: SLF001
         except FieldError as problem:
             raise problem.below(("quick",)) from None
         return twin
@@ -235,16 +248,17 @@ class StudySpec(BaseModel):
 
     @classmethod
     def _read(cls, found: files.Found) -> Self:
-        data, marks = yaml_text.parse(found.text, found.source, "study")
+        document = yaml_text.scan(found.text, found.source, "study")
         spec = cls.__new__(cls)
         try:
-            problems = Problems()
+            problems = Problems(document.faults)
             with problems:
-                files.check_version(data)
-            _check_kind(data)
-            spec._fill(data, marks, found, problems)  # noqa: SLF001
+                files.check_version(document.data)
+            with problems:
+                _check_kind(document.data)
+            spec._fill(document.readable, document.marks, found, problems)  # noqa: SLF001
         except FieldError as problem:
-            raise problem.located(marks) from None
+            raise problem.located(document.marks) from None
         return spec
 
     def to_data(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kvpolicy.study.spec import StudySpec
 
 HEAD = "schema_version: 1\npolicy: p\n"
 REST = "trigger: {every: 16}\nimportance: key_norm\n"
+STUDY = "schema_version: 1\nkind: study\nstudy: s\naxes: {policy: [rkv]}\nmodels: [m]\ndatasets: [gsm8k]\n"
 PARTS = {"policy": "p", "budget": 64, "trigger": {"every": 16}, "importance": "key_norm"}
 HUGE = 10**6000  # Python itself refuses to write it out
 
@@ -48,12 +49,14 @@ NUMBERS = {
 @pytest.mark.parametrize(("number", "reason"), NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("field", ["budget", "budget: {fraction", "budget: {tokens", "prefill_chunk", "policy"])
 def test_a_number_without_end_is_refused_in_a_file(number, reason, field):
-    text = f"{field}: {number}{'}' if '{' in field else ''}\n"
-    message = refusal(PolicySpec.from_yaml, HEAD.replace("policy: p\n", "") + text + REST, "p.yaml")
+    others = "".join(f"{name}: {value}\n" for name, value in (("policy", "p"), ("budget", 4)) if name not in field)
+    text = f"schema_version: 1\n{field}: {number}{'}' if '{' in field else ''}\n{others}{REST}"
+    message = refusal(PolicySpec.from_yaml, text, "p.yaml")
     assert message.startswith("p.yaml:2:")
+    assert message.endswith("; write at most 100.")
     assert reason in message
-    study = f"schema_version: 1\nkind: study\nsamples: {number}\n"
-    assert refusal(StudySpec.from_yaml, study, "s.yaml").startswith("s.yaml:3:10: ")
+    study = f"{STUDY}samples: {number}\n"
+    assert refusal(StudySpec.from_yaml, study, "s.yaml").startswith("s.yaml:7:10: ")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,8 @@ def test_plain_values_are_left_alone():
 )
 def test_tags_are_refused_those_of_plain_values_too(value, tag):
     for field in ("budget", "description"):
-        message = refusal(PolicySpec.from_yaml, f"{HEAD}{field}: {value}\n{REST}", "p.yaml")
+        rest = REST if field == "budget" else f"budget: 4\n{REST}"
+        message = refusal(PolicySpec.from_yaml, f"{HEAD}{field}: {value}\n{rest}", "p.yaml")
         assert message.startswith("p.yaml:3:")
         assert message.endswith(f": tags such as `{tag}` are not allowed; write a plain value.")
 

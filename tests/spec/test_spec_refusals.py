@@ -35,8 +35,8 @@ CONTENTS = {
     "many values": (b"a: [" + b"1," * 100_000 + b"]", "has more than 5000 values; that is not a policy."),
     "large": (b"#" * (1 << 20) + b"\n", "{path}: is larger than 1024 KiB; that is not a policy file."),
     "long number": (
-        b"a: " + b"9" * 6000,
-        "{path}:1:4: 9999999999... is a number of 6,000 characters; write at most 100.",
+        b"schema_version: 1\npolicy: p\ntrigger: each_step\nimportance: key_norm\nbudget: " + b"9" * 6000,
+        "{path}:5:9: 9999999999... is a number of 6,000 characters; write at most 100.",
     ),
 }
 
