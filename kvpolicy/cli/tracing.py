@@ -137,7 +137,7 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
     replace_file(out, page, "--out")
     for one in shown:
         console.print(f"{one.policy}: {_summary(one.recording)}", soft_wrap=True)
-    console.print(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser.", soft_wrap=True)
+    console.print(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser.", soft_wrap=True)
 
 
 def _load(name: str, budget: float | None) -> PolicySpec:
@@ -200,4 +200,5 @@ def _summary(recording: Recording) -> str:
     if not done:
         return f"{recording.seen} tokens seen and no compaction; a smaller --budget or a longer text shows more."
     held = recording.held(recording.seen).sum() / len(recording.evicted)
-    return f"{recording.seen} tokens seen, {done} compactions, {held:,.0f} entries per head held at the end."
+    counted = f"{done} compaction{'s' if done > 1 else ''}"
+    return f"{recording.seen} tokens seen, {counted}, {held:,.0f} entries per head held at the end."

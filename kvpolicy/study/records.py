@@ -61,6 +61,13 @@ _TOKENS: Final = TypeAdapter(list[_Natural])
 _DOCUMENT: Final = TypeAdapter(dict[str, _Text | _Natural | float | bool | None])
 
 
+_KINDS: Final[Mapping[str, Mapping[str, type]]] = {
+    "meta": {"name": str, "value": str},
+    "problems": {"digest": str, "prompt": str, "answer": str},
+    "environments": {"id": int, "data": str},
+}
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A finished run, as it is in the file.
@@ -224,11 +231,11 @@ def read_tokens(packed: object) -> tuple[int, ...]:
     return tuple(sealing.read_json(_TOKENS, sealing.unpack(packed), "the tokens of an answer", sealing.MOST_BYTES))
 
 
-def require_texts(table: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Raise DamagedError if a row holds anything but texts."""
-    for row in rows:
-        for value in row:
-            _require(isinstance(value, str), table, "text")
+def require_kinds(table: str, row: Sequence[Any]) -> None:
+    """Raise DamagedError if a row of the small tables holds another kind of value than was written."""
+    for (column, kind), value in zip(_KINDS.get(table, {}).items(), row, strict=False):
+        _require(type(value) is kind, table, column)
+        _require(table != "meta" or odd_character(value) is None, table, column)  # the study's name is shown
 
 
 def wrong_metric(metrics: Mapping[str, float]) -> str | None:

@@ -204,6 +204,7 @@ class Results:
             count, together, last, noted = 0, 0, None, None
             for *row, checksum, told in self._db.execute(query):
                 sealing.check(table, row, checksum)
+                records.require_kinds(table, row)
                 if last is not None and (type(last) is not type(row[0]) or not last < row[0]):
                     raise DamagedError(f"the rows of its table `{table}` are not in order")
                 last, noted, count, together = row[0], told, count + 1, together ^ int.from_bytes(checksum)
@@ -370,10 +371,7 @@ class Results:
 
     def problems(self) -> dict[str, tuple[str, str]]:
         """Return (prompt, answer) by the digest of a problem's content."""
-        with self._said():
-            rows = list(self._rows("problems"))
-            records.require_texts("problems", rows)
-        return {digest: (prompt, answer) for digest, prompt, answer in rows}
+        return {digest: (prompt, answer) for digest, prompt, answer in self._rows("problems")}
 
     def environments(self) -> dict[int, dict[str, str | None]]:
         """Return versions and machines that runs were made with, by number."""

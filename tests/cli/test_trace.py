@@ -76,7 +76,7 @@ def test_a_page_of_one_policy(run, policy):
         out.splitlines()[-2]
         == f"small: {one['seen']} tokens seen, {done} compactions, {held:.0f} entries per head held at the end."
     )
-    assert re.fullmatch(rf"{re.escape(str(path))}: 0\.\d MB; open it in a browser\.", out.splitlines()[-1])
+    assert re.fullmatch(rf"{re.escape(str(path))}: \d+ kB; open it in a browser\.", out.splitlines()[-1])
 
 
 def test_the_text_is_that_of_generate(run, capsys, folder, policy):

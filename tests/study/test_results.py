@@ -179,6 +179,27 @@ def test_what_sqlite_quotes_of_the_file_is_written_out(small):
     assert "\x0e" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "row", "read"),
+    [
+        ("meta", ("study", b"x"), lambda results: results.meta("study")),
+        ("meta", ("study", "a\x1b]0;title\x07"), lambda results: results.meta("study")),
+        ("meta", ("other", b""), lambda results: results.meta("study")),
+        ("problems", ("0", b"3", "x"), lambda results: results.problems()),
+        ("environments", (1, b"{}"), lambda results: results.environment({})),
+    ],
+)
+def test_a_sealed_row_of_other_kinds_is_refused(small, table, row, read):
+    places = ", ".join("?" * (len(row) + 1))
+    change(small, f"DELETE FROM {table} WHERE {module._COLUMNS[table][0]} = ?", row[0])
+    change(small, f"INSERT INTO {table} VALUES ({places})", *row, sealing.seal(table, row))
+    with (
+        pytest.raises(ResultsError, match=rf"is damaged: the column `\w+` of its table `{table}` holds what cannot"),
+        Results(small) as results,
+    ):
+        read(results)
+
+
 def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked(small):
     pytest.importorskip("scipy")
     packer = zlib.compressobj(9)
