@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         options.device, options.compiler = "cpu", "eager"
         options.shape = options.shape if options.shape.startswith("toy") else "toy-llama"
-        options.context, options.batch, options.budget, options.interval = [40], [2, 0], 24, 8
-        options.tokens, options.compactions, options.memory = 1, 1, 0.0004
+        options.context, options.batch, options.budget, options.interval = [40], [0], 24, 8
+        options.tokens, options.compactions, options.memory = 1, 1, 0.0003
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks/gpu_decode.py measures on a CUDA or HIP device, and there is none here.", file=sys.stderr)
         return 2

@@ -303,3 +303,18 @@ def test_the_page_is_what_the_script_writes(proof, tmp_path, monkeypatch, capsys
     assert page.PAGE.read_text() == f"# Title\n\n{page.FIRST}\n{made}\n{page.LAST}behind\n"
     assert page.main([]) == 0
     assert page.PAGE.read_text() == f"# Title\n\n{page.FIRST}\n{made}\n{page.LAST}behind\n"
+
+
+@pytest.mark.slow
+def test_commands_for_a_gpu_are_understood_and_say_that_there_is_none(proof, tmp_path):
+    setting = proof.Setting(sys.executable, tmp_path, dry=False, workers=1)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    for part in proof.PARTS:
+        command = part.command(setting, part.seconds) + (["--collect-only", "-q"] if part.tests else [])
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+        if part.tests:
+            assert done.returncode == 0, done.stdout
+            assert "collected" in done.stdout
+        else:
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.endswith("and there is none here.\n")

@@ -7,25 +7,27 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+_QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 LLAMA: dict[str, dict[str, Any]] = {
     "toy-llama": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-                  "num_key_value_heads": 2, "vocab_size": 256},
+                  "num_key_value_heads": 2, "vocab_size": 256, "rope_parameters": _LLAMA3_ROPE},
     "narrow": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 16, "num_attention_heads": 4,
                "num_key_value_heads": 2, "vocab_size": 256},
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
                      "num_key_value_heads": 3, "vocab_size": 49152},
     "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-                     "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
-                                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                         "original_max_position_embeddings": 8192}},
+                     "rope_parameters": _LLAMA3_ROPE},
 }  # fmt: skip
 QWEN2: dict[str, dict[str, Any]] = {
     "toy-qwen2": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3,
-                  "num_key_value_heads": 1, "vocab_size": 256, "tie_word_embeddings": True},
+                  "num_key_value_heads": 1, "vocab_size": 256, "tie_word_embeddings": True,
+                  "rope_parameters": _QWEN2_ROPE},
     "qwen2-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
                    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-                   "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+                   "rope_parameters": _QWEN2_ROPE},
 }  # fmt: skip
 SHAPES = [*LLAMA, *QWEN2]
 

@@ -17,7 +17,7 @@ from kvpolicy.runtimes.hf import PolicyCache
 
 DEVICE = os.environ.get("KVPOLICY_DEVICE", "cuda")
 ON_CPU = DEVICE == "cpu"
-TOKENS = 24 if ON_CPU else 48
+TOKENS = 12 if ON_CPU else 48
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="needs a CUDA or HIP device"),
@@ -87,6 +87,8 @@ def test_a_policy_writes_the_same_as_one_graph(name, model, prompt):
 
 def test_a_captured_step_writes_what_the_step_writes(model, prompt):
     """Traced, captured as a CUDA graph and replayed with compactions in between; on a CPU traced."""
+    if ON_CPU and model.dtype == torch.float32:
+        pytest.skip("30 layers take long to trace, and a CPU captures nothing: once will do")
     with PolicyCache(small("rkv"), model, graph=True) as cache:
         wanted, gaps = decode(model, prompt, cache)
     torch.compiler.reset()
