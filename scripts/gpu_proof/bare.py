@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -174,8 +173,3 @@ def _parsed(requirement: str) -> tuple[str, str]:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3]]
-
-
-def forget(folder: Path) -> None:
-    """Remove a folder of ours, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

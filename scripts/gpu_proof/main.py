@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -212,21 +213,37 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
         return collect(options)
     parts = [p for p in parts if options.only is None or p.name in options.only]
     out = options.out.resolve()
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    report, supervisor = Report(out, parts, dry=options.dry), Supervisor()
-    site, target = out / "site", out / "packages"
-    bare.forget(site)
-    bare.forget(target)
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        report, supervisor = Report(out, parts, dry=options.dry), Supervisor()
+    except OSError as error:
+        print(f"gpu_proof: --out {out} cannot be written ({error.strerror}); name another folder.", file=sys.stderr)
+        return 2
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvpolicy-gpu-proof-") as own:
+            run(parts, options, report, supervisor, Path(own))
+    except Exception as error:  # noqa: BLE001 - what the parts left is still to be printed
+        report.rest("not run", f"the script itself failed: {type(error).__name__}: {error}.")
+    report.write()
+    print(page.closing(report.data))
+    print(f"All of it: {report.file}")
+    return report.code
+
+
+def run(parts: Sequence[Part], options: argparse.Namespace, report: Report, supervisor: Supervisor, own: Path) -> None:
+    """Make the checkout usable in a folder that is thrown away behind it, and run the parts."""
+    site, target = own / "site", own / "packages"
     try:
         report.data["notes"] = bare.take(options.wheels, target)
         bare.make_site(site)
     except bare.UnusableError as error:
         report.rest("not run", str(error))
     else:
+        out = report.file.parent
         setting = Setting(
             sys.executable, out, options.dry, workers(target, dry=options.dry), bare.without_model(target)
         )
-        environment = surroundings(site, target, out)
+        environment = surroundings(site, target, own)
         why = probe(supervisor, setting, report, environment)
         if why is not None:
             report.rest("not run", f"{why}.")
@@ -236,10 +253,6 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
         )  # fmt: skip
         if supervisor.stopped is not None:
             report.rest("not run", f"the script was told to stop ({supervisor.stopped}).")
-    report.write()
-    print(page.closing(report.data))
-    print(f"All of it: {report.file}")
-    return report.code
 
 
 def collect(options: argparse.Namespace) -> int:
@@ -259,16 +272,16 @@ def workers(target: Path, *, dry: bool) -> int:
     return min(8, os.cpu_count() or 1) if there and not dry else 1
 
 
-def surroundings(site: Path, target: Path, out: Path) -> dict[str, str]:
+def surroundings(site: Path, target: Path, own: Path) -> dict[str, str]:
     """Return the environment of the parts: the checkout's packages first, then wheels, then what the machine has."""
     path = [str(site), str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = dict(os.environ) | {
         "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(out / "hypothesis"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(own / "hypothesis"),
     }  # fmt: skip
     default = Path.home() / ".cache" / "kvpolicy"
     if "KVPOLICY_HOME" not in found and not default.exists():
-        found["KVPOLICY_HOME"] = str(out / "home")
+        found["KVPOLICY_HOME"] = str(own / "home")
     for name in ("KVPOLICY_BACKEND", "TRITON_INTERPRET", "KVPOLICY_DISABLED_PLUGINS", "PYTEST_ADDOPTS"):
         found.pop(name, None)
     return found

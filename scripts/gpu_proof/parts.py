@@ -32,7 +32,7 @@ class Setting:
 
     def figures(self, name: str) -> Path:
         """Return the file in which a part leaves its figures."""
-        return self.out / f"{name}.json"
+        return self.out / "logs" / f"{name}.json"
 
 
 Command = Callable[[Setting, float], list[str]]

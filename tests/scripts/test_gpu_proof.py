@@ -206,6 +206,26 @@ def test_missing_packages_are_one_sentence_and_the_json_is_whole(bare_python, wh
     assert "parts: 0 passed, 7 failed, 0 skipped" in done.stdout
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(proof, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert proof.main(["--dry", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == (
+        f"gpu_proof: --out {tmp_path / 'file'} cannot be written (Not a directory); name another folder.\n"
+    )
+
+
+def test_a_fault_of_the_script_leaves_a_whole_json(proof, supervisor, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("oh no")
+
+    monkeypatch.setattr(proof, "run_parts", broken)
+    monkeypatch.setattr(proof, "probe", lambda *_: None)
+    assert proof.main(["--dry", "--out", str(tmp_path)], [part(proof, "good", GOOD)]) == 1
+    (only,) = json.loads((tmp_path / "gpu_proof.json").read_text())["parts"]
+    assert (only["outcome"], only["why"]) == ("not run", "the script itself failed: RuntimeError: oh no.")
+    assert "| good | not run |" in capsys.readouterr().out
+
+
 def test_without_a_gpu_the_whole_is_refused_in_one_sentence(tmp_path):
     environment = os.environ | {
         "KVPOLICY_PYTHON": sys.executable,
