@@ -86,10 +86,12 @@ def run(
     """Run a study, or what is left of it: every run is recorded as it finishes, and a killed study goes on."""
     from kvpolicy.cli.study_progress import Bar
     from kvpolicy.cli.terminal import messages
+    from kvpolicy.study.extra import library
     from kvpolicy.study.results import Results
     from kvpolicy.study.runner import Runner
 
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
+    library("scipy.stats", "the intervals of a study need")  # which come at the end, after hours maybe
     executor = _executor(on, address, workers, device)
     with executor:
         made = make_plan(spec, device)

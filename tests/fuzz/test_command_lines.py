@@ -103,7 +103,7 @@ def words_of(draw):
     before = [draw.choice(WORDS)] if draw.random() < 0.03 else []
     bounds = BOUNDS.get(path, [])
     if path[0] == "study" and {"rkv-lambda", "/dev/full"} & set(words):  # a real study would run
-        bounds = ["--quick=3"]
+        bounds = ["--quick=3"] * 2  # an option without a value takes the first
     if path == ("check",) and {"--all", "kvpolicy"} & set(words):
         bounds = [*bounds, "--law=nothing"]
     return [*before, *path, *words, *bounds]

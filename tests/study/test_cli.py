@@ -71,6 +71,14 @@ def test_plan_run_status(run, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"small.yaml", "small.sqlite", "small.sqlite.lock"}
 
 
+def test_what_is_missing_for_the_end_is_said_at_the_beginning(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    code, out, err = run("run", "small.yaml")
+    wanted = "error: the intervals of a study need scipy; install it with: pip install 'kvpolicy[study]'.\n"
+    assert (code, out, err) == (1, "", wanted)
+    assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
+
+
 @pytest.mark.parametrize("columns", [None, "72"])
 def test_no_number_of_a_table_is_cut_short(run, monkeypatch, columns):
     """A pipe gets the width that the table needs; where it is narrow, cells go on in the next line."""
