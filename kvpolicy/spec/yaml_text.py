@@ -245,10 +245,11 @@ def _composed(text: str, source: str, what: What) -> tuple[yaml.Node | None, lis
             place = _mark(source, mark) if mark is not None else Mark(source, 1, 1)
             at = -1 if mark is None or "'\\t'" not in (error.problem or "") else mark.index
             if at < 0 or text[at : at + 1] != "\t" or len(tabs) >= MAX_FAULTS:
-                if tabs:  # what comes after a tab may follow from it
-                    raise _refused(tabs) from None
                 assert reader is not None
-                raise _refused(reader.faults, _syntax(error, place)) from None
+                if not tabs:
+                    raise _refused(reader.faults, _syntax(error, place)) from None
+                before = [fault for fault in reader.faults if fault.mark < tabs[0].mark]
+                raise _refused([*before, *tabs]) from None  # what comes after a tab may follow from it
             tabs.append(Fault((), place, _TAB))
             text = f"{text[:at]} {text[at + 1 :]}"
         finally:

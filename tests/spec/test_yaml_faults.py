@@ -47,6 +47,7 @@ def test_every_tab_is_named_and_what_stands_behind_it():
 
 def test_what_may_follow_from_a_tab_is_not_said():
     assert said(f"{HEAD}protect:\n  sinks: 4\n\trecent: 8\n{REST}") == ["5:1: not valid"]
+    assert said(f"{HEAD}budget: !x 4\n\ttrigger: &a x\n") == ["3:9: tags such", "4:1: not valid"]
 
 
 def test_what_stands_before_a_text_that_cannot_be_read_on_is_named():
