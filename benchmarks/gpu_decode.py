@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8, help=f"decode steps of a timed block; there are {BLOCKS}")
     parser.add_argument("--compactions", type=int, default=3, help="that are timed; of a large batch one")
     parser.add_argument("--memory", type=float, default=120.0, help="GB that weights and caches may take")
-    parser.add_argument("--seconds", type=float, help="begin no line that would not be done by then")
+    parser.add_argument(
+        "--until", type=float, help="begin no line that would not be done by then (as `date +%%s` says)"
+    )
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     options = parser.parse_args(argv)
     if options.quick:
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks/gpu_decode.py measures on a CUDA or HIP device, and there is none here.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    deadline = devices.Deadline(options.seconds)
+    deadline = devices.Deadline(options.until)
     device = torch.device(options.device)
     model = random_model(options.shape, device, getattr(torch, options.dtype))
     bench, rows, failed = Bench(model, options, deadline), [], False

@@ -143,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=160, help="decode steps of one timed run")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, help="begin no lane that would not be done by then")
+    parser.add_argument(
+        "--until", type=float, help="begin no lane that would not be done by then (as `date +%%s` says)"
+    )
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     options = parser.parse_args(argv)
     if options.quick:
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks/graph.py was given --device cuda, and there is none here.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    device, deadline = torch.device(options.device), devices.Deadline(options.seconds)
+    device, deadline = torch.device(options.device), devices.Deadline(options.until)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     figures: dict[str, Any] = {}
     all_rows: list[dict[str, Any]] = []

@@ -227,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=128, help="head dim")
     parser.add_argument("--keys", type=int, nargs="+", default=[1152, 4224], help="keys per head, multiples of 16")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--seconds", type=float, help="begin no line that would not be done by then")
+    parser.add_argument(
+        "--until", type=float, help="begin no line that would not be done by then (as `date +%%s` says)"
+    )
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     options = parser.parse_args(argv)
     copied, side = 4 << 30, 8192
@@ -238,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks/kernels.py measures on a CUDA or HIP device, and there is none here.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    device, deadline = torch.device(options.device), devices.Deadline(options.seconds)
+    device, deadline = torch.device(options.device), devices.Deadline(options.until)
     most = devices.bandwidth(device, copied), devices.matrix_rate(device, side)
     on = devices.facts(device) | {"copy_bytes_per_second": most[0], "matrix_flops_per_second": most[1]}
     print(f"{on['device']}: a copy moves {most[0] / 1e9:.0f} GB/s, a bf16 product does {most[1] / 1e12:.1f} TFLOP/s")

@@ -144,6 +144,7 @@ def run_parts(
             return
         why = part.skip(setting)
         if why is not None:
+            spare += part.seconds
             report.set(index, "skipped", why)
             print(f"{part.name}: skipped: {why}", flush=True)
             continue

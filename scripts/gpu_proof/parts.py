@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ def benchmark(script: str, name: str, *full: str, quick: tuple[str, ...] = ()) -
     """Return the command of a benchmark that is told when to stop, some seconds before its limit."""
 
     def command(setting: Setting, seconds: float) -> list[str]:
-        sizes = ("--quick", *quick) if setting.dry else (*full, "--seconds", f"{seconds - 5:.0f}")
+        sizes = ("--quick", *quick) if setting.dry else (*full, "--until", f"{time.time() + seconds - 5:.0f}")
         figures = str(setting.figures(name))
         return [setting.python, "-P", str(ROOT / "benchmarks" / script), *sizes, "--json", figures]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -76,9 +77,10 @@ def test_no_line_is_begun_that_needs_more_memory_or_time_than_there_is(benchmark
     bench = benchmark.Bench(model, options, benchmark.devices.Deadline(None))
     row = bench.line(benchmark.FULL, 40, 500, pytest.fail)
     assert row.outcome.startswith("not run: it needs about 0 GB")
-    late = benchmark.devices.Deadline(5.0)
+    late = benchmark.devices.Deadline(time.time() + 5.4)
     assert late.refuses(4.0) is None
-    assert late.refuses(60.0) == "not run: it needs about 60 s and 5 s of 5 s are left"
+    assert late.refuses(60.0) == "not run: it needs about 60 s and 5 s are left"
+    assert benchmark.devices.Deadline(0.0).refuses(1.0) == "not run: it needs about 1 s and 0 s are left"
 
 
 def test_without_a_gpu_it_refuses(benchmark, monkeypatch, capsys):

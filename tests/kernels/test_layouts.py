@@ -119,4 +119,4 @@ def test_attention_over_heads_of_different_lengths(dim, dtype, device):
             exact = torch.softmax(k @ queries[row, head, 0].double() * dim**-0.5, 0) @ v
             got = want[row, head, 0].double()
             # The output is rounded to the cache's dtype, and the interpreter truncates.
-            assert (got - exact).abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
+            assert (got - exact).abs().max() < 1.1 * torch.finfo(dtype).eps * exact.abs().max()

@@ -113,11 +113,14 @@ def test_each_part_ends_in_its_own_way_and_the_others_run(proof, supervisor, tmp
 
 def test_unspent_time_is_the_next_parts_and_the_whole_has_an_end(proof, supervisor, tmp_path, capsys):
     quick, wait = "pass", "import time; time.sleep(60)"
-    parts = [part(proof, "a", quick, 3.0), part(proof, "b", wait, 1.0), part(proof, "c", GOOD, 9.0)]
-    outcomes, report = ran(proof, supervisor, tmp_path, parts, whole=5.0)
+    parts = [
+        part(proof, "a", quick, 3.0), part(proof, "skipped", GOOD, 1.5, skip=lambda _: "no."),
+        part(proof, "b", wait, 1.0), part(proof, "c", GOOD, 9.0),
+    ]  # fmt: skip
+    outcomes, report = ran(proof, supervisor, tmp_path, parts, whole=12.0)
     assert outcomes["b"][0] == "over its limit"
-    assert report.data["parts"][1]["seconds"] > 2.5
-    assert outcomes["c"] == ("not run", "the 5 s of the whole were used up.")
+    assert 3.5 < report.data["parts"][2]["seconds"] < 9
+    assert outcomes["c"] == ("not run", "the 12 s of the whole were used up.")
     capsys.readouterr()
 
 

@@ -55,21 +55,16 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 @dataclass
 class Deadline:
-    """The end of the time that a benchmark has; without a number of seconds it never comes."""
+    """The end of the time that a benchmark has, in seconds since 1970; without one it never comes."""
 
-    given: float | None
-
-    def __post_init__(self) -> None:
-        self._begin = time.monotonic()
+    until: float | None
 
     def refuses(self, need: float) -> str | None:
         """Say that so many seconds are not left, or return None."""
-        if self.given is None:
-            return None
-        left = self.given - (time.monotonic() - self._begin)
+        left = need if self.until is None else self.until - time.time()
         if left >= need:
             return None
-        return f"not run: it needs about {need:.0f} s and {max(0.0, left):.0f} s of {self.given:.0f} s are left"
+        return f"not run: it needs about {need:.0f} s and {max(0.0, left):.0f} s are left"
 
 
 def bandwidth(device: torch.device, size: int) -> float:
