@@ -137,7 +137,8 @@ def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str]
 
     for name in names:
         if name not in LAWS:
-            raise typer.BadParameter(f"there is no law {name!r}.{did_you_mean(name, LAWS)}", param_hint="--law")
+            known = did_you_mean(name, LAWS) or f" The laws are {', '.join(LAWS)}."
+            raise typer.BadParameter(f"there is no law {name!r}.{known}", param_hint="--law")
     chosen = {s.name: [law for law in s.laws if not names or law.name in names] for s in subjects}
     jobs = min(jobs, len(subjects))
     results: list[Result] = []
