@@ -33,6 +33,7 @@ class FieldError(Exception):
         others: Sequence[FieldError] = (),
         mark: Mark | None = None,
     ) -> None:
+        message = " ".join(message.split())  # it may quote names in which lines end
         super().__init__(f"{dotted(path)}: {message}" if path else message)
         self.path = path
         self.message = message

@@ -164,6 +164,8 @@ class Results:
             yield
         except DamagedError as error:
             raise self._damaged(str(error)) from error
+        except UnicodeDecodeError as error:  # in what SQLite says of the file, or in the file
+            raise self._damaged("a text in it is not UTF-8") from error
         except (sqlite3.Error, sqlite3.Warning, OverflowError) as error:
             reason = str(error)
             if "full" in reason:

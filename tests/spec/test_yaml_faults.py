@@ -136,3 +136,11 @@ def test_a_study_with_a_fault_is_still_taken_for_a_study(tmp_path, end):
     assert kind_of_file(tmp_path / "s.yaml") == "study"
     (tmp_path / "p.yaml").write_text(f"schema_version: 1\npolicy: p\n{end}")
     assert kind_of_file(tmp_path / "p.yaml") == "policy"
+
+
+def test_names_in_which_lines_end_leave_a_sentence_one_line():
+    models = STUDY.replace("[smollm2]", '[reasoner, "a\\nb"]')
+    text = models + "axes: {budget: [64]}\ndatasets: [{use: needle, words: 20, models: [other]}]\n"
+    with pytest.raises(SpecError, match=r"'other' is not among the study's models\. Models: reasoner, a b\.") as caught:
+        StudySpec.from_yaml(text, "f.yaml")
+    assert all(len(problem.splitlines()) == 1 for problem in caught.value.problems)

@@ -179,6 +179,13 @@ def test_what_sqlite_quotes_of_the_file_is_written_out(small):
     assert "\x0e" not in str(caught.value)
 
 
+def test_what_sqlite_cannot_quote_of_the_file_is_damage_too(small):
+    raw = small.read_bytes()
+    small.write_bytes(raw.replace(b"CREATE TABLE environments", b"CREATE T\xacBLE environments", 1))
+    with pytest.raises(ResultsError, match="is damaged: a text in it is not UTF-8; "):
+        read_all(small)
+
+
 @pytest.mark.parametrize(
     ("table", "row", "read"),
     [
