@@ -117,7 +117,7 @@ def test_every_policy_at_a_quarter_of_the_text(registered, smollm2, long_prompts
     alone = as_if_alone(model, policy, long_prompts, steps)
     print(registered, budget, alone)
     assert alone.ok, alone
-    assert alone.decisions > 0
+    assert (alone.decisions == 0) == (registered == "full"), alone
     with TracedCache(policy, model, outputs=True) as cache:
         generate(
             model, {"input_ids": torch.tensor([long_prompts[0]])}, cache, do_sample=False, max_new_tokens=steps,
@@ -127,7 +127,7 @@ def test_every_policy_at_a_quarter_of_the_text(registered, smollm2, long_prompts
     report = audit(cache.trace, policy)
     print(registered, report)
     assert report.ok, report
-    assert report.evictions > 0
+    assert (report.evictions == 0) == (registered == "full"), report
     assert report.output_error < 1e-3
 
 
