@@ -30,7 +30,10 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         ours = type(getattr(module, "config", None)) is type(text_config) and "Attention" in type(module).__name__
-        if isinstance(index, int) and ours and hasattr(module, "is_causal"):
+        if not (isinstance(index, int) and ours and hasattr(module, "is_causal")):
+            continue
+        # Attention to an encoder has the number of its layer, too, and is not causal.
+        if module.is_causal or index not in found:
             found[index] = module
     return found
 

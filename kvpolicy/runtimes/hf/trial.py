@@ -197,8 +197,8 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
         )
     if seeing := [i for i, module in modules.items() if getattr(module, "is_causal", True) is False]:
         raise UnsupportedError(
-            f"{name}: the tokens of layer {seeing[0]} see those that follow them, so that none may be evicted before "
-            "the text ends; use a causal decoder."
+            f"{name}: the attention of layer {seeing[0]} is not causal by itself (`is_causal` is False), so that tokens "
+            "may see those that follow them; use a causal decoder."
         )
     if error is None:
         _tried.setdefault(model, set()).add(base)

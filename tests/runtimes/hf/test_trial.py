@@ -10,6 +10,7 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tiny import tiny_model
 from kvsupport.shrinking import CAUSAL, tiny_of
+from kvsupport.sweep import sweep
 
 CASES = {
     "deepseek_v3": "layer 0 does not hand the keys that it stores.*latent attention",
@@ -18,6 +19,7 @@ CASES = {
     "diffllama": "layer 0 does not attend to the values as it stores them|does not take its attention",
     "minimax": "MiniMax uses cache of its own|keeps a .*Cache.*Layer|no attention of its own",
     "bloom": "layer 0 has no attention of its own that goes through",
+    "bigbird_pegasus": "the attention of layer 0 is not causal by itself",
     "blt": "transformers cannot make a DynamicCache",
     "mamba": "no layer to evict from|cannot make a DynamicCache|no attention of its own",
 }
@@ -77,5 +79,12 @@ def test_a_cache_in_use_does_not_notice_that_its_model_is_tried(compose, random_
     ],
 )
 def test_an_encoder_is_refused(family, changes, compose):
-    with pytest.raises(UnsupportedError, match=r"see those that follow them|each token sees all others"):
+    with pytest.raises(UnsupportedError, match=r"is not causal by itself|each token sees all others"):
         PolicyCache(compose(), tiny_of(family, **changes))
+
+
+@pytest.mark.parametrize("family", ["bart", "whisper"])
+def test_a_decoder_whose_layers_could_also_attend_to_an_encoder_is_served(family):
+    """Both attentions of a layer have its number; the one that stores keys is the causal one."""
+    outcome = sweep(tiny_of(family), ["rkv"])
+    assert (outcome.served, outcome.faults) == (["rkv"], [])

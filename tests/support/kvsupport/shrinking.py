@@ -206,7 +206,7 @@ def tiny_of(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
         raise CannotBuildError(f"{type(error).__name__}: {first[0][:160]}") from error
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a model that acts, as PI0, has none
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
     return model.eval()
