@@ -8,6 +8,7 @@ whatever knows none passes through to the base, so that other caches on the same
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,17 +24,21 @@ from kvpolicy.runtimes.hf.implementations import as_loaded
 PREFIX = "kvpolicy_"
 
 
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return the decoder's self-attention modules by layer index."""
+def numbered_attention(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]:
+    """Yield every attention module of the decoder with the index of its layer; some layers have several."""
     text_config = model.config.get_text_config(decoder=True)
-    found: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         ours = type(getattr(module, "config", None)) is type(text_config) and "Attention" in type(module).__name__
-        if not (isinstance(index, int) and ours and hasattr(module, "is_causal")):
-            continue
-        # Attention to an encoder has the number of its layer, too, and is not causal.
-        if module.is_causal or index not in found:
+        if isinstance(index, int) and ours and hasattr(module, "is_causal"):
+            yield index, module
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the decoder's self-attention modules by layer index."""
+    found: dict[int, nn.Module] = {}
+    for index, module in numbered_attention(model):
+        if module.is_causal or index not in found:  # attention to an encoder is not causal
             found[index] = module
     return found
 

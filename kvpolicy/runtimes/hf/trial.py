@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach, implementation_of
-from kvpolicy.runtimes.hf.attention import attention_modules
+from kvpolicy.runtimes.hf.attention import attention_modules, numbered_attention
 from kvpolicy.runtimes.hf.handover import AttentionFunction, MaskFunction, announce, mark
 from kvpolicy.runtimes.hf.implementations import as_loaded, check_served
 from kvpolicy.runtimes.hf.naming import passing
@@ -173,7 +173,7 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
     watched = {i: _Watched() for i in modules}
     for i, layer in watched.items():
         cache.layers[i] = layer
-    with _undisturbed(model, modules):
+    with _undisturbed(model, modules), _noticed(model, modules) as beside:
         error = _run(model, cache)
         if refused := next((layer.refused for layer in watched.values() if layer.refused is not None), None):
             raise refused
@@ -195,10 +195,10 @@ def try_attention(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> N
         raise UnsupportedError(
             f"{name} makes no mask for what its cache holds, as a model in which each token sees all others; {instead}."
         )
-    if seeing := [i for i, module in modules.items() if getattr(module, "is_causal", True) is False]:
+    if seeing := [i for i, module in modules.items() if getattr(module, "is_causal", True) is False] + beside:
         raise UnsupportedError(
-            f"{name}: the attention of layer {seeing[0]} is not causal by itself (`is_causal` is False), so that tokens "
-            "may see those that follow them; use a causal decoder."
+            f"{name}: the attention of layer {seeing[0]} is not causal by itself (`is_causal` is False), so that "
+            "tokens may see those that follow them; use a causal decoder."
         )
     if error is None:
         _tried.setdefault(model, set()).add(base)
@@ -224,6 +224,25 @@ def _run(model: PreTrainedModel, cache: DynamicCache | None) -> Exception | None
     except Exception as error:  # noqa: BLE001  whatever a modeling file raises
         return error
     return None
+
+
+@contextmanager
+def _noticed(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> Iterator[list[int]]:
+    """Collect the layers in which another attention, which is not causal, runs beside the one that is followed.
+
+    Attention to an encoder does not run where there is none. What runs on text alone may read what a layer stores.
+    """
+    ran: list[int] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+        for index, module in numbered_attention(model)
+        if index in modules and module is not modules[index] and not module.is_causal
+    ]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -44,7 +44,9 @@ def _held_against_the_page(family, outcome):
     row = rows[family]
     assert row.name == outcome.model, f"{PAGE.name} is stale: run make models"
     said = refusals(row.text)
-    assert said is not None
+    if said is None:
+        assert outcome.untried, f"{PAGE.name} is stale: run make models"
+        return
     for policy in {*outcome.served, *outcome.refused} & set(row.tried):
         assert (policy in said) == (policy in outcome.refused), (policy, row.text, cell(outcome))
 

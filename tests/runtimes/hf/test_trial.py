@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tiny import tiny_model
-from kvsupport.shrinking import CAUSAL, tiny_of
+from kvsupport.shrinking import CAUSAL, IMAGE_TEXT, tiny_of
 from kvsupport.sweep import sweep
 
 CASES = {
@@ -20,12 +20,13 @@ CASES = {
     "minimax": "MiniMax uses cache of its own|keeps a .*Cache.*Layer|no attention of its own",
     "bloom": "layer 0 has no attention of its own that goes through",
     "bigbird_pegasus": "the attention of layer 0 is not causal by itself",
+    "diffusion_gemma": "the attention of layer 3 is not causal by itself",
     "blt": "transformers cannot make a DynamicCache",
     "mamba": "no layer to evict from|cannot make a DynamicCache|no attention of its own",
 }
 
 
-@pytest.mark.parametrize("family", [family for family in CASES if family in CAUSAL])
+@pytest.mark.parametrize("family", [family for family in CASES if family in {*CAUSAL, *IMAGE_TEXT}])
 def test_what_cannot_be_served_is_refused_at_construction(family, compose):
     model = tiny_of(family)
     before = getattr(model.config, "_attn_implementation", None)
