@@ -1,14 +1,16 @@
-"""Write the table of docs/kernels.md that says which operations of each policy have a kernel, by model family.
+"""Write the tables of docs/kernels.md: which operations of each policy have a kernel, and what compiled kernels need.
 
 python -P scripts/kernel_table.py [POLICY ...]
 
 Each policy of `POLICIES` takes a text through a tiny model; each operation that asks for a backend is noted with its
-options and asked again, with the head dim, group, soft-cap and sinks of each family, whether it has a kernel.
+options and asked again, with the head dim, group, soft-cap and sinks of each family, whether it has a kernel. The other
+table shows some rows of tests/aot/resources.json.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +26,33 @@ from kvpolicy.ops import dispatch
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy.testing.tables import stand_in_tables
 from kvpolicy_kernels import served
+from kvpolicy_kernels.aot import TARGETS
 from kvpolicy_kernels.backend import TritonBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 FIRST, LAST = "<!-- made by scripts/kernel_table.py -->\n", "<!-- end -->\n"
+SECOND = "<!-- made by scripts/kernel_table.py from tests/aot/resources.json -->\n"
+COMPILED = ROOT / "tests" / "aot" / "resources.json"
+POOLED = "TILE=64 GROUP=4 QUERIES=16 BY_HEAD=0 MEAN=0 OVER_ROW=0 NORMS=1 LOGITS=1"
+SHOWN = {
+    "`scan_keys`, 4 heads × 8 queries, with norms": f"scan.scan_keys bf16 D=128 {POOLED}",
+    "`scan_keys`, head dim 256": f"scan.scan_keys bf16 D=64 PARTS=4 {POOLED}",
+    "`mean_weights`, softmax per head (SnapKV)": "window.mean_weights bf16 D=128 TILE=64 GROUP=4 QUERIES=16 "
+    "BY_HEAD=1 MEAN=1 OVER_ROW=1",
+    "`exempt`, beta 1": "similarity.exempt bf16 D=128 TILE=64 BETA=1 OWN=0 INDEX_ZERO=0",
+    "`exempt`, beta 3": "similarity.exempt bf16 D=128 TILE=64 BETA=3 OWN=0 INDEX_ZERO=0",
+    "`finish_redundancy`": "similarity.finish_redundancy fp32 BLOCK=1024 LOST=1 SOFTMAX=1",
+    "`sum_near`, fp32 keys": "density.sum_near fp32 D=16 PARTS=8 TILE=64 ORDERED=1",
+    "`select_top`, up to 1,024 slots": "selection.select_top fp32 BLOCK=1024 RESIDENT=1",
+    "`select_top`, up to 4,096 slots": "selection.select_top fp32 BLOCK=4096 RESIDENT=1",
+    "`select_top`, longer": "selection.select_top fp32 BLOCK=1024 RESIDENT=0",
+    "`move_kept`, keys": "compaction.move_kept i64 WIDTH=32 PADDED=32 ROWS=1 BATCH=8",
+    "`attend_part`, 1 query": "ragged.attend_part bf16 D=128 HELD=128 DV=128 HELD_V=128 ROWS=16 TILE=64 MASKED=0",
+    "`attend_part`, head dim 256": "ragged.attend_part bf16 D=256 HELD=256 DV=256 HELD_V=256 ROWS=16 TILE=32 MASKED=0",
+    "`combine_parts`": "ragged.combine_parts bf16 DV=128 HELD_V=128 ROWS=16 SINKS=0",
+}
+"""Names of launches without what they leave at 0 and without `warps` and `stages`."""
 
 
 class Family(NamedTuple):
@@ -151,16 +175,31 @@ def table(names: list[str]) -> str:
     return "\n".join([head + " |", rule, *map(row, names)]) + "\n"
 
 
+def resources() -> str:
+    """Return the table of what compiled kernels need."""
+    rows = json.loads(COMPILED.read_text(encoding="utf-8"))
+    lines = [f"| kernel | warps | {' | '.join(TARGETS)} |", "|---" * (2 + len(TARGETS)) + "|"]
+    for label, start in SHOWN.items():
+        (name,) = [name for name in rows if name.startswith(f"{start} warps=")]
+        cells = [f"{rows[name][target]['registers']} / {rows[name][target]['shared'] / 1024:.0f}" for target in TARGETS]
+        lines.append(f"| {label} | {name.split('warps=')[1].split()[0]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(text: str, first: str, made: str) -> str:
+    """Return a page with what lies between a mark and the next end replaced."""
+    before, _, rest = text.partition(first)
+    return before + first + made + LAST + rest.partition(LAST)[2]
+
+
 def main(names: list[str]) -> int:
-    """Write the table; with names, print their rows only."""
+    """Write the tables; with names, print their rows only."""
     torch.set_num_threads(1)
     if names:
         print(table(names))
         return 0
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(FIRST)
-    made = table(list(POLICIES))
-    PAGE.write_text(before + FIRST + made + LAST + rest.partition(LAST)[2], encoding="utf-8")
+    text = replaced(PAGE.read_text(encoding="utf-8"), FIRST, table(list(POLICIES)))
+    PAGE.write_text(replaced(text, SECOND, resources()), encoding="utf-8")
     return 0
 
 

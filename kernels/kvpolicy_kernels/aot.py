@@ -1,42 +1,49 @@
-"""Ahead-of-time compilation without a GPU: ``python -P -m kvpolicy_kernels.aot``.
+"""Ahead-of-time compilation without a GPU: ``python -P -m kvpolicy_kernels.aot``, for plugins with ``--calls``.
 
-Every variant calls a launcher, whose launches are recorded instead of run, and compiles what it would have launched:
-signature, constants, warps and specialisation are the launcher's own. Registers, spills and shared memory are read from
-what the compiler made.
+Every call of a launcher is recorded instead of run, and what it would have launched is compiled: signature, constants,
+warps and specialisation are the launcher's own. Registers, spills and shared memory are read from what comes out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from kvpolicy_kernels import _variants
-from kvpolicy_kernels._launch import Launch, kernel, recording
+from kvpolicy_kernels.launching import Launch, kernel, recording
 
-TARGETS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED_LIMIT: Final = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TARGETS: Final = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_LIMIT: Final = {
+    "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
 """Bytes of shared memory (LDS) that one program may use."""
 REGISTER_TOLERANCE: Final = 16
+LANES_STAY: Final = ("kvpolicy_kernels._triton", "compaction.move_kept")
+"""Package and name of the kernel whose lanes must keep their words: moving them between lanes would need a barrier."""
+Table = dict[str, dict[str, dict[str, int]]]
+"""Numbers of `Resources` by launch and target."""
 
 # Constants that a name leaves out.
 _USUAL: Final = (
     ("PARTS", 1), ("CAPPED", False), ("WITH_SINKS", False), ("EACH", False), ("KIND", "max"), ("PEAK", True),
+    ("ITSELF", False),
 )  # fmt: skip
 _MATRIX: Final = {
     "sm_80": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
     "sm_100": r"\btcgen05\.mma|\bmma\.sync",
+    "sm_120": r"\bmma\.sync",
     "gfx942": r"\bv_mfma",
 }
 _TYPES: Final = {
@@ -61,6 +68,7 @@ class Resources:
         shared: bytes of shared memory per program.
         matrix: matrix instructions in the assembly.
         conversions: changes of layout in Triton's GPU dialect.
+        products: matrix products in Triton's own dialect, which matrix instructions must come of.
     """
 
     registers: int
@@ -68,15 +76,16 @@ class Resources:
     shared: int
     matrix: int
     conversions: int
+    products: int
 
 
-def unique(*, full: bool) -> dict[str, Launch]:
-    """Return the launches of all variants by a readable name, each only once."""
+def unique(calls: Mapping[str, Callable[[], object]]) -> dict[str, Launch]:
+    """Return what the calls launch by a readable name, each only once. Nothing runs, on any device."""
     found: dict[str, Launch] = {}
-    for variant in _variants.variants(full=full).values():
+    for call in calls.values():
         launches: list[Launch] = []
         with recording(launches.append):
-            variant()
+            call()
         for launch in launches:
             found.setdefault(_name(launch), launch)
     return found
@@ -100,7 +109,7 @@ def compile_for(target: str, launch: Launch) -> Resources:
 
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    function = kernel(launch.name)
+    function = kernel(launch.package, launch.name)
     signature, constants, attributes = _specialised(function, launch)
     source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
@@ -113,6 +122,7 @@ def compile_for(target: str, launch: Launch) -> Resources:
         shared=built.metadata.shared,
         matrix=len(re.findall(_MATRIX[target], text)),
         conversions=built.asm["ttgir"].count("ttg.convert_layout"),
+        products=len(re.findall(r"\btt\.dot\b", built.asm["ttir"])),
     )
 
 
@@ -168,10 +178,9 @@ def failures(target: str, launch: Launch, found: Resources, known: int | None) -
         yield f"spills {found.spills}"
     if found.shared > SHARED_LIMIT[target]:
         yield f"needs {found.shared} bytes of shared memory and {target} has {SHARED_LIMIT[target]}"
-    if _variants.multiplies(launch) and not found.matrix:
+    if found.products and not found.matrix:
         yield "has no matrix instruction"
-    if launch.name == "compaction.move_kept" and found.conversions:
-        # A lane must keep its words: moving them between lanes would need a barrier.
+    if (launch.package, launch.name) == LANES_STAY and found.conversions:
         yield f"changes layouts {found.conversions} times"
     if known is None:
         yield "is not in the committed table"
@@ -179,20 +188,38 @@ def failures(target: str, launch: Launch, found: Resources, known: int | None) -
         yield f"needs {found.registers} registers and the committed table says {known}"
 
 
+def read_table(path: Path, launches: Mapping[str, Launch]) -> Table:
+    """Return the rows of a table that are still launched; no rows where there is no file."""
+    rows: Table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: row for name, row in rows.items() if name in launches}
+
+
 def main() -> int:
-    """Compile, print a table, and write the registers when told to."""
+    """Compile, print a table, and write it when told to."""
     parser = argparse.ArgumentParser(prog="python -P -m kvpolicy_kernels.aot", description=main.__doc__)
+    parser.add_argument("--calls", default="kvpolicy_kernels.variants:variants", metavar="MODULE:FUNCTION",
+                        help="a function that takes full= and returns calls of launchers by label")  # fmt: skip
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
+    parser.add_argument("--kernel", action="append", help="only launches whose names begin so (may be repeated)")
     parser.add_argument("--full", action="store_true", help="the whole matrix instead of a representative set")
-    parser.add_argument("--write", type=Path, help="write registers, spills and shared memory to this JSON file")
+    parser.add_argument("--missing", action="store_true", help="only what the file to write to does not have")
+    parser.add_argument("--write", type=Path, metavar="FILE",
+                        help="write the numbers to this JSON file; those of other launches stay in it")  # fmt: skip
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         print("aot: unset TRITON_INTERPRET, because what is interpreted cannot be compiled.", file=sys.stderr)
         return 2
-    table: dict[str, dict[str, dict[str, int]]] = {}
+    module, _, function = options.calls.partition(":")
+    calls = getattr(importlib.import_module(module), function)
+    table = read_table(options.write, unique(calls(full=True))) if options.write is not None else {}
+    launches = unique(calls(full=options.full))
+    if options.kernel:
+        launches = {name: of for name, of in launches.items() if name.startswith(tuple(options.kernel))}
     wrong = 0
     for target in options.target or TARGETS:
-        for name, launch in unique(full=options.full).items():
+        for name, launch in launches.items():
+            if options.missing and target in table.get(name, {}):
+                continue
             found = compile_for(target, launch)
             table.setdefault(name, {})[target] = asdict(found)
             problems = list(failures(target, launch, found, found.registers))
@@ -202,8 +229,8 @@ def main() -> int:
                 f"{found.matrix:4} matrix  {name}  {'; '.join(problems)}",
                 flush=True,
             )
-    if options.write is not None:
-        options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if options.write is not None:
+            options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{wrong} with problems")
     return int(wrong > 0)
 

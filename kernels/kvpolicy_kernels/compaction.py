@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy.ops import arguments
 from kvpolicy.types import KeepIndices
-from kvpolicy_kernels._launch import launch, padded
+from kvpolicy_kernels.launching import launch, padded
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LANES = 32

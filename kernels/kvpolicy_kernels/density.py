@@ -8,7 +8,7 @@ from kvpolicy.ops import arguments
 from kvpolicy.ops.density import SHARPEST, by_priority
 from kvpolicy.types import Keys, Mask, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, launch, upcast
+from kvpolicy_kernels.launching import as_bytes, launch, upcast
 
 TILE = 64
 WIDTH = 16

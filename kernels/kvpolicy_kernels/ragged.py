@@ -10,9 +10,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kvpolicy.ops import arguments
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, launch, padded, upcast
+from kvpolicy_kernels.launching import as_bytes, launch, padded, upcast
 
 TILE = 64
+NARROW = 32
+"""Slots of a tile of wide keys or values, of which fewer fit into registers and shared memory."""
 _PROGRAMS = 256  # about two per multiprocessor of a large GPU
 _MOST_SPLITS = 32
 
@@ -33,10 +35,10 @@ def ragged_attention(
     """As `kvpolicy.ops.ragged_attention`.
 
     Raises:
-        UnsupportedError: the soft-cap, or a layout, has no kernel.
+        UnsupportedError: a layout has no kernel.
         ValueError: arguments do not fit together.
     """
-    served.require(served.ragged_attention(queries, base, tail_keys, tail_values, visible, softcap=softcap))
+    served.require(served.ragged_attention(queries, base, tail_keys, tail_values, visible))
     batch, query_heads, count, dim = queries.shape
     heads, tail = tail_keys.shape[1:3]
     out_dim = tail_values.shape[-1]
@@ -47,7 +49,10 @@ def ragged_attention(
     owners, lines = batch * heads, group * count
     out = torch.empty(batch, query_heads, count, out_dim, dtype=queries.dtype, device=device)
     average = -(-blocks * slots // max(1, owners))
-    splits = max(1, min(_MOST_SPLITS, -(-_PROGRAMS // max(1, owners)), -(-average // TILE)))
+    held, held_out = padded(dim), padded(out_dim)
+    wide = max(held, held_out) > 128
+    tile = NARROW if wide else TILE
+    splits = max(1, min(_MOST_SPLITS, -(-_PROGRAMS // max(1, owners)), -(-average // tile)))
     rows = min(64, padded(lines))
     tiles = -(-lines // rows)
     parts = torch.empty(owners, splits + 1, lines, out_dim, dtype=torch.float32, device=device)
@@ -61,15 +66,16 @@ def ragged_attention(
         queries, *queries.stride()[:3], base.keys, base.values, _start(base.owner, owners), filled,
         tail_keys, *tail_keys.stride()[:3], tail_values, *tail_values.stride()[:3],
         seen, *((0, 0, 0, 0) if seen is None else seen.stride()), parts, most, total,
-        scale, heads, group, count, splits, tail, slots,
-        D=dim, DV=out_dim, ROWS=rows, TILE=TILE, MASKED=seen is not None, UPCAST=upcast(),
+        scale, float(softcap or 0.0), heads, group, count, splits, tail, slots,
+        D=dim, HELD=held, DV=out_dim, HELD_V=held_out, ROWS=rows, TILE=tile,
+        MASKED=seen is not None, CAPPED=softcap is not None, UPCAST=upcast(),
         warps=8 if rows >= 64 else 4, stages=2 if seen is None else 1,
     )  # fmt: skip
     sinks = None if attention_sinks is None else attention_sinks.contiguous()
     launch(
         "ragged.combine_parts", owners * tiles,
         parts, most, total, sinks, out, heads, group, count, splits + 1,
-        DV=out_dim, ROWS=rows, SINKS=sinks is not None,
+        DV=out_dim, HELD_V=held_out, ROWS=rows, SINKS=sinks is not None, warps=8 if rows * held_out > 1 << 13 else 4,
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ import torch
 
 from kvpolicy.ops import arguments
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
-from kvpolicy_kernels._launch import as_bytes, launch, padded
+from kvpolicy_kernels.launching import as_bytes, launch, padded
 
 RESIDENT = 4096
 """Slots of a row that fit into the registers of one program."""

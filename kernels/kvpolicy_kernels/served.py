@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError
+from kvpolicy_kernels.launching import INSTEAD
 
 HEAD_DIMS: Final = (16, 32, 64, 96, 128, 192, 256)
-RAGGED_DIMS: Final = (16, 32, 64, 128)
 MOST_QUERIES: Final = 32  # more would spill registers
 MOST_GROUP: Final = 16
 MOST_BETA: Final = 4
-INSTEAD: Final = "write backend: auto or backend: torch"
 
 
 def require(reason: str | None) -> None:
@@ -47,6 +46,11 @@ def mean_similarity(keys: Tensor, takes_part: Tensor, **options: Any) -> str | N
     return redundancy(keys, takes_part, **options)
 
 
+def mean_key_similarity(keys: Tensor, takes_part: Tensor, **_: Any) -> str | None:
+    """All options."""
+    return _layout(keys)
+
+
 def key_density(keys: Tensor, valid: Tensor, **_: Any) -> str | None:
     """Keys of any floating-point dtype: without their rotary embedding they are fp32."""
     return head_dim(keys) or _strides(keys)
@@ -66,18 +70,15 @@ def compact(tensor: Tensor, kept: Any) -> str | None:
 
 def ragged_attention(
     queries: Tensor, base: Any, tail_keys: Tensor, tail_values: Tensor, visible: Tensor | None,
-    *, softcap: float | None = None, **_: Any,
+    **_: Any,
 ) -> str | None:  # fmt: skip
-    """Decode attention without soft-cap."""
+    """Decode attention with all options."""
     options = {
-        "the model's logit soft-cap": softcap is not None,
         f"{queries.dtype} queries with {tail_keys.dtype} keys": queries.dtype != tail_keys.dtype,
         "queries whose head dim is not contiguous": queries.stride(-1) != 1,
         "blocks that are not contiguous": not (base.keys.is_contiguous() and base.values.is_contiguous()),
     }
-    return _first(options) or next(
-        (why for keys in (tail_keys, tail_values) if (why := head_dim(keys, RAGGED_DIMS) or _layout(keys))), None
-    )
+    return _first(options) or _layout(tail_keys) or _layout(tail_values)
 
 
 def dtype(keys: Tensor) -> str | None:
@@ -88,11 +89,11 @@ def dtype(keys: Tensor) -> str | None:
     return f"the cache is {keys.dtype} and the kernels are for float16 and bfloat16; {INSTEAD}"
 
 
-def head_dim(keys: Tensor, served: tuple[int, ...] = HEAD_DIMS) -> str | None:
+def head_dim(keys: Tensor) -> str | None:
     """Those that were compiled ahead of time."""
-    if keys.shape[-1] in served:
+    if keys.shape[-1] in HEAD_DIMS:
         return None
-    return f"the head dim is {keys.shape[-1]} and the kernels are for {', '.join(map(str, served))}; {INSTEAD}"
+    return f"the head dim is {keys.shape[-1]} and the kernels are for {', '.join(map(str, HEAD_DIMS))}; {INSTEAD}"
 
 
 def _first(options: dict[str, bool]) -> str | None:

@@ -11,7 +11,7 @@ from kvpolicy.ops import arguments
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, parts_of, upcast
+from kvpolicy_kernels.launching import as_bytes, batches, launch, padded, parts_of, upcast
 
 TILE = 64
 
@@ -116,29 +116,67 @@ def scan(keys: Keys, mask: Mask, norms: Norms) -> None:
     )  # fmt: skip
 
 
-def _reduced(
-    keys: Keys, mask: Mask, norms: Norms, out: Tensor,
-    threshold: float, beta: int, own: bool, index_zero: bool, softmax: bool,
-) -> None:  # fmt: skip
-    _, heads, n, dim = keys.shape
+def mean_key_similarity(keys: Keys, takes_part: Mask, *, unit_mean: bool = False) -> Scores:
+    """As `kvpolicy.ops.mean_key_similarity`. Raises ValueError when arguments do not fit together."""
+    served.require(served.mean_key_similarity(keys, takes_part))
+    arguments.mean_key_similarity(keys, takes_part)
+    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    if out.numel() == 0:
+        return out
+    for part in batches(keys.shape[0], Norms.bytes_each(keys)):
+        norms = Norms.like(keys[part])
+        scan(keys[part], takes_part[part], norms)
+        total, oldest, number = _folded(norms, keys.shape[3])
+        sums = _column_sums(keys[part], norms, total, oldest, threshold=1.0, beta=0, itself=True)
+        share = number.clamp(min=1)
+        if unit_mean:
+            share = torch.linalg.vector_norm(total, dim=-1).clamp_(min=1e-12 * share)
+        torch.div(sums, share.unsqueeze(-1), out=out[part].view(sums.shape))
+    return out
+
+
+def _folded(norms: Norms, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each head, the sum of its unit keys, the oldest key that takes part and how many do."""
     rows, tiles = norms.first.shape
     width, parts = parts_of(dim)
-    total = torch.empty(rows, dim, dtype=torch.float32, device=keys.device)
-    oldest = torch.empty(rows, dtype=torch.int32, device=keys.device)
+    device = norms.first.device
+    total = torch.empty(rows, dim, dtype=torch.float32, device=device)
+    oldest = torch.empty(rows, dtype=torch.int32, device=device)
     number = torch.empty_like(oldest)
     launch(
         "similarity.fold_sums", rows, norms.partial, norms.first, norms.held, total, oldest, number, tiles,
         D=width, PARTS=parts, BLOCK=padded(min(tiles, 32)),
     )  # fmt: skip
+    return total, oldest, number
+
+
+def _column_sums(
+    keys: Keys, norms: Norms, total: Tensor, oldest: Tensor, *,
+    threshold: float, beta: int, own: bool = False, index_zero: bool = False, itself: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return fp32 `[R, N]`, column sums of cosines; what exempted pairs take from them stands in `norms.lost`."""
+    _, heads, n, dim = keys.shape
+    rows, tiles = norms.first.shape
+    width, parts = parts_of(dim)
     base = torch.empty(rows, n, dtype=torch.float32, device=keys.device)
     launch(
         "similarity.exempt", rows * tiles,
         keys, *keys.stride()[:3], norms.inverse, total, oldest, base, norms.lost, threshold, n, heads,
-        D=width, PARTS=parts, TILE=TILE, BETA=beta, OWN=own, INDEX_ZERO=index_zero, UPCAST=upcast(),
+        D=width, PARTS=parts, TILE=TILE, BETA=beta, OWN=own, INDEX_ZERO=index_zero, ITSELF=itself, UPCAST=upcast(),
         warps=4 if parts > 1 and width < 64 else 8,
     )  # fmt: skip
+    return base
+
+
+def _reduced(
+    keys: Keys, mask: Mask, norms: Norms, out: Tensor,
+    threshold: float, beta: int, own: bool, index_zero: bool, softmax: bool,
+) -> None:  # fmt: skip
+    _, heads, n, dim = keys.shape
+    total, oldest, number = _folded(norms, dim)
+    base = _column_sums(keys, norms, total, oldest, threshold=threshold, beta=beta, own=own, index_zero=index_zero)
     launch(
-        "similarity.finish_redundancy", rows,
+        "similarity.finish_redundancy", len(base),
         base, norms.lost, as_bytes(mask), *mask.stride(), number, out, n, heads,
         BLOCK=1024, LOST=beta > 0 and not own, SOFTMAX=softmax,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from kvpolicy.ops import arguments
 from kvpolicy.ops.dispatch import scratch
 from kvpolicy.types import Keys, Mask, Positions, Queries, Scores
 from kvpolicy_kernels import served
-from kvpolicy_kernels._launch import as_bytes, batches, launch, padded, parts_of, upcast
+from kvpolicy_kernels.launching import as_bytes, batches, launch, padded, parts_of, upcast
 from kvpolicy_kernels.similarity import TILE, Norms
 
 

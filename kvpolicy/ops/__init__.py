@@ -9,7 +9,7 @@ from kvpolicy.ops.apportion import apportion, pooled_counts
 from kvpolicy.ops.attention import attention_weights, masked_softmax
 from kvpolicy.ops.compaction import compact
 from kvpolicy.ops.density import key_density
-from kvpolicy.ops.dispatch import choose_backend, using_backend
+from kvpolicy.ops.dispatch import choose_backend, dispatched, using_backend
 from kvpolicy.ops.leverage import gaussian_sketch, leverage
 from kvpolicy.ops.mean_key import head_redundancy, mean_key_similarity
 from kvpolicy.ops.merging import merged_values
@@ -46,6 +46,7 @@ __all__ = [
     "choose_backend",
     "compact",
     "counter_uniform",
+    "dispatched",
     "extremes",
     "from_lowest",
     "gaussian_sketch",

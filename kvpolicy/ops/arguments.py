@@ -54,6 +54,12 @@ def mean_similarity(keys: Tensor, takes_part: Tensor, *, name: str = "takes_part
         raise ValueError(f"spare is {spare!r}; give 'newest' or 'own'.")
 
 
+def mean_key_similarity(keys: Tensor, takes_part: Tensor, **_: Any) -> None:
+    """Check the arguments of `ops.mean_key_similarity`."""
+    expect(keys, "keys", "BHND", None, keys.device)
+    expect(takes_part, "takes_part", tuple(keys.shape[:3]), torch.bool, keys.device)
+
+
 def window_importance(
     queries: Tensor, query_positions: Tensor, query_valid: Tensor, keys: Tensor, positions: Tensor, valid: Tensor,
     *, attention_sinks: Tensor | None = None, **_: Any,

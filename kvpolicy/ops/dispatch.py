@@ -39,6 +39,7 @@ class _Scope:
     scratch: dict[str, Any] | None
 
 
+_homes: dict[str, str] = {}  # module of each operation
 _scope: ContextVar[_Scope | None] = ContextVar("kvpolicy_backend", default=None)
 
 
@@ -105,9 +106,17 @@ def dispatched(definition: Callable[P, R]) -> Callable[P, R]:
     """Let an operation, given by its plain-torch definition, run on the backend asked for.
 
     With ``auto`` a call that a backend refuses goes to torch; with a backend's name it raises UnsupportedError.
-    Arguments that do not fit together raise ValueError whatever the backend.
+    Arguments of kvpolicy's own operations that do not fit together raise ValueError whatever the backend. The first
+    argument of an operation is a tensor.
+
+    Raises:
+        ValueError: another module has an operation of this name, whose kernels would run instead.
     """
-    op = definition.__name__
+    op, home = definition.__name__, definition.__module__
+    if _homes.setdefault(op, home) != home:
+        raise ValueError(
+            f"the operation {op} of {home} has the name of one of {_homes[op]}; begin it with the name of your package."
+        )
     check: Callable[..., None] | None = getattr(arguments, op, None)
 
     @functools.wraps(definition)

@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from kvpolicy.ops.dispatch import dispatched
 from kvpolicy.types import Keys, Mask, Scores
 
 _TINY = 1e-30
 
 
+@dispatched
 def mean_key_similarity(keys: Keys, takes_part: Mask, *, unit_mean: bool = False) -> Scores:
     """Similarity of each key's direction to the mean direction, itself included.
 
@@ -22,6 +24,9 @@ def mean_key_similarity(keys: Keys, takes_part: Mask, *, unit_mean: bool = False
 
     Returns:
         fp32 `[B, H, N]`, within [-1, 1]; 0 for slots that take no part. A zero key has no direction and gets 0.
+
+    Raises:
+        ValueError: arguments do not fit together.
     """
     unit = _unit_keys(keys, takes_part)
     mean = unit.sum(2) / takes_part.sum(-1).clamp(min=1).unsqueeze(-1)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy_kernels import _variants, aot
+from kvpolicy_kernels import aot
+from kvpolicy_kernels.variants import variants
 
 pytestmark = [
     pytest.mark.aot,
@@ -20,7 +21,7 @@ pytestmark = [
 ]
 
 TABLE = json.loads(Path(__file__).with_name("resources.json").read_text(encoding="utf-8"))
-ALL, SOME = aot.unique(full=True), aot.unique(full=False)
+ALL, SOME = aot.unique(variants(full=True)), aot.unique(variants(full=False))
 CASES = [
     pytest.param(target, name, id=f"{target} {name}", marks=() if name in SOME else pytest.mark.slow)
     for name in ALL
@@ -40,10 +41,10 @@ def test_the_table_has_every_variant_and_no_other():
     assert all(set(row) == set(aot.TARGETS) for row in TABLE.values())
 
 
-def test_all_that_multiplies_is_among_the_variants():
+def test_the_representative_set_has_every_kernel_and_all_that_multiply():
     kernels = {launch.name for launch in SOME.values()}
     assert kernels == {launch.name for launch in ALL.values()}
-    multiplying = {launch.name for launch in SOME.values() if _variants.multiplies(launch)}
+    multiplying = {ALL[name].name for name, row in TABLE.items() if all(of["products"] for of in row.values())}
     assert multiplying == {
         "scan.scan_keys",
         "window.mean_weights",
@@ -51,11 +52,13 @@ def test_all_that_multiplies_is_among_the_variants():
         "ragged.attend_part",
         "density.sum_near",
     }
+    assert all(of["matrix"] or not of["products"] for row in TABLE.values() for of in row.values())
+    assert not any(of["spills"] for row in TABLE.values() for of in row.values())
 
 
 def test_what_is_wrong_is_named():
     name = next(n for n in SOME if n.startswith("similarity.exempt"))
-    good = aot.Resources(registers=100, spills=0, shared=1024, matrix=8, conversions=3)
+    good = aot.Resources(registers=100, spills=0, shared=1024, matrix=8, conversions=3, products=2)
     moving = next(launch for launch in SOME.values() if launch.name == "compaction.move_kept")
 
     def problems(known=100, launch=SOME[name], **wrong):
@@ -67,4 +70,16 @@ def test_what_is_wrong_is_named():
     assert problems(spills=8) == ["spills 8"]
     assert problems(shared=65537) == ["needs 65537 bytes of shared memory and gfx942 has 65536"]
     assert problems(matrix=0) == ["has no matrix instruction"]
+    assert problems(matrix=0, products=0) == []
     assert problems(launch=moving) == ["changes layouts 3 times"]
+
+
+def test_a_part_that_is_compiled_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "resources.json"
+    file.write_text(json.dumps(TABLE | {"gone.kernel fp32": {}}))
+    monkeypatch.setattr("sys.argv", ["aot", "--kernel", "similarity.fold", "--target", "sm_120", "--write", str(file)])
+    assert aot.main() == 0
+    assert capsys.readouterr().out.count("similarity.fold_sums") == sum(
+        launch.name == "similarity.fold_sums" for launch in SOME.values()
+    )
+    assert json.loads(file.read_text()) == TABLE

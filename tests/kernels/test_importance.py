@@ -8,7 +8,7 @@ import torch
 
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
-from kvpolicy_kernels import _launch, similarity, window
+from kvpolicy_kernels import launching, similarity, window
 
 NAN = float("nan")
 
@@ -211,14 +211,14 @@ def test_a_bad_key_cannot_hide(bad, device):
 def test_a_batch_cut_to_bound_the_workspace_is_the_same(device, monkeypatch):
     inputs = case(device, torch.float16, 64, 2, 8, 70)
     whole = window.window_importance(*inputs, scale=0.1)
-    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(launching, "WORKSPACE_BYTES", 1)
     assert torch.equal(window.window_importance(*inputs, scale=0.1), whole)
 
 
 @pytest.mark.usefixtures("seed")
 def test_redundancy_reuses_the_one_read_of_the_keys(device, monkeypatch):
     names = []
-    real = _launch.launch
+    real = launching.launch
 
     def spy(name, *args, **kwargs):
         names.append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kvpolicy.cache.store import arena
 from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.ops import dispatch
-from kvpolicy_kernels import _launch, compaction, selection, similarity, window
+from kvpolicy_kernels import compaction, launching, selection, similarity, window
 
 
 def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
@@ -37,15 +38,53 @@ def views(device, layers=3, batch=2, heads=2, group=2, n=72, dim=16):
         )  # fmt: skip
 
 
+def asked_of(backend, monkeypatch):
+    """Return a list that grows by each operation that asks a backend, with what runs it: None is torch."""
+    asked = []
+    own = dispatch._implementation
+
+    def noted(name, op, args, kwargs):
+        chosen = own(name, op, args, kwargs)
+        if name == backend:
+            asked.append((op, chosen))
+        return chosen
+
+    monkeypatch.setattr(dispatch, "_implementation", noted)
+    return asked
+
+
+BOTH = {"window_importance", "redundancy", "top_k"}
+OPERATIONS = {
+    "rkv": BOTH,
+    "rkv-code": BOTH,
+    "rkv-paper": BOTH,
+    "rkv-density": {"window_importance", "key_density", "top_k"},
+    "snapkv": {"window_importance", "top_k"},
+    "snapkv-prefill": {"window_importance", "top_k"},
+    "g-kv": BOTH,
+    "keydiff": {"mean_key_similarity", "top_k"},
+    "knorm": {"top_k"},
+}
+
+
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("name", ["rkv", "rkv-code", "rkv-paper", "rkv-density", "snapkv"])
-def test_same_kept_slots_as_torch(name, device):
-    made = list(views(device))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_same_kept_slots_as_torch_and_nothing_left_to_torch(name, device, monkeypatch):
+    asked = asked_of("triton", monkeypatch)
+    states = {state.name: state.fill for state in kvpolicy.load(name).build().slot_states}
+    made = [
+        replace(view, state={state: torch.full(view.shape, fill, device=device) for state, fill in states.items()})
+        for view in views(device)
+    ]
     kept, scores = {}, {}
     for backend in ("torch", "triton"):
+        for view in made:
+            view.memo.clear()  # the other backend's scores
         policy = kvpolicy.load(name, budget=40, backend=backend).build()
         kept[backend] = policy.select(made, [40, 40])
         scores[backend] = [policy.retention(view) for view in made]
+    assert {op for op, _ in asked} == OPERATIONS[name]
+    assert all(chosen.__module__.startswith("kvpolicy_kernels.") for _, chosen in asked)
     for layer, view in enumerate(made):
         a, b = kept["torch"][layer].indices, kept["triton"][layer].indices
         torch.testing.assert_close(scores["triton"][layer], scores["torch"][layer], atol=1e-7, rtol=1e-5)
@@ -82,7 +121,7 @@ def test_an_engine_compacts_with_the_kernels(device, caplog):
 
 def test_all_layers_of_a_compaction_share_each_launch(device, monkeypatch):
     launches = collections.Counter()
-    own = _launch.launch
+    own = launching.launch
 
     def counted(name, *arguments, **options):
         launches[name] += 1

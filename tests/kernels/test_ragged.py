@@ -13,7 +13,7 @@ from kvpolicy_kernels import ragged
 P = 16
 
 
-def case(device, dtype, dim, out_dim, group, count, tail, counts, *, masked=False, sinks=False):
+def case(device, dtype, dim, out_dim, group, count, tail, counts, *, masked=False, sinks=False, softcap=None):
     """A base with the given entries per head (two heads a row), leftovers in free slots, and a tail."""
     counts = torch.tensor(counts)
     owners = counts.numel()
@@ -38,11 +38,12 @@ def case(device, dtype, dim, out_dim, group, count, tail, counts, *, masked=Fals
         "tail_values": torch.randn(batch, heads, tail + 4, out_dim).to(dtype).to(device)[:, :, :tail],
         "visible": seen,
         "scale": dim**-0.5,
+        "softcap": softcap,
         "attention_sinks": torch.randn(heads, group, device=device) if sinks else None,
     }
 
 
-def reference(queries, base, tail_keys, tail_values, visible, scale, attention_sinks):
+def reference(queries, base, tail_keys, tail_values, visible, scale, softcap, attention_sinks):
     """In float64, one query head and one query at a time."""
     batch, query_heads, count, _ = queries.shape
     heads, tail = tail_keys.shape[1:3]
@@ -59,6 +60,8 @@ def reference(queries, base, tail_keys, tail_values, visible, scale, attention_s
                 if not keys:
                     continue
                 logits = torch.stack(keys).double() @ queries[b, head, q].double() * scale
+                if softcap is not None:
+                    logits = torch.tanh(logits / softcap) * softcap
                 if attention_sinks is not None:
                     sink = attention_sinks[h, head % (query_heads // heads)].double()
                     logits = torch.cat([logits, sink[None]])
@@ -90,6 +93,23 @@ def test_decode(dtype, group, device):
         pytest.skip("fp32 caches are refused on a GPU")
     counts = [random.randint(0, 150), 0, random.randint(1, 40), 16]
     inputs = case(device, dtype, 64, 64, group, 1, random.randint(1, 70), counts, sinks=group == 3)
+    check(inputs, ROUNDING[dtype])
+
+
+@pytest.mark.usefixtures("seed", "grid_order")
+@pytest.mark.parametrize(("dim", "out_dim"), [(96, 96), (192, 128), (256, 256), (64, 192), (16, 96)])
+def test_wide_heads_and_those_that_are_no_power_of_two(dim, out_dim, device):
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    inputs = case(device, dtype, dim, out_dim, 2, 1, random.randint(1, 40), [random.randint(33, 90), 0, 1, 16])
+    check(inputs, ROUNDING[dtype])
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_soft_cap_with_sinks_over_several_wide_queries(dtype, device):
+    if dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("fp32 caches are refused on a GPU")
+    inputs = case(device, dtype, 256, 256, 2, 9, 21, [40, 0], masked=True, sinks=True, softcap=1.5)
     check(inputs, ROUNDING[dtype])
 
 
@@ -127,13 +147,14 @@ def test_bases_of_the_same_size_are_not_mixed_up(device):
 @pytest.mark.usefixtures("seed")
 def test_refusals(device):
     inputs = case(device, torch.float16, 64, 64, 1, 1, 3, [16, 3])
+    odd = case(device, torch.float16, 64, 48, 1, 1, 3, [16, 3])
     with ops.using_backend("triton"):
-        with pytest.raises(UnsupportedError, match="soft-cap"):
-            ops.ragged_attention(**{**inputs, "softcap": 20.0})
+        with pytest.raises(UnsupportedError, match="the head dim is 48"):
+            ops.ragged_attention(**odd)
         with pytest.raises(UnsupportedError, match=r"float32 queries with torch\.float16 keys"):
             ops.ragged_attention(**{**inputs, "queries": inputs["queries"].float()})
-    with pytest.raises(UnsupportedError, match="soft-cap"):
-        ragged.ragged_attention(**{**inputs, "softcap": 20.0})
+    with pytest.raises(UnsupportedError, match="the head dim is 48"):
+        ragged.ragged_attention(**odd)
     with pytest.raises(ValueError, match="tail_values has shape"):
         ragged.ragged_attention(**{**inputs, "tail_values": inputs["tail_values"][:, :1]})
 

@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import ops
 from kvpolicy.errors import UnsupportedError
-from kvpolicy_kernels import _launch, similarity
+from kvpolicy_kernels import launching, similarity
 
 NAN = float("nan")
 
@@ -154,7 +154,7 @@ def test_rows_and_layers_in_one_launch_equal_each_alone(device, monkeypatch):
         for row in range(2):
             alone = similarity.redundancy(arena[layer, row : row + 1], masks[layer, row : row + 1])
             assert torch.equal(alone[0], together[layer, row])
-    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(launching, "WORKSPACE_BYTES", 1)
     cut = similarity.redundancy(arena.flatten(0, 1), masks.flatten(0, 1))
     assert torch.equal(cut.unflatten(0, (3, 2)), together)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import pytest
 import kvpolicy
 from kvpolicy.cli import main
 from kvpolicy.cli.scaffolding import rendered
+from kvsupport.stranger import Stranger, succeeded
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "third_party_plugin"
@@ -132,41 +129,19 @@ def test_a_scorer_costs_at_most_12_lines_of_python_and_5_of_toml():
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A fresh environment with the example and the minimal package built and installed; runs commands in it."""
-    folder = tmp_path_factory.mktemp("stranger")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
-    python = folder / "venv" / "bin" / "python"
-    # What the new environment does not have it takes from this one, so that torch is not installed again.
-    (found,) = (folder / "venv").glob("lib/python*/site-packages")
-    (found / "this.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    shutil.copytree(EXAMPLE, folder / "example")
+    made = Stranger(tmp_path_factory.mktemp("stranger"))
+    shutil.copytree(EXAMPLE, made.folder / "example")
     toml, module = minimal_package()
-    (folder / "minimal").mkdir()
-    (folder / "minimal" / "pyproject.toml").write_text(toml)
-    (folder / "minimal" / f"{next(iter(plugin_points(toml).values()))}.py").write_text(module)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-
-    def call(*arguments, cwd=folder):
-        return subprocess.run(
-            [str(python), "-P", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-
+    (made.folder / "minimal").mkdir()
+    (made.folder / "minimal" / "pyproject.toml").write_text(toml)
+    (made.folder / "minimal" / f"{next(iter(plugin_points(toml).values()))}.py").write_text(module)
     for package in ("example", "minimal"):
-        done = call("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", folder / package)
-        assert done.returncode == 0, done.stdout + done.stderr
-    call.folder = folder
-    return call
+        made.install(made.folder / package)
+    return made
 
 
 def plugin_points(toml):
     return tomllib.loads(toml)["project"]["entry-points"]["kvpolicy"]
-
-
-def succeeded(done):
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
 
 
 def test_list_names_the_distribution(stranger):

@@ -18,6 +18,7 @@ from kvpolicy.loading import installed
 from kvpolicy.loading.entries import Catalog
 from kvpolicy.ops import dispatch
 from kvpolicy_kernels import backend as kernels
+from kvpolicy_kernels import launching
 
 KEYS = torch.randn(1, 1, 6, 16, dtype=torch.float16)
 MASK = torch.ones(1, 1, 6, dtype=torch.bool)
@@ -128,6 +129,25 @@ def test_the_kernels_enter_through_the_hook():
     assert isinstance(installed.load_catalog().backends()["triton"], kernels.TritonBackend)
 
 
+def test_an_operation_of_a_plugin_is_dispatched_and_none_takes_the_name_of_another(mine, monkeypatch):
+    @ops.dispatched
+    def my_plugin_total(keys):
+        return keys.sum()
+
+    assert my_plugin_total(KEYS) == KEYS.sum()
+    ops.dispatched(my_plugin_total.__wrapped__)  # its module is read again
+    monkeypatch.setattr(mine, "load", {"my_plugin_total": lambda keys: "mine"}.get)
+    monkeypatch.setattr(mine, "refuses", lambda op, *_: None)
+    with ops.using_backend("mine"):
+        assert my_plugin_total(KEYS) == "mine"
+
+    def top_k(scores):
+        return scores
+
+    with pytest.raises(ValueError, match=r"top_k of .* has the name of one of kvpolicy\.ops\.selection; begin it"):
+        ops.dispatched(top_k)
+
+
 def test_scratch_lasts_for_one_shared_block():
     assert dispatch.scratch() is None
     with ops.using_backend("torch", shared=True):
@@ -146,9 +166,9 @@ def keys_like(device, dtype=torch.float16, dim=64):
 def test_what_triton_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend = kernels.TritonBackend()
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
     assert backend.refuses_cache(keys_like("cuda")).startswith("triton is not installed; install kvpolicy[triton]")
-    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    monkeypatch.setattr(launching, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backend.refuses_cache(keys_like("cuda")) is None
     assert backend.refuses_cache(keys_like("cuda", torch.bfloat16, 128)) is None

@@ -37,6 +37,11 @@ def test_all_rows_are_current(script):
     assert rows(script) == {name: script.row(name) for name in rows(script)}
 
 
+def test_the_table_of_compiled_kernels_is_current(script):
+    text = script.PAGE.read_text(encoding="utf-8").partition(script.SECOND)[2].partition(script.LAST)[0]
+    assert text == script.resources(), "run python -P scripts/kernel_table.py"
+
+
 def test_the_noted_calls_are_the_operations_of_the_policy(script):
     ops = {call["op"] for call in script.calls_of("rkv-density").values()}
     assert ops == {"window_importance", "key_density", "top_k", "compact"}
@@ -48,4 +53,6 @@ def test_a_call_without_a_kernel_is_named(script):
     assert script.reason(few, wide) is None
     assert script.reason(many, wide) == "33 observed queries (at most 32)"
     assert script.reason(few, odd).startswith("the head dim is 48")
-    assert script.reason({"op": "ragged_attention", "options": {}}, wide) == "the model's logit soft-cap"
+    ragged = {"op": "ragged_attention", "options": {}}
+    assert script.reason(ragged, wide) is None
+    assert script.reason(ragged, odd).startswith("the head dim is 48")

@@ -28,6 +28,24 @@ def precise_dot(left, right, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def capped(x, cap):
+    """``cap * tanh(x / cap)``; near 0 by its series, where the exponential would lose digits."""
+    y = x / cap
+    z = tl.minimum(y * y, 0.25)
+    series = -929569.0 / 638512875.0
+    series = series * z + 21844.0 / 6081075.0
+    series = series * z - 1382.0 / 155925.0
+    series = series * z + 62.0 / 2835.0
+    series = series * z - 17.0 / 315.0
+    series = series * z + 2.0 / 15.0
+    series = series * z - 1.0 / 3.0
+    small = y + y * z * series
+    e = tl.exp(-2.0 * tl.abs(y))
+    large = tl.where(y < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    return cap * tl.where(tl.abs(y) < 0.5, small, large)
+
+
+@triton.jit
 def tile_of(n, heads, TILE: tl.constexpr):
     """Return row, batch index, head and columns of a program of a flat grid over (rows, tiles)."""
     tiles = tl.cdiv(n, TILE)

@@ -3,25 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels._triton.common import NEVER, dot, load_mask, tile_of
-
-
-@triton.jit
-def capped(x, cap):
-    """``cap * tanh(x / cap)``; near 0 by its series, where the exponential would lose digits."""
-    y = x / cap
-    z = tl.minimum(y * y, 0.25)
-    series = -929569.0 / 638512875.0
-    series = series * z + 21844.0 / 6081075.0
-    series = series * z - 1382.0 / 155925.0
-    series = series * z + 62.0 / 2835.0
-    series = series * z - 17.0 / 315.0
-    series = series * z + 2.0 / 15.0
-    series = series * z - 1.0 / 3.0
-    small = y + y * z * series
-    e = tl.exp(-2.0 * tl.abs(y))
-    large = tl.where(y < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    return cap * tl.where(tl.abs(y) < 0.5, small, large)
+from kvpolicy_kernels._triton.common import NEVER, capped, dot, load_mask, tile_of
 
 
 @triton.jit

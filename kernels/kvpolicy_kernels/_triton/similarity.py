@@ -34,14 +34,20 @@ def fold_sums(
     tl.store(number_ptr + row, number)
 
 
+@triton.jit
+def column_sum(unit, total, ITSELF: tl.constexpr):
+    """Products of unit keys, or parts of them, with the sum of all, without or with that of each key with itself."""
+    return tl.sum(unit * total[None, :], 1) if ITSELF else tl.sum(unit * total[None, :], 1) - tl.sum(unit * unit, 1)
+
+
 @triton.jit(do_not_specialize=["n", "heads", "threshold"])
 def exempt(
     k_ptr, kb, kh, kn, inverse_ptr, total_ptr, oldest_ptr, base_ptr, lost_ptr,
     threshold, n, heads,
     D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr,
-    INDEX_ZERO: tl.constexpr, UPCAST: tl.constexpr,
+    INDEX_ZERO: tl.constexpr, ITSELF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Per tile of keys that pick: their column sums, and what the picked keys' sums lose.
+    """Per tile of keys that pick: their column sums, with `ITSELF` on the diagonal too, and what those picked lose.
 
     The scan walks from the newest tile backwards and stops when every key of the tile has its `BETA` picks. Losses are
     added as integers, whose sum does not depend on the order; with `OWN` they stay with the key that picks.
@@ -57,10 +63,10 @@ def exempt(
     k = tl.load(k_at, mask=held[:, None], other=0.0)
     unit = k.to(tl.float32) * inverse[:, None]
     total_at = total_ptr + row * D * PARTS + dim
-    base = tl.sum(unit * tl.load(total_at)[None, :], 1) - tl.sum(unit * unit, 1)
+    base = column_sum(unit, tl.load(total_at), ITSELF)
     for part in tl.static_range(1, PARTS):
         unit = tl.load(k_at + part * D, mask=held[:, None], other=0.0).to(tl.float32) * inverse[:, None]
-        base += tl.sum(unit * tl.load(total_at + part * D)[None, :], 1) - tl.sum(unit * unit, 1)
+        base += column_sum(unit, tl.load(total_at + part * D), ITSELF)
 
     if BETA > 0:
         quota = tl.where(held, BETA, 0)

@@ -13,21 +13,9 @@ from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.ops.ragged import Blocks
 from kvpolicy.types import KeepIndices
 from kvpolicy_kernels import compaction, density, ragged, selection, similarity, window
-from kvpolicy_kernels._launch import Launch
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SLOTS = 160  # divisible by 16, as the strides of an arena are
-
-
-def multiplies(launch: Launch) -> bool:
-    """Whether a launch has a matrix product in it."""
-    of = launch.constants
-    return (
-        (launch.name == "scan.scan_keys" and of["LOGITS"])
-        or (launch.name == "window.mean_weights" and of["BY_HEAD"])
-        or (launch.name == "similarity.exempt" and of["BETA"] > 0)
-        or launch.name in ("ragged.attend_part", "density.sum_near")
-    )
 
 
 def variants(*, full: bool) -> dict[str, Callable[[], object]]:
@@ -37,7 +25,8 @@ def variants(*, full: bool) -> dict[str, Callable[[], object]]:
     if full:
         widths += [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 128)]
     for dtype, dim in widths:
-        _of_keys(calls, dtype, dim, every=full and dim == 128, full=full)
+        # Every option for one head dim of one dtype; fp16 is laid out as bf16 is.
+        _of_keys(calls, dtype, dim, every=full and (dtype, dim) == (torch.bfloat16, 128), full=full)
     for dim in (96, 192, 256) if full else (192,):
         _of_wide_keys(calls, dim)
     _of_options(calls)
@@ -66,6 +55,8 @@ def _of_keys(calls: dict[str, Callable[[], object]], dtype: torch.dtype, dim: in
         calls[f"{name} max weights"] = partial(_importance, dtype, dim, 4, 16, group_stage="weights")
     for beta in (0, 1, 2, 3, 4) if every else (1, 3) if wide else (1,):
         calls[f"{name} beta{beta}"] = partial(_redundancy, dtype, dim, beta=beta)
+    if dim >= 64:
+        calls[f"{name} mean key"] = partial(similarity.mean_key_similarity, _keys(dtype, dim), _mask())
     if wide or full:
         calls[f"{name} index_zero"] = partial(_redundancy, dtype, dim, index_zero=True)
     if full:
@@ -83,6 +74,9 @@ def _of_wide_keys(calls: dict[str, Callable[[], object]], dim: int) -> None:
     name = f"bf16 D{dim}"
     calls[f"{name} rkv G4"] = partial(_importance, torch.bfloat16, dim, 4, 8, shared=True)
     calls[f"{name} redundancy"] = partial(_redundancy, torch.bfloat16, dim)
+    calls[f"{name} mean key"] = partial(similarity.mean_key_similarity, _keys(torch.bfloat16, dim), _mask())
+    calls[f"{name} ragged G4"] = partial(_ragged, torch.bfloat16, dim, 4, 1)
+    calls[f"{name} ragged masked"] = partial(_ragged, torch.bfloat16, dim, 8, 16, masked=True)
     if dim == 256:
         calls[f"{name} snapkv"] = partial(
             _importance, torch.bfloat16, dim, 4, 32, group_stage="weights", softmax_over="row", mean=True
@@ -101,6 +95,8 @@ def _of_options(calls: dict[str, Callable[[], object]]) -> None:
     calls["each mean"] = partial(
         _importance, torch.bfloat16, 64, 4, 8, shared=True, smooth_stage="query", smooth_kind="mean"
     )
+    calls["ragged soft-cap"] = partial(_ragged, torch.bfloat16, 256, 2, 1, softcap=50.0)
+    calls["ragged values that differ"] = partial(_ragged, torch.bfloat16, 192, 1, 1, out_dim=128)
     for dtype, dim, lower in ((torch.float32, 64, 0.3), (torch.float32, 128, 0.3), (torch.float32, 64, 1.0)):
         calls[f"density {dtype} D{dim} {lower}"] = partial(_density, dtype, dim, lower)
     calls["density bf16"] = partial(_density, torch.bfloat16, 128)
@@ -141,14 +137,17 @@ def _compact(dtype: torch.dtype, trailing: tuple[int, ...]) -> None:
     compaction.compact(torch.empty(2, 2, _SLOTS, *trailing, dtype=dtype), kept)
 
 
-def _ragged(dtype: torch.dtype, dim: int, group: int, count: int, *, masked: bool = False) -> None:
-    kept = torch.empty(8, 16, dim, dtype=dtype)
-    base = Blocks(kept, kept, torch.arange(8) // 2, torch.full((8,), 16))
-    tail = torch.empty(2, 2, 128, dim, dtype=dtype)
+def _ragged(
+    dtype: torch.dtype, dim: int, group: int, count: int, *,
+    masked: bool = False, softcap: float | None = None, out_dim: int | None = None,
+) -> None:  # fmt: skip
+    keys, values = (torch.empty(8, 16, size, dtype=dtype) for size in (dim, out_dim or dim))
+    base = Blocks(keys, values, torch.arange(8) // 2, torch.full((8,), 16))
+    tail, tail_values = (torch.empty(2, 2, 128, size, dtype=dtype) for size in (dim, out_dim or dim))
     seen = torch.empty(2, 1, count, 128, dtype=torch.bool) if masked else None
     sinks = torch.empty(2, group, dtype=dtype) if masked else None
     queries = torch.empty(2, 2 * group, count, dim, dtype=dtype)
-    ragged.ragged_attention(queries, base, tail, tail, seen, scale=0.125, attention_sinks=sinks)
+    ragged.ragged_attention(queries, base, tail, tail_values, seen, scale=0.125, softcap=softcap, attention_sinks=sinks)
 
 
 def _top_k(slots: int) -> None:
