@@ -17,11 +17,6 @@ HALVES = (torch.float16, torch.bfloat16)
 CASES = (
     [(d, n) for d in HALVES for n in served.HEAD_DIMS] if not INTERPRETING else list(zip(HALVES, (32, 96), strict=True))
 )
-RAGGED = (
-    [(d, n) for d in HALVES for n in served.RAGGED_DIMS]
-    if not INTERPRETING
-    else list(zip(HALVES, (32, 64), strict=True))
-)
 N, GROUP, OBSERVE = 70, 2, 8
 
 
@@ -91,7 +86,7 @@ def test_strides_change_no_bit_and_a_second_call_neither(operation, dim, dtype, 
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize(("dtype", "dim"), RAGGED)
+@pytest.mark.parametrize(("dtype", "dim"), CASES)
 def test_attention_over_heads_of_different_lengths(dim, dtype, device):
     owner = torch.tensor([0, 0, 1, 3, 3, 3], device=device)
     filled = torch.tensor([16, 9, 16, 16, 16, 2], device=device)
