@@ -202,19 +202,28 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
     parser.add_argument("--kernel", action="append", help="only launches whose names begin so (may be repeated)")
     parser.add_argument("--full", action="store_true", help="the whole matrix instead of a representative set")
-    parser.add_argument("--missing", action="store_true", help="only what the file to write to does not have")
+    parser.add_argument("--missing", action="store_true", help="only what the file of --write does not have")
     parser.add_argument("--write", type=Path, metavar="FILE",
                         help="write the numbers to this JSON file; those of other launches stay in it")  # fmt: skip
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
-        print("aot: unset TRITON_INTERPRET, because what is interpreted cannot be compiled.", file=sys.stderr)
-        return 2
+        return _refused("unset TRITON_INTERPRET, because what is interpreted cannot be compiled")
+    if options.missing and options.write is None:
+        return _refused("--missing says what to leave out by the file of --write; name one")
     module, _, function = options.calls.partition(":")
-    calls = getattr(importlib.import_module(module), function)
-    table = read_table(options.write, unique(calls(full=True))) if options.write is not None else {}
+    try:
+        calls = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        return _refused(f"--calls {options.calls} is no function ({error}); write MODULE:FUNCTION")
+    try:
+        table = read_table(options.write, unique(calls(full=True))) if options.write is not None else {}
+    except (OSError, ValueError, AttributeError) as error:
+        return _refused(f"{options.write} is no table of this program ({error}); write another file, or remove it")
     launches = unique(calls(full=options.full))
     if options.kernel:
         launches = {name: of for name, of in launches.items() if name.startswith(tuple(options.kernel))}
+    if not launches:
+        return _refused("nothing is launched; --kernel takes the beginnings of the names that a run without it prints")
     wrong = 0
     for target in options.target or TARGETS:
         for name, launch in launches.items():
@@ -233,6 +242,11 @@ def main() -> int:
             options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{wrong} with problems")
     return int(wrong > 0)
+
+
+def _refused(why: str) -> int:
+    print(f"aot: {why}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -79,7 +79,43 @@ def test_a_part_that_is_compiled_leaves_the_other_rows(tmp_path, monkeypatch, ca
     file.write_text(json.dumps(TABLE | {"gone.kernel fp32": {}}))
     monkeypatch.setattr("sys.argv", ["aot", "--kernel", "similarity.fold", "--target", "sm_120", "--write", str(file)])
     assert aot.main() == 0
-    assert capsys.readouterr().out.count("similarity.fold_sums") == sum(
-        launch.name == "similarity.fold_sums" for launch in SOME.values()
+    compiled = [name for name in SOME if name.startswith("similarity.fold")]
+    assert capsys.readouterr().out.count("similarity.fold_sums") == len(compiled) > 0
+    written = json.loads(file.read_text())
+    assert set(written) == set(TABLE)
+    for name, row in TABLE.items():
+        untouched = set(row) - ({"sm_120"} if name in compiled else set())
+        assert {target: written[name][target] for target in untouched} == {target: row[target] for target in untouched}
+    file.write_text(json.dumps({name: row for name, row in TABLE.items() if name != compiled[0]}))
+    monkeypatch.setattr(
+        "sys.argv", ["aot", "--missing", "--kernel", "similarity.", "--target", "sm_80", "--write", str(file)]
     )
-    assert json.loads(file.read_text()) == TABLE
+    assert aot.main() == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("sm_80")] != []
+    assert set(json.loads(file.read_text())[compiled[0]]) == {"sm_80"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--calls", "no_such_module:calls"], "--calls no_such_module:calls is no function"),
+        (["--calls", "kvpolicy_kernels.variants"], "write MODULE:FUNCTION"),
+        (["--calls", ":"], "write MODULE:FUNCTION"),
+        (["--missing"], "by the file of --write; name one"),
+        (["--kernel", "no.such"], "nothing is launched"),
+        (["--write", "list.json"], "list.json is no table"),
+        (["--write", "text.json"], "text.json is no table"),
+        (["--write", "."], ". is no table"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
+    Path("text.json").write_text("not JSON")
+    monkeypatch.setattr("sys.argv", ["aot", *arguments])
+    assert aot.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
