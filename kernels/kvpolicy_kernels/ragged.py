@@ -69,7 +69,7 @@ def ragged_attention(
         scale, float(softcap or 0.0), heads, group, count, splits, tail, slots,
         D=dim, HELD=held, DV=out_dim, HELD_V=held_out, ROWS=rows, TILE=tile,
         MASKED=seen is not None, CAPPED=softcap is not None, UPCAST=upcast(),
-        warps=8 if rows >= 64 else 4, stages=2 if seen is None else 1,
+        warps=8 if rows >= 64 else 4, stages=2 if seen is None or held <= 32 else 1,
     )  # fmt: skip
     sinks = None if attention_sinks is None else attention_sinks.contiguous()
     launch(

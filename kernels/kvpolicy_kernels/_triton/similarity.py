@@ -64,7 +64,7 @@ def exempt(
     unit = k.to(tl.float32) * inverse[:, None]
     total_at = total_ptr + row * D * PARTS + dim
     base = column_sum(unit, tl.load(total_at), ITSELF)
-    for part in tl.static_range(1, PARTS):
+    for part in range(1, PARTS):  # not unrolled: the parts of a wide key together would spill registers
         unit = tl.load(k_at + part * D, mask=held[:, None], other=0.0).to(tl.float32) * inverse[:, None]
         base += column_sum(unit, tl.load(total_at + part * D), ITSELF)
 
