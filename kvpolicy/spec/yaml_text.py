@@ -223,7 +223,7 @@ def scan(text: str, source: str, what: What = "policy") -> Document:
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         place = _mark(source, node.start_mark)
         raise _refused(faults, f"{place}: is {kind}; a {what} file is a mapping of `field: value` lines.")
-    reading = _Reading(source, {(): _mark(source, node.start_mark)}, faults)
+    reading = _NodeReader(source, {(): _mark(source, node.start_mark)}, faults)
     data: dict[str, Any] = reading.value(node, ())
     return Document(data, reading.marks, tuple(reading.faults))
 
@@ -282,7 +282,7 @@ def _dump(value: Any, *, flow: bool, width: float) -> str:
     return text
 
 
-class _Reading:
+class _NodeReader:
     """Turns nodes into values, and notes where they stand and what is wrong with them."""
 
     def __init__(self, source: str, marks: dict[KeyPath, Mark], faults: list[Fault]) -> None:
@@ -307,7 +307,7 @@ class _Reading:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             mark = _mark(self.source, key_node.start_mark)
-            key = _Reading(self.source, {}, self.faults).value(key_node, path)
+            key = _NodeReader(self.source, {}, self.faults).value(key_node, path)
             if not isinstance(key, str):
                 text = f"the key {str(key)[:40]} is not text; put it in quotes."
                 self.faults.append(Fault(path, mark, text, known=False))

@@ -20,7 +20,7 @@ _WEIGHTS = {"cpu": 1 << 18}
 _WEIGHTS_ELSEWHERE = 1 << 24
 
 
-class Window(NamedTuple):
+class LastQueries(NamedTuple):
     """The last queries of every row.
 
     Attributes:
@@ -45,7 +45,7 @@ class Window(NamedTuple):
         return self.valid.sum(-1).clamp(min=1)[:, None, None]
 
 
-def last_queries(view: CacheView, observe: int, who: str) -> Window:
+def last_queries(view: CacheView, observe: int, who: str) -> LastQueries:
     """Return the newest `observe` queries of each row, fewer where it has seen fewer.
 
     Raises:
@@ -58,7 +58,7 @@ def last_queries(view: CacheView, observe: int, who: str) -> Window:
         # Another component asked for more: only the newest `observe` of them count here.
         newest = view.query_positions.masked_fill(~counted, -1).amax(dim=-1, keepdim=True)
         counted = counted & (view.query_positions > newest - observe)
-    return Window(view.queries, view.query_positions, counted)
+    return LastQueries(view.queries, view.query_positions, counted)
 
 
 class Piece(NamedTuple):
@@ -75,7 +75,7 @@ class Piece(NamedTuple):
     logits: Float32[Tensor, "B h G Q N"]
 
 
-def attention_pieces(view: CacheView, window: Window) -> Iterator[Piece]:
+def attention_pieces(view: CacheView, window: LastQueries) -> Iterator[Piece]:
     """Yield the attention of the window, few heads at a time, so that what is held stays small; a head is never cut."""
     batch, heads, group, count = window.queries.shape[:4]
     each = batch * group * count * view.shape[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
-from kvsupport.engine_driver import CPU, DIM, POLICIES, Driver, Text
+from kvsupport.engine_driver import CPU, DIM, POLICIES, Driver, RowText
 
 
 @pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
@@ -133,7 +133,7 @@ def test_a_clone_is_independent(fields):
     twin = Driver([1], **fields)
     twin.engine, twin.at = driver.engine.clone(), list(driver.at)
     kept, rows = driver.kept(0), [vars(row).copy() for row in driver.engine.rows]
-    twin.texts = [Text(5, twin.heads)]
+    twin.texts = [RowText(5, twin.heads)]
     twin.steps(30)
     assert driver.kept(0) == kept
     assert [vars(row) for row in driver.engine.rows] == rows

@@ -29,7 +29,7 @@ def policy(**fields: Any) -> Policy:
     return PolicySpec(**{**base, **fields}).build()
 
 
-class Text:
+class RowText:
     """The tensors of one row: what a token brings depends on row, layer and position only."""
 
     def __init__(self, seed: int, heads: dict[int, int]) -> None:
@@ -53,7 +53,7 @@ class Driver:
         self.heads = heads or dict.fromkeys(layers, 2)
         ropes = dict.fromkeys(layers, Rope(torch.tensor([1.0, 0.5, 0.1, 0.02])))
         self.engine = Engine(policy(**fields), groups, 4, ropes)
-        self.texts = [Text(seed, self.heads) for seed in texts]
+        self.texts = [RowText(seed, self.heads) for seed in texts]
         self.at = [0] * len(texts)
 
     def feed(self, *mask: str, kind: Kind | None = None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
