@@ -6,6 +6,7 @@ The bugs are those that were found in released eviction code; each of them must 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -16,6 +17,8 @@ from kvsupport.mutants import core, parts, scorers
 from kvsupport.mutants._base import Mutant
 
 __all__ = ["MUTANTS", "Caught", "Mutant", "run", "table"]
+
+_MISTAKE = re.compile("(Type|Attribute|Name)Error: ")
 
 MUTANTS: tuple[Mutant, ...] = (*scorers.MUTANTS, *parts.MUTANTS, *core.MUTANTS)
 """All mutants, components first."""
@@ -37,6 +40,9 @@ def run(mutant: Mutant, laws: list[Law] | None = None) -> Caught:
         laws = [LAWS[name] for name in mutant.laws]
     with mutant.breaking():
         results = check(subject, laws=laws, shrink=False)
+    # What a mutant does by mistake is no bug that a law has found.
+    strange = [r.failure.message for r in results if r.failure is not None and _MISTAKE.match(r.failure.message)]
+    assert not strange, f"the mutant {mutant.name!r} does not fit the code that it breaks: {strange[0]}"
     kind = f"core, under `{subject.name}`" if subject.kind == "policy" else subject.kind
     return Caught(mutant, kind, tuple(r.law for r in results if r.status == "failed"))
 

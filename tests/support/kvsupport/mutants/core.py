@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ _engine_module: Any = engine
 _compact, _reset, _view, _clone = ArenaStore.compact, Engine.reset, Engine.view, ArenaStore.clone
 _append_slots, _take_rows, _crop = ArenaStore.append_slots, Engine.take_rows, Engine.crop
 _window, _log_rows, _log_crop, _plan = QueryLog.window, QueryLog.rows, QueryLog.crop, _engine_module.plan_forward
-_decide, _masks, _store_rows, _fires = Policy.decide, decide.masks, ArenaStore.rows, Ledger._fires
+_decide, _masks, _share = Policy.decide, decide.masks, decide.share
+_store_rows, _fires = ArenaStore.rows, Ledger._fires
 
 
 def _without(names: tuple[str, ...]) -> Any:
@@ -150,13 +152,13 @@ def _counter_of_batch(self: Engine, layer: int, part: slice, window: Window | No
     return replace(view, compaction=torch.full_like(view.compaction, sum(r.compactions for r in self.rows)))
 
 
-def _pads_allowed(parts: Any, view: CacheView) -> tuple[Tensor, Tensor]:
-    protected, allowed = _masks(parts, view)
+def _pads_allowed(parts: Any, view: CacheView, *watch: Any) -> tuple[Tensor, Tensor]:
+    protected, allowed = _masks(parts, view, *watch)
     return protected, torch.ones_like(allowed)
 
 
-def _drops_protection(parts: Any, view: CacheView) -> tuple[Tensor, Tensor]:
-    protected, allowed = _masks(parts, view)
+def _drops_protection(parts: Any, view: CacheView, *watch: Any) -> tuple[Tensor, Tensor]:
+    protected, allowed = _masks(parts, view, *watch)
     first = protected & (protected.cumsum(-1) == 1)
     return protected & ~first, allowed
 
@@ -190,7 +192,7 @@ def _selector(select: Any) -> Any:
 
 
 def _unshared(selector: Any, scoring: Any) -> Any:
-    return scoring.ranking
+    return _share(SimpleNamespace(scope="head", reduce=selector.reduce), scoring)
 
 
 def _shared_knorm() -> Any:
