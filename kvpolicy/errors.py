@@ -15,8 +15,9 @@ class KVPolicyError(Exception):
     A message may quote a file, a path or another library: what a terminal would obey in it is written out.
     """
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*(harmless(each) if isinstance(each, str) else each for each in arguments))
+    # Here and not where it is made: exceptions are raised while a step is traced into a graph, too.
+    def __str__(self) -> str:
+        return harmless(super().__str__())
 
 
 class SpecError(KVPolicyError, ValueError):

@@ -35,7 +35,8 @@ def four_heads(policy, seed=0):
         keys, values = (torch.cat([x[:, :2], x[:, 2:].flip(-1)], 1) for x in (view.keys, view.values))
         return replace(view, keys=keys, values=values)
 
-    return large_case(policy, slots=150, seed=seed).with_heads([0, 1, 0, 1]).by_view(turned)
+    slots = max(150, policy.reserved() + 50)
+    return large_case(policy, slots=slots, seed=seed).with_heads([0, 1, 0, 1]).by_view(turned)
 
 
 def some(case):

@@ -118,8 +118,8 @@ def _window_shifted(self: QueryLog) -> Window | None:
     return Window(seen.positions[:, :-1], seen.valid[:, :-1], index[:, :-1])
 
 
-def _groups_swapped(self: Engine, layer: int, part: slice, window: Window | None = None) -> CacheView:
-    view = _view(self, layer, part, window)
+def _groups_swapped(self: Engine, *of: Any) -> CacheView:
+    view = _view(self, *of)
     if view.queries is None:
         return view
     batch, heads, group, *rest = view.queries.shape
@@ -143,12 +143,12 @@ def _first_row_decides(self: Ledger[int], counts: RowCounts, incoming: int) -> b
     return _fires(self, self.rows[0], incoming)
 
 
-def _one_more_than_budget(self: Policy, views: Any, budget: Any) -> Any:
-    return _decide(self, views, [n + 1 for n in budget])
+def _one_more_than_budget(self: Policy, views: Any, budget: Any, *ranks: Any) -> Any:
+    return _decide(self, views, [n + 1 for n in budget], *ranks)
 
 
-def _counter_of_batch(self: Engine, layer: int, part: slice, window: Window | None = None) -> CacheView:
-    view = _view(self, layer, part, window)
+def _counter_of_batch(self: Engine, *of: Any) -> CacheView:
+    view = _view(self, *of)
     return replace(view, compaction=torch.full_like(view.compaction, sum(r.compactions for r in self.rows)))
 
 
