@@ -192,7 +192,8 @@ def _selector(select: Any) -> Any:
 
 
 def _unshared(selector: Any, scoring: Any) -> Any:
-    return _share(SimpleNamespace(scope="head", reduce=selector.reduce), scoring)
+    alone: Any = SimpleNamespace(scope="head", reduce=selector.reduce)
+    return _share(alone, scoring)
 
 
 def _shared_knorm() -> Any:
