@@ -9,6 +9,7 @@ from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache, generate
 from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.testing.tiny import tiny_model
+from kvsupport.families import attentions
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -71,7 +72,7 @@ def test_a_single_pass_may_say_use_cache_false(model, compose, ids):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_gradient_checkpointing_is_refused_in_training_mode_only(compose, ids, name):
-    model = tiny_model(name)
+    model = tiny_model(name, attention=attentions(name)[-1])
     enable = "activation_checkpointing_enable"  # before 5.23: gradient_checkpointing_enable
     getattr(model, enable, model.gradient_checkpointing_enable)()
     with PolicyCache(compose(), model) as cache:

@@ -60,7 +60,7 @@ def test_a_class_of_each_mechanism_is_served_rightly_or_refused(family):
 
 
 def test_refusals_name_the_model_and_say_what_to_do():
-    for family in ("deepseek_v3", "bloom", "mamba", "mpt"):
+    for family in ("jetmoe", "bloom", "mamba", "mpt"):
         [message] = sweep(tiny_of(family), ("rkv",)).refused.values()
         assert "; use a " in message, message
         assert message.endswith(".")

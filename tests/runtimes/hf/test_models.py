@@ -12,24 +12,11 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.testing.tiny import FAMILIES, tiny_model
 from kvsupport.alone import as_if_alone
+from kvsupport.families import attentions, served
 from kvsupport.oracle import compare
 from kvsupport.trace import TracedCache
 
-EAGER_ONLY = {"gpt_oss", "gemma2"}  # sdpa knows neither sinks nor, in transformers 5.2, soft-caps
-
-
-def _attentions(family: str) -> list[str]:
-    return ["eager"] if family in EAGER_ONLY else ["eager", "sdpa"]
-
-
-def _served(family: str) -> bool:
-    """Before transformers 5.3 or so, models with linear attention bring a cache of their own and are refused."""
-    return family != "qwen3_next" or any(
-        "Linear" in type(layer).__name__ for layer in DynamicCache(config=tiny_model(family).config).layers
-    )
-
-
-CASES = [(family, attention) for family in FAMILIES if _served(family) for attention in _attentions(family)]
+CASES = [(family, attention) for family in FAMILIES if served(family) for attention in attentions(family)]
 
 
 @pytest.mark.parametrize(("family", "attention"), CASES)
@@ -145,7 +132,7 @@ def test_layers_that_forget_anyway_are_left_alone(tiny, compose, random_prompts)
 
 def test_a_row_of_a_batch_behaves_as_if_alone_beside_other_kinds_of_layers(tiny, compose, random_prompts):
     for family in ("gemma3", "gpt_oss", "qwen3_next"):
-        if _served(family):
+        if served(family):
             report = as_if_alone(tiny(family), compose(), random_prompts(5, 31, 18, 40), 30)
             assert report.ok, (family, report)
             assert report.decisions > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from kvpolicy.errors import UnsupportedError
@@ -24,6 +25,10 @@ CASES = {
     "blt": "transformers cannot make a DynamicCache",
     "mamba": "no layer to evict from|cannot make a DynamicCache|no attention of its own",
 }
+
+
+if transformers.__version__.startswith("5.2."):
+    del CASES["deepseek_v3"]  # stores there what it has expanded, and is served
 
 
 @pytest.mark.parametrize("family", [family for family in CASES if family in {*CAUSAL, *IMAGE_TEXT}])

@@ -106,6 +106,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cwm": {"layer_types": _HALF_SLIDING},
     "cohere_compass_text": {"layer_types": _HALF_SLIDING, "rope_parameters": _TWO_ROPES},
+    "deepseek_v3": {"head_dim": 8},  # of what is rotated; transformers 5.2 keeps it apart
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "gemma3_text": {"layer_types": _HALF_SLIDING},
     "gemma4_text": _GEMMA4,
