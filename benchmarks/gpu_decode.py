@@ -122,7 +122,7 @@ class Bench:
             except torch.OutOfMemoryError:
                 row.outcome = f"out of memory, although only {needed:.0f} GB were expected"
             except Exception as error:  # noqa: BLE001 - the other lines still count
-                row.outcome = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+                row.outcome = devices.failure(error)
             if row.outcome != "measured":
                 row.tokens_per_second = None
         devices.forget_peak(self.device)

@@ -122,7 +122,7 @@ def race(some: dict[str, Lane], options: argparse.Namespace, deadline: devices.D
                 run = some[name]()
                 sample = Sample(*[devices.seconds(device, run)] * 2) if device.type == "cuda" else timed(run)
             except Exception as error:  # noqa: BLE001 - the other lanes still count
-                out[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+                out[name] = devices.failure(error)
                 continue
             samples[name] += [sample] if number else []
     left = {name: out.get(name, "not run: no time was left") for name in some if not samples[name]}

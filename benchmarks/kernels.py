@@ -180,7 +180,7 @@ def line(case: Case, row: Row, options: argparse.Namespace, device: torch.device
     except torch.OutOfMemoryError:
         row.outcome = "out of memory"
     except Exception as error:  # noqa: BLE001 - the other lines still count
-        row.outcome = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        row.outcome = devices.failure(error)
     else:
         seconds = row.microseconds.median / 1e6
         row.gigabytes_per_second, row.teraflops = case.moved / seconds / 1e9, case.flops / seconds / 1e12

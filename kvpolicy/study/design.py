@@ -137,16 +137,21 @@ def expand(
     variants: dict[str, Variant] = {}
     known: dict[tuple[str, str], str] = {}
     problems = Problems()
+    blamed: set[KeyPath] = set()
     for condition, choice in itertools.product(circumstances, choices):
         assignment = (*choice, *condition)
-        blamed = {problem.path for problem in problems.found}
         if _excluded(assignment, exclude) or any((axis.place, axis.path, i) in blamed for axis, i in assignment):
             continue
-        variant = None
-        with problems:
+        try:
             variant = _variant(base, choice, condition, design)
-        if len(problems.found) >= _MOST_PROBLEMS:
-            break
+        except FieldError as error:
+            blamed |= {problem.path for problem in error}
+            said = {(problem.path[:-1], problem.message) for problem in problems.found}
+            # What is wrong with an axis itself is so at each of its values.
+            problems.found += (p for p in error if (p.path[:-1], p.message) not in said)
+            if len(problems.found) >= _MOST_PROBLEMS:
+                break
+            continue
         if variant is None:
             continue
         what = json.dumps([identity(variant.policy), str(variant.trace)])

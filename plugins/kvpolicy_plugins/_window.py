@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float32, Int32
@@ -18,6 +18,11 @@ _NO_QUERY = 2**31 - 1
 # Weights that are held at a time, as in `ops.window_importance`.
 _WEIGHTS = {"cpu": 1 << 18}
 _WEIGHTS_ELSEWHERE = 1 << 24
+
+
+def excused_by_smoothing(width: int) -> Mapping[str, str]:
+    """Return the law that does not hold where scores are smoothed over so many neighbours, and why."""
+    return {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"} if width > 1 else {}
 
 
 class LastQueries(NamedTuple):

@@ -53,6 +53,12 @@ def facts(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def failure(error: Exception) -> str:
+    """Say in one line that something failed, and of what."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"failed: {type(error).__name__}{': ' if first else ''}{first[:300]}"
+
+
 @dataclass
 class Deadline:
     """The end of the time that a benchmark has, in seconds since 1970; without one it never comes."""

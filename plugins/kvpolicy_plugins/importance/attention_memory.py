@@ -14,6 +14,7 @@ from kvpolicy.contracts.components import ImportanceScorer, SlotState
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
+from kvpolicy_plugins._window import excused_by_smoothing
 from kvpolicy_plugins.importance.window_attention import WindowAttention
 
 _STATE = "attention_memory"
@@ -47,8 +48,7 @@ class AttentionMemory(ImportanceScorer):
         return (SlotState(_STATE, fill=_NEVER),)
 
     def laws_excused(self) -> Mapping[str, str]:
-        mixes = {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"}
-        return mixes if self.smooth > 1 else {}
+        return excused_by_smoothing(self.smooth)
 
     def remember(self, view: CacheView) -> Mapping[str, Tensor]:
         return {_STATE: torch.where(self._older(view), self._combined(view), view.state[_STATE])}

@@ -80,14 +80,14 @@ def _beacons(queries: Queries, valid: Bool[Tensor, "B Q"], number: int) -> tuple
     unit = queries / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp(min=_TINY)
     batch, heads, group, count, _ = unit.shape
     free = valid.unsqueeze(1).expand(batch, heads, count).clone()
-    nearest = torch.full((batch, heads, count), -float(2), device=queries.device)
+    nearest = torch.full((batch, heads, count), -2.0, device=queries.device)
     places, near = [], []
     for _ in range(min(number, count)):
         # The least like goes first; levels, for rounding must not choose another query.
         place = ops.ordered_by(free, -ops.levelled(nearest, free))[..., :1]
         beacon = unit.gather(3, place[:, :, None, :, None].expand(batch, heads, group, 1, unit.shape[-1]))
         cosine = (unit * beacon).sum(-1).mean(2)
-        near.append(cosine.masked_fill(~free.gather(-1, place), -float(2)))
+        near.append(cosine.masked_fill(~free.gather(-1, place), -2.0))
         nearest = torch.maximum(nearest, cosine)
         free.scatter_(-1, place, False)
         places.append(place)

@@ -11,7 +11,7 @@ from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy_plugins._window import last_queries
+from kvpolicy_plugins._window import excused_by_smoothing, last_queries
 
 
 class WindowAttention(ImportanceScorer):
@@ -45,8 +45,7 @@ class WindowAttention(ImportanceScorer):
         return self.observe
 
     def laws_excused(self) -> Mapping[str, str]:
-        mixes = {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"}
-        return mixes if self.smooth > 1 else {}
+        return excused_by_smoothing(self.smooth)
 
     def score(self, view: CacheView) -> Scores:
         window = last_queries(view, self.observe, "importance: window_attention")

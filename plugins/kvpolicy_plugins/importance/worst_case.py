@@ -12,7 +12,7 @@ from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Scores
-from kvpolicy_plugins._window import attention_pieces, last_queries
+from kvpolicy_plugins._window import attention_pieces, excused_by_smoothing, last_queries
 
 _TINY = 1e-30
 
@@ -42,8 +42,7 @@ class WorstCase(ImportanceScorer):
         return self.observe
 
     def laws_excused(self) -> Mapping[str, str]:
-        mixes = {"permuting_entries": "smoothing mixes an entry's score with its neighbours'"}
-        return mixes if self.smooth > 1 else {}
+        return excused_by_smoothing(self.smooth)
 
     def score(self, view: CacheView) -> Scores:
         window = last_queries(view, self.observe, "importance: worst_case")

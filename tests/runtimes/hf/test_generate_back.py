@@ -12,6 +12,12 @@ from kvsupport.oracle import compare
 from kvsupport.trace import TracedCache
 
 
+def decode(model, cache, ids):
+    """Feed tokens `[1, n]` one by one."""
+    for token in ids.split(1, 1):
+        model(token, past_key_values=cache)
+
+
 def test_rows_can_be_selected_and_repeated(tiny, compose, random_prompts, padded):
     """Selected rows behave as if they were alone."""
     model, policy = tiny(), compose(**ACCUMULATED)
@@ -86,13 +92,11 @@ def test_crop_into_the_prompt(tiny, compose, random_prompts):
         with PolicyCache(policy, tiny()) as cache:
             tiny()(ids[:, :120], past_key_values=cache)
             cache.crop(-40)
-            for n in range(80, 100):
-                tiny()(ids[:, n : n + 1], past_key_values=cache)
+            decode(tiny(), cache, ids[:, 80:100])
             kept = [cache.kept(i, h) for i in range(3) for h in range(2)]
         with PolicyCache(policy, tiny()) as cache:
             tiny()(ids[:, :80], past_key_values=cache)
-            for n in range(80, 100):
-                tiny()(ids[:, n : n + 1], past_key_values=cache)
+            decode(tiny(), cache, ids[:, 80:100])
             assert kept == [cache.kept(i, h) for i in range(3) for h in range(2)]
 
 
@@ -103,11 +107,9 @@ def test_a_deep_crop_is_forgotten_after_a_few_steps(tiny, compose, random_prompt
     policy = compose(trigger={"every": 40})
     with TracedCache(policy, tiny()) as cache:
         tiny()(ids[:, :20], past_key_values=cache)
-        for n in range(20, 60):
-            tiny()(ids[:, n : n + 1], past_key_values=cache)
+        decode(tiny(), cache, ids[:, 20:60])
         cache.crop(-35)
-        for n in range(25, 90):
-            tiny()(ids[:, n : n + 1], past_key_values=cache)
+        decode(tiny(), cache, ids[:, 25:90])
         cache.settled()
     report = compare(cache.trace, policy)
     assert report.ok, report
@@ -121,8 +123,7 @@ def test_a_compaction_never_looks_at_fewer_queries_than_the_policy_says(tiny, co
     policy = compose(trigger={"every": 40})
     with TracedCache(policy, tiny()) as cache:
         tiny()(ids[:, :20], past_key_values=cache)
-        for n in range(20, 60):
-            tiny()(ids[:, n : n + 1], past_key_values=cache)
+        decode(tiny(), cache, ids[:, 20:60])
         with cache.fork() as deep:
             deep.crop(-35)
             with pytest.raises(CacheStateError, match="looks at the last 8 queries"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
+import kvpolicy
 from kvpolicy import PolicySpec, SpecError
 
 GOOD = """\
@@ -30,3 +32,14 @@ def error_of(text: str, source: str = "p.yaml", **fields: Any) -> str:
     assert "\n" not in message
     assert message.endswith((".", "?", ")"))
     return message
+
+
+def expect_mistake(old: str, new: str, message: str) -> None:
+    """Replace a text that `GOOD` has once; `message` is the whole sentence, ``<kind>`` all names of a kind."""
+    assert GOOD.count(old) == 1, old
+    found = error_of(GOOD.replace(old, new))
+    message = re.sub(r"<(\w+)>", lambda kind: ", ".join(kvpolicy.catalog().names(kind[1])), message)
+    if message.endswith("'rkv'?"):
+        assert found.startswith(message)
+    else:
+        assert found == message
