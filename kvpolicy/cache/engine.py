@@ -16,7 +16,7 @@ from kvpolicy.cache.columns import Columns
 from kvpolicy.cache.compactor import Compactor, Decided
 from kvpolicy.cache.ledger import Incoming, Kind, Ledger, RowCounts
 from kvpolicy.cache.picture import LayerFacts, Observed, make_view, marked
-from kvpolicy.cache.plan import Forward, check_chunk, check_forward, plan_forward
+from kvpolicy.cache.plan import Forward, check_chunk, check_forward, plan_forward, refuse_unplanned
 from kvpolicy.cache.queries.log import QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
@@ -25,7 +25,7 @@ from kvpolicy.cache.store.group import Stores
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView, LazyViews, Rope
-from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.errors import CacheStateError
 from kvpolicy.policy.policy import Policy
 
 _UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
@@ -156,10 +156,7 @@ class Engine:
         """Store one layer's new keys `[B, H, q, D]` and values; return views `[B, H, N, ...]` over all slots in use."""
         forward = self.forward
         if forward is None or layer not in forward.pending:
-            raise UnsupportedError(
-                "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
-                "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
-            )
+            refuse_unplanned(forward, layer)
         store = self.stores.get(layer)
         if store is None:
             # Both refuse now, rather than at the first compaction.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -103,6 +103,19 @@ def check_forward(last: Forward | None, rows: int, batch: int, valid: Tensor | N
         raise CacheStateError(
             f"attention_mask has {valid.shape[0]} rows but the forward pass has {batch}; give one row for each."
         )
+
+
+def refuse_unplanned(forward: Forward | None, layer: int) -> NoReturn:
+    """Raise UnsupportedError, by its cause, for keys of a layer that no forward pass waits for."""
+    if forward is not None and forward.pending:  # other layers of this pass are still to come
+        raise UnsupportedError(
+            f"layer {layer} brings keys twice in one forward pass, as a decoder does that also attends to an encoder; "
+            "leave out what the encoder made, or use a model that is one decoder."
+        )
+    raise UnsupportedError(
+        "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
+        "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
+    )
 
 
 def check_chunk(policy: Policy, columns: int) -> None:

@@ -94,3 +94,15 @@ def test_a_decoder_whose_layers_could_also_attend_to_an_encoder_is_served(family
     """Both attentions of a layer have its number; the one that stores keys is the causal one."""
     outcome = sweep(tiny_of(family), ["rkv"])
     assert (outcome.served, outcome.faults) == (["rkv"], [])
+
+
+@torch.no_grad()
+def test_what_an_encoder_made_is_refused_when_it_comes(compose):
+    """The attention to it would store its keys beside those of the text."""
+    model = tiny_of("bart")
+    ids = torch.arange(3, 20)[None]
+    with (
+        PolicyCache(compose(), model) as cache,
+        pytest.raises(UnsupportedError, match=r"layer 0 brings keys twice .* leave out what the encoder made"),
+    ):
+        model(ids, encoder_hidden_states=torch.randn(1, 7, model.config.d_model), past_key_values=cache)
