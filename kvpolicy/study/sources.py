@@ -147,11 +147,11 @@ class TableSource(Source):
     chat: bool | None = None
     """Whether the tokenizer's chat template is applied; if left out, when there is one."""
 
-    def _where(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _where(self) -> str: ...
 
-    def _rows(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _rows(self) -> Any: ...
 
     def problems(self, count: int, seed: int) -> list[Problem]:
         """Return the first `count` problems of an order that is shuffled, but always the same."""
