@@ -103,6 +103,20 @@ def open_tokenizer(
         raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {where}{first_line(error)}.") from error
 
 
+def window_of(place: Path | str, revision: str | None = None) -> int | None:
+    """Return the most tokens that a model takes, answer included, as its configuration says; None if it does not.
+
+    Args:
+        place: what `locate` returned, of which `open_tokenizer` has opened the tokenizer.
+        revision: commit or tag on the hub.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place, revision=revision).get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    return window if isinstance(window, int) else None
+
+
 def open_model(
     place: Path | str, name: str, *, dtype: str, device: str, option: str = "--model", revision: str | None = None
 ) -> Any:

@@ -23,6 +23,7 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.ops.dispatch import BACKEND_VARIABLE
 from kvpolicy.spec import PolicySpec, forms
 from kvpolicy.spec.reference import ComponentRef
+from kvpolicy.study.grading import named
 from kvpolicy.study.models import ModelRef
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.sampling import Sampling
@@ -40,6 +41,7 @@ WORDS: Final[Mapping[str, str]] = {
     "kind": "another kind of run",
     "model": "other models",
     "dataset": "other datasets",
+    "task": "other tasks",
     "number": "other problems",
     "weights": "other weights, configuration or tokenizer",
     "dtype": "other dtype",
@@ -95,7 +97,8 @@ def common(
         "dataset": problem.dataset,
         "number": problem.index,
         "content": problem.digest,
-        "grader": _version("math-verify") if problem.grader == "math" else "",
+        "grader": _versions(problem.grader),
+        **({"task": problem.task} if problem.task else {}),
         "seed": seed,
         "policy": digest,
         "code": code,
@@ -218,6 +221,12 @@ def _imported(file: Path, source: bytes, package: Path) -> list[Path]:
             at = package.joinpath(*parts[1:])
             found += [path for path in (at.with_suffix(".py"), at / "__init__.py") if path.is_file()]
     return found
+
+
+def _versions(grader: str) -> str:
+    """Return the versions of what a grader is made of; one alone without its name."""
+    names = named(grader).libraries
+    return _version(names[0]) if len(names) == 1 else ", ".join(f"{name} {_version(name)}" for name in names)
 
 
 @cache

@@ -38,6 +38,7 @@ _BOTH: Final[tuple[RunKind, ...]] = ("generate", "force")
 
 METRICS: Final[Mapping[str, Metric]] = {
     "exact": Metric("right answers", ("generate",), "more", binary=True, quality=True),
+    "score": Metric("score of the benchmark", ("generate",), "more", quality=True, bounds=_SHARE),
     "progress": Metric("steps until the first error", ("generate",), "more", quality=True, bounds=_SHARE),
     "tokens": Metric("tokens generated", ("generate",), digits=1),
     "kl": Metric(
@@ -58,13 +59,26 @@ METRICS: Final[Mapping[str, Metric]] = {
 }
 """Metrics by name.
 
-``progress``: only the generator's problems have it. ``kl``: mean over the forced tokens of
-``sum_v p_full(v) (log p_full(v) - log p(v))``. ``attention_mass``: share of the full cache's softmax weights that falls
-on entries which the policy still holds, mean over forced tokens, layers and query heads. ``resident_*``: KV entries per
-KV head, at the attention of each decode step. ``retained_fraction``: sum over decode steps of entries held, divided by
-the sum of tokens seen so far; right and wrong answers alike. ``bytes_peak``: of one row, over all evictable layers.
+``score``: what the authors of a benchmark measure where it is not right or wrong: the share of the strings that are
+found, F1, ROUGE-L and others. ``progress``: only the generator's problems have it. ``kl``: mean over the forced
+tokens of ``sum_v p_full(v) (log p_full(v) - log p(v))``. ``attention_mass``: share of the full cache's softmax
+weights that falls on entries which the policy still holds, mean over forced tokens, layers and query heads.
+``resident_*``: KV entries per KV head, at the attention of each decode step. ``retained_fraction``: sum over decode
+steps of entries held, divided by the sum of tokens seen so far; right and wrong answers alike. ``bytes_peak``: of one
+row, over all evictable layers.
 """
 
 DEFAULT_METRICS: Final = (
-    *("exact", "tokens", "kl", "top1", "resident_mean", "resident_peak", "retained_fraction", "bytes_peak", "seconds"),
+    *(
+        "exact",
+        "score",
+        "tokens",
+        "kl",
+        "top1",
+        "resident_mean",
+        "resident_peak",
+        "retained_fraction",
+        "bytes_peak",
+        "seconds",
+    ),
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer
+from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer, window_of
+from kvpolicy.study.source import Measure
 
 _SMALL_BYTES: Final = 200 << 20  # weights up to this size run in float64 on a CPU
 _WEIGHTS: Final = ("*.safetensors", "*.bin")
@@ -79,6 +80,12 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
     if say is not None and sum(file.stat().st_size for file in files) > _SLOW_BYTES:
         say(f"models: reading the weights of {name}, whose content is part of what identifies a run.")
     return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
+
+
+def measure_of(model: ModelRef) -> Measure:
+    """Return what problems that are made to a model's measure know of it; raises KVPolicyError."""
+    tokenizer = open_tokenizer(model.place, model.name, option="models", revision=model.revision)
+    return Measure(tokenizer, window_of(model.place, model.revision))
 
 
 def _snapshot(identifier: str, name: str) -> Path:

@@ -16,7 +16,8 @@ from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import Document, KeyPath, Mark
 from kvpolicy.study.design import BUDGET, POLICY, Axis, read_trace
 from kvpolicy.study.sampling import Sampling
-from kvpolicy.study.sources import Source, read_source
+from kvpolicy.study.source import Source
+from kvpolicy.study.sources import read_source
 
 
 class Reader:

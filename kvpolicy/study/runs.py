@@ -15,10 +15,10 @@ from kvpolicy.spec import PolicySpec
 from kvpolicy.study import keys
 from kvpolicy.study.design import FULL, Variant, identity
 from kvpolicy.study.metrics import RunKind
-from kvpolicy.study.models import ModelRef
+from kvpolicy.study.models import ModelRef, measure_of
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.sampling import Sampling
-from kvpolicy.study.sources import Source
+from kvpolicy.study.source import Source
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.study.work import Item, Task
 
@@ -115,13 +115,29 @@ class Plan:
         )
         self._codes = keys.Codes()
         self._code_of: dict[str, str] = {}
-        self.problems: dict[str, dict[int, list[Problem]]] = {}
+        self._problems: dict[tuple[str, str], dict[int, list[Problem]]] = {}
         for source in spec.datasets:
-            count = source.samples or spec.samples
-            seeds = spec.seeds if source.fresh_by_seed else spec.seeds[:1]
-            self.problems[source.label] = {seed: source.problems(count, seed) for seed in seeds}
-            if not any(self.problems[source.label].values()):
-                raise KVPolicyError(f"datasets: {source.label} has no problem in it; name another file or split.")
+            shared = None if source.measured else self._problems_of_seeds(source, None)
+            for model in self.models:
+                if source.models is None or model.name in source.models:
+                    of_seed = self._problems_of_seeds(source, model) if shared is None else shared
+                    self._problems[model.name, source.label] = of_seed
+
+    def _problems_of_seeds(self, source: Source, model: ModelRef | None) -> dict[int, list[Problem]]:
+        count, seeds = source.samples or self.spec.samples, self.seeds(source)
+        measure = None if model is None else measure_of(model)
+        found = {seed: source.problems(count, seed, measure) for seed in (seeds if source.fresh_by_seed else seeds[:1])}
+        if not any(found.values()):
+            raise KVPolicyError(f"datasets: {source.label} has no problem in it; name another file or split.")
+        return found
+
+    def problems(self, model: ModelRef, source: Source) -> dict[int, list[Problem]]:
+        """Return what a model is given of a dataset, by seed; by the first one alone where seeds change no problem."""
+        return self._problems[model.name, source.label]
+
+    def seeds(self, source: Source) -> tuple[int, ...]:
+        """Return the seeds of a dataset: those of its rollouts, or the study's."""
+        return self.spec.seeds if source.rollouts is None else tuple(range(source.rollouts))
 
     def places(self) -> list[tuple[ModelRef, Source]]:
         """Return every model with every dataset that it is given, model by model."""
@@ -133,10 +149,10 @@ class Plan:
         ]
 
     def sampling(self, source: Source) -> Sampling:
-        """Return how tokens are chosen on a dataset."""
-        if source.max_new_tokens is None:
-            return self.spec.sampling
-        return self.spec.sampling.model_copy(update={"max_new_tokens": source.max_new_tokens})
+        """Return how tokens are chosen on a dataset; where its problems say how many at most, that is still to come."""
+        named = ("max_new_tokens", "temperature", "top_p")
+        given = {name: value for name in named if (value := getattr(source, name)) is not None}
+        return self.spec.sampling.model_copy(update=given)
 
     def reference_runs(self) -> list[Run]:
         """Return the runs of the full cache, which come first: budgets and teachers are taken from them."""
@@ -157,7 +173,7 @@ class Plan:
         found = {place: sum(values) / len(values) for place, values in lengths.items() if values}
         for model, source in self.places():
             if not source.generates:
-                problems = self.problems[source.label][self.spec.seeds[0]]
+                problems = self.problems(model, source)[self.seeds(source)[0]]
                 found[model.name, source.label] = sum(p.cut[1] for p in problems) / len(problems)
         return found
 
@@ -166,14 +182,15 @@ class Plan:
         cells = []
         for model, source in self.places():
             trace = traces.get((model.name, source.label))
-            cells += [
-                self._cell(variant, model.name, source.label, trace) for variant in (self.reference, *self.variants)
-            ]
+            cells += [self._cell(variant, model.name, source, trace) for variant in (self.reference, *self.variants)]
         return cells
 
-    def _cell(self, variant: Variant, model: str, dataset: str, trace: float | None) -> Cell:
+    def _cell(self, variant: Variant, model: str, source: Source, trace: float | None) -> Cell:
+        dataset = source.label
         try:
             policy = variant.resolved(trace)
+            if source.budget is not None and variant is not self.reference:
+                policy = policy.replace("budget", {"tokens": source.budget})
         except SpecError as error:
             stands_for = _hash([identity(variant.policy), str(variant.trace), model, dataset])[:16]
             return Cell(variant, model, dataset, None, stands_for, str(error))
@@ -227,28 +244,29 @@ class Plan:
         samples = source.generates and not sampling.greedy
         varies = samples or has_seed(policy)
         attention = kind == "force" and "attention_mass" in self.spec.metrics
-        of_seed = self.problems[source.label]
+        of_seed, seeds = self.problems(model, source), self.seeds(source)
         full = self.reference.policy
         reference = digest_of(full)
         code, full_code = self._code(policy, digest), self._code(full, reference)
-        for seed in self.spec.seeds if varies or source.fresh_by_seed else self.spec.seeds[:1]:
+        for seed in seeds if varies or source.fresh_by_seed else seeds[:1]:
             seeded = with_seed(policy, seed)
-            for problem in of_seed.get(seed) or of_seed[self.spec.seeds[0]]:
+            for problem in of_seed.get(seed) or of_seed[seeds[0]]:
+                chosen = sampling
+                if problem.most_tokens is not None and source.max_new_tokens is None:
+                    chosen = sampling.model_copy(update={"max_new_tokens": problem.most_tokens})
                 shared = keys.common(model, problem, seed if varies else None, policy, digest, code)
                 teacher: tuple[int, ...] = ()
                 if kind == "force" and source.generates:
                     read = keys.common(model, problem, seed if samples else None, full, reference, full_code)
-                    answered = keys.key_of(keys.generated(read, sampling))
+                    answered = keys.key_of(keys.generated(read, chosen))
                     if answered not in teachers:  # the full cache failed on it, which is recorded there
                         continue
                     teacher = teachers[answered]
                 generates = kind == "generate"
                 made_of = (
-                    keys.generated(shared, sampling) if generates else keys.forced(shared, teacher, attention=attention)
+                    keys.generated(shared, chosen) if generates else keys.forced(shared, teacher, attention=attention)
                 )
-                yield Run(
-                    made_of, kind, model, source.label, problem, seed, digest, seeded, sampling, teacher, attention
-                )
+                yield Run(made_of, kind, model, source.label, problem, seed, digest, seeded, chosen, teacher, attention)
 
     def _code(self, policy: PolicySpec, digest: str) -> str:
         if digest not in self._code_of:
@@ -267,7 +285,7 @@ def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         # A policy that the seed changes is another object for each seed.
-        groups[run.kind, run.model, run.dataset, run.digest, id(run.policy), run.attention].append(run)
+        groups[run.kind, run.model, run.dataset, run.digest, id(run.policy), run.attention, run.sampling].append(run)
     made: list[tuple[int, Task, list[Run]]] = []
     for members in groups.values():
         members.sort(key=lambda run: (run.seed, run.problem.index))

@@ -14,6 +14,13 @@ HOTTEST: Final = 1e4
 """Temperatures at which sampling still means something: beyond them logits overflow, or all tokens are alike."""
 
 
+def warm(temperature: float) -> float:
+    """Return a temperature; raises ValueError for one that is too small to divide by."""
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"should be 0 or at least {COLDEST:g}")
+    return temperature
+
+
 class Sampling(BaseModel):
     """How tokens are chosen."""
 
@@ -29,9 +36,7 @@ class Sampling(BaseModel):
     @field_validator("temperature")
     @classmethod
     def _warm(cls, temperature: float) -> float:
-        if 0 < temperature < COLDEST:
-            raise ValueError(f"should be 0 or at least {COLDEST:g}")
-        return temperature
+        return warm(temperature)
 
     @property
     def greedy(self) -> bool:

@@ -25,11 +25,12 @@ from kvpolicy.spec import PolicySpec, files, forms, yaml_text
 from kvpolicy.spec.model import checked_name
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
-from kvpolicy.study.design import FULL, POLICY, Axis, Design, Variant, expand
+from kvpolicy.study.design import BUDGET, FULL, POLICY, Axis, Design, Variant, expand
 from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
 from kvpolicy.study.reading import Reader
 from kvpolicy.study.sampling import Sampling
-from kvpolicy.study.sources import MOST_SAMPLES, Source, source_data
+from kvpolicy.study.source import MOST_SAMPLES, Source
+from kvpolicy.study.sources import source_data
 
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
@@ -131,7 +132,7 @@ class StudySpec(BaseModel):
             (whole._check_axes, _AXES),  # noqa: SLF001
             (whole._check_lists, ("models", "seeds", "metrics")),  # noqa: SLF001
             (whole._check_datasets, ("datasets", "seeds", "samples")),  # noqa: SLF001
-            (whole._check_given, ("datasets", "models")),  # noqa: SLF001
+            (whole._check_given, ("datasets", "models", *_AXES)),  # noqa: SLF001
             (whole._check_compared, (*_AXES, "exclude", "compare_to")),  # noqa: SLF001
         ):
             if problems.fields.isdisjoint(needed):  # whatever else is wrong
@@ -176,7 +177,10 @@ class StudySpec(BaseModel):
 
     def _check_datasets(self) -> None:
         _check_unique([source.label for source in self.datasets], "datasets", "give one of them a `name`")
-        if len(self.seeds) * max(source.samples or self.samples for source in self.datasets) > MOST_SAMPLES:
+        if any(
+            (source.rollouts or len(self.seeds)) * (source.samples or self.samples) > MOST_SAMPLES
+            for source in self.datasets
+        ):
             text = f"and samples ask for more than {MOST_SAMPLES:,} problems of one dataset; ask for fewer."
             raise FieldError(("seeds",), text)
 
@@ -199,6 +203,11 @@ class StudySpec(BaseModel):
                         f"{shown(name)} is not among the study's models.{did_you_mean(name, self.models)} "
                         f"Models: {', '.join(self.models)}.",
                     )
+        for i, source in enumerate(self.datasets):
+            for axis in (*self.axes, *self.conditions):
+                if source.budget is not None and axis.path.partition(".")[0] == BUDGET:
+                    text = f"is said in `{axis.place}` too; write one of the two."
+                    raise FieldError(("datasets", i, "budget"), text)
         for i, name in enumerate(self.models):
             if all(source.models is not None and name not in source.models for source in self.datasets):
                 raise FieldError(("models", i), f"{shown(name)} is given no dataset; remove it, or give it one.")

@@ -9,9 +9,10 @@ from typing import Any
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.runtimes.opening import encode, first_line
 from kvpolicy.spec import PolicySpec
+from kvpolicy.study.grading import grade
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.models import ModelRef, end_tokens, load
-from kvpolicy.study.problem import Problem, grade
+from kvpolicy.study.problem import Problem
 from kvpolicy.study.sampling import Sampling
 
 
@@ -130,7 +131,12 @@ def _force(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> lis
 
 
 def _prompt(tokenizer: Any, problem: Problem) -> list[int]:
-    ids: list[int] = encode(tokenizer, problem.prompt, problem.chat, option="chat")["input_ids"][0].tolist()
+    templated = problem.chat is not False and getattr(tokenizer, "chat_template", None) is not None
+    # Behind a template the beginning of the answer stands on its own; without one it is part of the text.
+    told = problem.prompt if templated else problem.prompt + problem.prefix
+    ids: list[int] = encode(tokenizer, told, problem.chat, option="chat")["input_ids"][0].tolist()
+    if templated and problem.prefix:
+        ids += tokenizer(problem.prefix, add_special_tokens=False)["input_ids"]
     return ids
 
 
