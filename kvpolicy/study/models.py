@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer, window_of
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 
 _SMALL_BYTES: Final = 200 << 20  # weights up to this size run in float64 on a CPU
 _WEIGHTS: Final = ("*.safetensors", "*.bin")
@@ -82,10 +82,10 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
     return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
 
 
-def measure_of(model: ModelRef) -> Measure:
+def measure_of(model: ModelRef) -> TextMeasure:
     """Return what problems that are made to a model's measure know of it; raises KVPolicyError."""
     tokenizer = open_tokenizer(model.place, model.name, option="models", revision=model.revision)
-    return Measure(tokenizer, window_of(model.place, model.revision))
+    return TextMeasure(tokenizer, window_of(model.place, model.revision))
 
 
 def _snapshot(identifier: str, name: str) -> Path:

@@ -21,7 +21,7 @@ MOST_ROLLOUTS: Final = 1_000
 
 
 @dataclass(frozen=True)
-class Measure:
+class TextMeasure:
     """What problems that are made to a model's measure know of it.
 
     Attributes:
@@ -107,7 +107,7 @@ class Source(BaseModel):
     def _label(self) -> str: ...
 
     @abstractmethod
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return `count` problems, or all if there are fewer.
 
         Args:

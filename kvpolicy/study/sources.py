@@ -18,7 +18,7 @@ from kvpolicy.study.benchmarks import BENCHMARKS
 from kvpolicy.study.dataset_rows import column, existing, json_lines, load_rows
 from kvpolicy.study.needles import needle
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure, Source
+from kvpolicy.study.source import Source, TextMeasure
 from kvpolicy.study.tables import FileSource, HubSource
 from kvpolicy.study.wording import Family
 
@@ -39,7 +39,7 @@ class GeneratorSource(Source):
         suffix = "" if self.split == "test" else f"-{self.split}"
         return f"{self.family}-{self.level}{suffix}"
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the problems ``seed * count`` to ``(seed + 1) * count - 1`` of the level."""
         first = seed * count
         drawn = tasks.problems(self.family, self.level, self.split, count, first=first)
@@ -66,7 +66,7 @@ class NeedleSource(Source):
     def _label(self) -> str:
         return f"needle-{self.words}" if self.needles == 1 else f"needle-{self.words}-of-{self.needles}"
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the problems ``seed * count`` to ``(seed + 1) * count - 1``."""
         drawn = [(i, *needle(i, self.words, self.needles)) for i in range(seed * count, (seed + 1) * count)]
         return [Problem(self.label, i, prompt, answer, "number", chat=self.chat) for i, prompt, answer in drawn]
@@ -106,7 +106,7 @@ class TextSource(Source):
         first = self.path if isinstance(self.path, str) else (self.path or [""])[0]
         return Path(first).stem
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the first `count` texts."""
         texts = self._texts()[:count]
         cut = (self.prompt_tokens, self.tokens)

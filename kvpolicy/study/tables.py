@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 
 from kvpolicy.study.dataset_rows import json_lines, load_rows, local_rows, paths, require_fields, together
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure, Source
+from kvpolicy.study.source import Source, TextMeasure
 
 BOXED: Final = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -45,7 +45,7 @@ class TableSource(Source):
     @abstractmethod
     def _rows(self) -> Any: ...
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the first `count` problems of an order that is shuffled, but always the same."""
         rows = self._rows()
         self._check(rows.column_names)

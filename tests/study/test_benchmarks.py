@@ -13,7 +13,7 @@ from kvpolicy.study.benchmarks import BENCHMARKS
 from kvpolicy.study.benchmarks.infinitebench import TASKS
 from kvpolicy.study.benchmarks.longbench import PROMPTS, longest_answer
 from kvpolicy.study.grading import GRADERS, grade, named
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 from kvpolicy.study.sources import read_source
 
 pytest.importorskip("datasets")
@@ -97,18 +97,20 @@ def test_longbench_2_takes_the_middle_out(tmp_path):
     (whole,) = made.problems(1, 0)
     assert whole.prompt[whole.question_at :].startswith("\n</text>\n\nWhat is the correct answer")
     assert (whole.most_tokens, whole.task, made.temperature) == (128, "Code", 0.1)
-    (cut,) = made.problems(1, 0, Measure(Words(), 400))
+    (cut,) = made.problems(1, 0, TextMeasure(Words(), 400))
     assert len(cut.prompt.split(" ")) <= 400 - 128
     assert cut.prompt[cut.question_at :] == whole.prompt[whole.question_at :]
     assert "w0 " in cut.prompt
     assert "w999" in cut.prompt
     assert "w500" not in cut.prompt
-    (shorter,) = source(tmp_path, use="longbench-v2", path="data.json", truncate=100).problems(1, 0, Measure(Words()))
+    (shorter,) = source(tmp_path, use="longbench-v2", path="data.json", truncate=100).problems(
+        1, 0, TextMeasure(Words())
+    )
     assert len(shorter.prompt.split(" ")) == 99  # the two halves meet in a word
     assert grade(whole, "The correct answer is **(C)**.") == {"exact": 1.0}
     assert grade(whole, "The correct answer is D") == {"exact": 0.0}
     with pytest.raises(KVPolicyError, match=r"an answer of 128 tokens leaves no room for a prompt in the 100 tokens"):
-        made.problems(1, 0, Measure(Words(), 100))
+        made.problems(1, 0, TextMeasure(Words(), 100))
 
 
 RIGHT = {"trec": "Number", "lsht": "体育", "passage_count": "7", "passage_retrieval_zh": "段落3"} | {

@@ -14,7 +14,7 @@ from kvpolicy.study.benchmarks.prompts import cut_middle, filled, require_publis
 from kvpolicy.study.dataset_rows import load_rows, local_rows
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.sampling import HOTTEST, warm
-from kvpolicy.study.source import Measure, Source
+from kvpolicy.study.source import Source, TextMeasure
 
 LETTERS: Final = "ABCD"
 
@@ -64,7 +64,7 @@ class ChoiceSource(Source):
         require_published(rows.column_names, self.columns, where, self.use)
         return rows
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the first `count` problems of an order that is shuffled, but always the same."""
         rows = self._rows()
         order = list(range(len(rows)))
@@ -72,7 +72,7 @@ class ChoiceSource(Source):
         return [self._problem(i, rows[i], measure) for i in order[:count]]
 
     @abstractmethod
-    def _problem(self, index: int, row: Mapping[str, Any], measure: Measure | None) -> Problem: ...
+    def _problem(self, index: int, row: Mapping[str, Any], measure: TextMeasure | None) -> Problem: ...
 
 
 class GpqaDiamondSource(ChoiceSource):
@@ -87,7 +87,7 @@ class GpqaDiamondSource(ChoiceSource):
     id: str = "Idavidrein/gpqa"
     config: str | None = "gpqa_diamond"
 
-    def _problem(self, index: int, row: Mapping[str, Any], measure: Measure | None) -> Problem:
+    def _problem(self, index: int, row: Mapping[str, Any], measure: TextMeasure | None) -> Problem:
         options = [str(row[column]).strip() for column in self.columns[1:]]
         order = random.Random(f"gpqa/{row['Question']}").sample(range(4), 4)  # noqa: S311 - not a secret
         lettered = {letter: options[i] for letter, i in zip(LETTERS, order, strict=True)}
@@ -114,7 +114,7 @@ class LongBench2Source(ChoiceSource):
     truncate: int | None = Field(default=None, ge=2, le=LONGEST_TEXT)
     """Most tokens of a prompt, of which the middle is left out; what the model takes if left out."""
 
-    def _problem(self, index: int, row: Mapping[str, Any], measure: Measure | None) -> Problem:
+    def _problem(self, index: int, row: Mapping[str, Any], measure: TextMeasure | None) -> Problem:
         values = {name: str(row[name]).strip() for name in ("context", "question")}
         values |= {letter: str(row[f"choice_{letter}"]).strip() for letter in LETTERS}
         prompt, question_at = filled(LONGBENCH2_PROMPT, values)

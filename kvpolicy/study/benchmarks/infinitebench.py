@@ -11,11 +11,11 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.study.benchmarks.prompts import cut_middle, filled
 from kvpolicy.study.benchmarks.tasked import TaskedSource
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskForm:
     """How a task is asked and graded.
 
     Attributes:
@@ -31,54 +31,56 @@ class Task:
 
 _OPTIONS: Final = "A. {OPTION_A}\nB. {OPTION_B}\nC. {OPTION_C}\nD. {OPTION_D}\n\n"
 
-TASKS: Final[Mapping[str, Task]] = {
-    "passkey": Task(
+TASKS: Final[Mapping[str, TaskForm]] = {
+    "passkey": TaskForm(
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
         "about "
         "the important information.\n\n{context}\n\n{input}\n\nThe pass key is",
         *(6, "first-integer"),
     ),
-    "number_string": Task(
+    "number_string": TaskForm(
         "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz you about the "
         "important "
         "information there.\n\n{context}\n\n{input}\n\nThe sequence of digits is",
         *(12, "first-integer"),
     ),
-    "kv_retrieval": Task(
+    "kv_retrieval": TaskForm(
         "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}\n\n{input}",
         *(50, "a-word"),
     ),
-    "longdialogue_qa_eng": Task(
+    "longdialogue_qa_eng": TaskForm(
         'Below is a dialogue script where one random occurrence of a character name is replaced with "$$MASK$$", and '
         "you should try to guess who that character is.\n\n{context}\n\n"
         "The name that has been replaced with $$MASK$$ is likely",
         *(40, "speaker"),
     ),
-    "longbook_sum_eng": Task("Summarize the book below.\n\n{context}\n\nSummary:", 1200, "rouge-lsum"),
-    "longbook_choice_eng": Task(
+    "longbook_sum_eng": TaskForm("Summarize the book below.\n\n{context}\n\nSummary:", 1200, "rouge-lsum"),
+    "longbook_choice_eng": TaskForm(
         "Read the book and answer the question.\n\n{context}\n\nQuestion: {input}\n"
         f"{_OPTIONS}The letter of the correct answer is",
         *(40, "book-option"),
     ),
-    "longbook_qa_eng": Task(
+    "longbook_qa_eng": TaskForm(
         "Read the book and answer the question. Be very concise in your answer.\n\n{context}\n\nQuestion: "
         "{input}\nAnswer:",
         *(40, "f1"),
     ),
-    "longbook_qa_chn": Task("阅读以下书籍然后回答问题。\n\n{context}\n\n问题：{input}\n答案：", *(40, "f1-characters")),
-    "math_find": Task("{prefix}\n\n{context}\n\n{input}", 3, "first-number"),
-    "math_calc": Task(
+    "longbook_qa_chn": TaskForm(
+        "阅读以下书籍然后回答问题。\n\n{context}\n\n问题：{input}\n答案：", *(40, "f1-characters")
+    ),
+    "math_find": TaskForm("{prefix}\n\n{context}\n\n{input}", 3, "first-number"),
+    "math_calc": TaskForm(
         "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
         "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: {context}\nValues:",
         *(30000, "leading-values"),
     ),
-    "code_run": Task(
+    "code_run": TaskForm(
         "There is a function called {func} in the following Python code.\n\n{context}\n\nPlease compute the exact "
         "value of "
         "{func_call}. The value of {func_call} is",
         *(5, "last-integer"),
     ),
-    "code_debug": Task(
+    "code_debug": TaskForm(
         "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it "
         "crash."
         f"\n\n{{context}}\n\nOptions:\n{_OPTIONS}The correct option is:",
@@ -100,7 +102,9 @@ class InfiniteBenchSource(TaskedSource):
 
     id: str = "xinrongzhang2022/InfiniteBench"
 
-    def _problem(self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: Measure | None) -> Problem:
+    def _problem(
+        self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: TextMeasure | None
+    ) -> Problem:
         known = TASKS[task]
         values = {"context": str(fields["context"]), "input": str(fields["input"])} | _places(task, fields, where)
         prompt, question_at = filled(known.prompt, values)

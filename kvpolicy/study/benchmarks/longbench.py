@@ -10,7 +10,7 @@ from kvpolicy.study.benchmarks.prompts import cut_middle, filled
 from kvpolicy.study.benchmarks.tasked import TaskedSource
 from kvpolicy.study.grading import FIRST_LINE
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 
 _STORY: Final = (
     "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
@@ -156,7 +156,9 @@ class LongBenchSource(TaskedSource):
 
     id: str = "THUDM/LongBench"
 
-    def _problem(self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: Measure | None) -> Problem:
+    def _problem(
+        self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: TextMeasure | None
+    ) -> Problem:
         answers, classes = fields["answers"], fields["all_classes"] or ()
         if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
             raise KVPolicyError(f"datasets: {where}: `answers` should be a list of texts, as {self.use} has it.")

@@ -11,7 +11,7 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.study.benchmarks.prompts import cut_middle, filled
 from kvpolicy.study.benchmarks.tasked import TaskedSource
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 
 _QUESTION: Final = (
     "Please answer the question based on the long texts below. \n{context}\nQuestion: {question}\nAnswer: "
@@ -58,7 +58,9 @@ class LooGleSource(TaskedSource):
     def _parts(self, task: str, fields: Mapping[str, Any], where: str) -> int:
         return 1 if task == _SUMMARY else len(_pairs(task, fields, where))
 
-    def _problem(self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: Measure | None) -> Problem:
+    def _problem(
+        self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: TextMeasure | None
+    ) -> Problem:
         question, answer = ("", fields["output"]) if task == _SUMMARY else _pairs(task, fields, where)[part]
         prompt, question_at = filled(PROMPTS[task], {"context": str(fields["input"]), "question": question})
         chat = bool(self.chat)

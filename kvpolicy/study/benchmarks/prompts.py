@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.study.source import Measure
+from kvpolicy.study.source import TextMeasure
 
 
 def require_published(found: Sequence[str], wanted: Sequence[str], where: str, benchmark: str) -> None:
@@ -39,7 +39,7 @@ def filled(template: str, values: Mapping[str, str]) -> tuple[str, int]:
 
 
 def cut_middle(
-    prompt: str, question_at: int, measure: Measure | None, most: int | None, answer: int, *, chat: bool | None
+    prompt: str, question_at: int, measure: TextMeasure | None, most: int | None, answer: int, *, chat: bool | None
 ) -> tuple[str, int]:
     """Return a prompt without its middle if it is too long, as LongBench does it, and where its question begins then.
 

@@ -18,7 +18,7 @@ from kvpolicy.study.benchmarks.prompts import require_published
 from kvpolicy.study.dataset_rows import existing, hub_file
 from kvpolicy.study.json_rows import JsonRows
 from kvpolicy.study.problem import Problem
-from kvpolicy.study.source import Measure, Source
+from kvpolicy.study.source import Source, TextMeasure
 
 ENDINGS: Final = (".jsonl", ".json")
 
@@ -76,7 +76,7 @@ class TaskedSource(Source):
     def _label(self) -> str:
         return labelled(self.use, self.known, self.chosen)
 
-    def problems(self, count: int, seed: int, measure: Measure | None = None) -> list[Problem]:
+    def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return `count` problems; those of a task are in an order that is shuffled, but always the same.
 
         A problem's number is made of the number of its row, of its place in the row, and of its task.
@@ -86,7 +86,7 @@ class TaskedSource(Source):
         turns = itertools.zip_longest(*of_task)
         return [problem for turn in turns for problem in turn if problem is not None][:count]
 
-    def _of_task(self, task: str, measure: Measure | None) -> Iterator[Problem]:
+    def _of_task(self, task: str, measure: TextMeasure | None) -> Iterator[Problem]:
         at = self.known.index(task)
         for row, part, fields, where in self._parts_of_rows(task):
             problem = self._problem(task, fields, part, where, measure)
@@ -144,7 +144,7 @@ class TaskedSource(Source):
 
     @abstractmethod
     def _problem(
-        self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: Measure | None
+        self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: TextMeasure | None
     ) -> Problem: ...
 
 
