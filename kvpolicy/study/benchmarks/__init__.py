@@ -10,6 +10,7 @@ from kvpolicy.study.benchmarks.choices import GpqaDiamondSource, LongBench2Sourc
 from kvpolicy.study.benchmarks.infinitebench import InfiniteBenchSource
 from kvpolicy.study.benchmarks.longbench import LongBenchSource
 from kvpolicy.study.benchmarks.loogle import LooGleSource
+from kvpolicy.study.benchmarks.ruler import RulerSource
 from kvpolicy.study.source import Source
 
 BENCHMARKS: Final[Mapping[str, type[Source]]] = {
@@ -20,6 +21,7 @@ BENCHMARKS: Final[Mapping[str, type[Source]]] = {
     "aime-2026": mathematics.Aime2026Source,
     "hmmt-2025": mathematics.Hmmt2025Source,
     "gpqa-diamond": GpqaDiamondSource,
+    "ruler": RulerSource,
     "longbench": LongBenchSource,
     "longbench-v2": LongBench2Source,
     "infinitebench": InfiniteBenchSource,

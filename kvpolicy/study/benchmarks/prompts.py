@@ -75,3 +75,10 @@ def cut_middle(
     begin, end = (measure.tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[:half], tokens[-half:]))
     # From the end on nothing has moved, unless the question itself lost its beginning.
     return begin + end, max(len(begin), len(begin) + len(end) - (len(prompt) - question_at))
+
+
+def labelled(use: str, known: Sequence[str], chosen: Sequence[str]) -> str:
+    """Return what tables call some tasks of a benchmark."""
+    if len(chosen) == len(known):
+        return use
+    return f"{use}-{chosen[0]}" if len(chosen) == 1 else f"{use}-{len(chosen)}-tasks"

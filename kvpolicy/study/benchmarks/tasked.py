@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import KVPolicyError, did_you_mean
-from kvpolicy.study.benchmarks.prompts import require_published
+from kvpolicy.study.benchmarks.prompts import labelled, require_published
 from kvpolicy.study.dataset_rows import existing, hub_file
 from kvpolicy.study.json_rows import JsonRows
 from kvpolicy.study.problem import Problem
@@ -146,10 +146,3 @@ class TaskedSource(Source):
     def _problem(
         self, task: str, fields: Mapping[str, Any], part: int, where: str, measure: TextMeasure | None
     ) -> Problem: ...
-
-
-def labelled(use: str, known: Sequence[str], chosen: Sequence[str]) -> str:
-    """Return what tables call some tasks of a benchmark."""
-    if len(chosen) == len(known):
-        return use
-    return f"{use}-{chosen[0]}" if len(chosen) == 1 else f"{use}-{len(chosen)}-tasks"
