@@ -170,9 +170,9 @@ def read_source(value: Any, path: KeyPath, folder: Path | None) -> Source:
         source = kind.model_validate_json(json.dumps(fields))
     except ValidationError as error:
         raise from_pydantic(error, path, fields, repr(data["use"]), kind.model_fields) from None
-    for field in kind.files if folder is not None else ():
+    for field in kind.files:
         given: Any = getattr(source, field, None)
-        if given is not None:
+        if folder is not None and given is not None:
             joined = str(folder / given) if isinstance(given, str) else [str(folder / each) for each in given]
             source = source.model_copy(update={field: joined})
     return source
