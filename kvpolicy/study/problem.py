@@ -53,12 +53,17 @@ class Problem:
     question_at: int = 0
 
     @property
+    def context(self) -> str:
+        """What the question is about, of a prompt that has a place for it; otherwise empty."""
+        return self.prompt[: self.question_at]
+
+    @property
     def digest(self) -> str:
-        """Names what is asked, whatever the dataset is called."""
+        """Names what is asked, whatever the dataset is called; where the question begins changes nothing of that."""
         values = astuple(self)
         later = [
             (field.name, value)
             for field, value in zip(fields(self)[_FIRST:], values[_FIRST:], strict=True)
-            if value != field.default
+            if value != field.default and field.name != "question_at"
         ]
         return hashlib.sha256(repr((*values[2:_FIRST], *later)).encode()).hexdigest()[:32]

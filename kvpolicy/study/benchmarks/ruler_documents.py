@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.study.benchmarks.ruler_tasks import Asked
+from kvpolicy.study.benchmarks.ruler_tasks import DocumentQuestion
 from kvpolicy.study.dataset_rows import existing, load_rows
 
 
@@ -19,7 +19,7 @@ class Collection:
     """Documents, and questions about them in an order that is shuffled, but always the same."""
 
     texts: tuple[str, ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[DocumentQuestion, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def collection(task: str, path: str | None) -> Collection:
         ) from None
     numbers = {text: number for number, text in enumerate(sorted({text for row in rows for text in _texts(row)}))}
     asked = [
-        Asked(row.question, row.answers, _numbered(row.needed, numbers), _numbered(row.near, numbers)) for row in rows
+        DocumentQuestion(row.question, row.answers, _numbered(row.needed, numbers), _numbered(row.near, numbers))
+        for row in rows
     ]
     if not asked:
         raise KVPolicyError(f"datasets: {where} has no question with an answer in it; name another file.")

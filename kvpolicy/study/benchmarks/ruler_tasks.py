@@ -233,7 +233,7 @@ def _frequent_words(asking: Asking) -> Drawn:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DocumentQuestion:
     """A question about documents.
 
     Attributes:
@@ -249,7 +249,7 @@ class Asked:
     near: tuple[int, ...] = ()
 
 
-def documents(asked: Asked, texts: Sequence[str], size: int, rng: random.Random) -> Drawn:
+def documents(asked: DocumentQuestion, texts: Sequence[str], size: int, rng: random.Random) -> Drawn:
     """Return a question with so many documents before it, or as many as there are."""
     chosen = list(asked.needed)
     near = [number for number in asked.near if number not in chosen]
