@@ -20,7 +20,7 @@ import kvpolicy
 from kvpolicy.runtimes.hf import generate
 from kvpolicy.runtimes.opening import REASONER, locate
 from kvpolicy.spec import PolicySpec
-from kvpolicy.study.tasks import Grade, Level, SolvedProblem, grade, problems
+from kvpolicy.study.tasks import REDUNDANCIES, Grade, Level, Redundancy, SolvedProblem, grade, problems
 from kvpolicy.study.wording import Family
 
 
@@ -75,16 +75,22 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=32)
     parser.add_argument("--families", nargs="+", choices=get_args(Family), default=get_args(Family))
     parser.add_argument("--levels", nargs="+", choices=get_args(Level), default=get_args(Level))
+    parser.add_argument(
+        "--redundancies", nargs="+", type=int, choices=get_args(Redundancy), default=get_args(Redundancy)
+    )
     parser.add_argument("--split", choices=("development", "test"), default="development")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--batch", type=int, default=25)
     options = parser.parse_args()
     model, tokenizer = load(options.model)
-    print("| family | length | tokens | policy | budget | exact | steps right |")
-    print("|---|---|---|---|---|---|---|")
+    print("| family | length | said again | tokens | policy | budget | exact | steps right |")
+    print("|---|---|---|---|---|---|---|---|")
     for family in options.families:
-        for level in options.levels:
-            chosen = list(problems(family, level, options.split, options.count))
+        cells = [(level, times) for level in options.levels for times in REDUNDANCIES[family]]
+        for level, times in cells:
+            if times not in (None, *options.redundancies):
+                continue
+            chosen = list(problems(family, level, options.split, options.count, redundancy=times))
             tokens = round(statistics.mean(map(length, chosen)))
             for name in options.policies:
                 spec = policy_at(name, chosen, options.share, options.interval)
@@ -92,7 +98,8 @@ def main() -> None:
                 exact, progress = sum(g.exact for g in result), statistics.mean(g.progress for g in result)
                 budget = spec.budget.tokens or "all"
                 print(
-                    f"| {family} | {level} | {tokens} | {name} | {budget} | {exact}/{len(result)} | {progress:.2f} |",
+                    f"| {family} | {level} | {times or ''} | {tokens} | {name} | {budget} | {exact}/{len(result)} "
+                    f"| {progress:.2f} |",
                     flush=True,
                 )
 

@@ -15,7 +15,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -27,7 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from kvpolicy.study.tasks import Size, SolvedProblem, draw
+from kvpolicy.study.tasks import Redundancy, Size, SolvedProblem, draw
 from kvpolicy.study.wording import NAMES, Family, Form, vocabulary
 
 TOKENS_PER_STEP: Final = 2600
@@ -54,8 +54,9 @@ class Stage:
     """A number of training steps on a mixture; ``alike`` is the share of problems with one or two distinct digits.
 
     Where all digits are alike, the digit does not tell the lines apart, so the *name* must be used to find the next
-    line. ``tokens`` is how many a step holds at most. ``restart`` begins a new decay of the learning rate at this share
-    of the peak.
+    line. ``tokens`` is how many a step holds at most, if its last problem is no longer than the others.
+    ``restart`` begins a new decay of the learning rate at this share of the peak. ``forget`` begins with empty moments
+    of the optimizers, so that weights alone are enough to go on from.
     """
 
     length: int
@@ -63,9 +64,11 @@ class Stage:
     alike: float = 0.3
     tokens: int = TOKENS_PER_STEP
     restart: float | None = None
+    forget: bool = False
 
 
-FAMILIES: Final = get_args(Family)
+# The first stages are about two families; restated-recall, which is much like trace-recall, comes after them.
+FAMILIES: Final[tuple[Family, ...]] = ("prompt-recall", "trace-recall")
 RECALL: Final = tuple(Part(1, family, "recall", (2, 7)) for family in FAMILIES)
 SUM: Final = tuple(Part(0.5, family, "sum", (8, 12)) for family in FAMILIES)
 SHORT_WALK: Final = tuple(Part(1, family, "walk", (2, 6)) for family in FAMILIES)
@@ -78,6 +81,8 @@ PUBLISHED: Final = (
     Part(0.35, "prompt-recall", "full", (6, 12)),
     Part(0.35, "trace-recall", "full", (8, 15)),
 )
+RESTATED: Final = (Part(0.15, "restated-recall", "full", (2, 10)), Part(0.35, "restated-recall", "full", (10, 18)))
+AGAIN: Final = tuple(replace(part, share=part.share / 2) for part in PUBLISHED)
 CURRICULUM: Final = (
     Stage(400, RECALL, tokens=1300),
     Stage(500, (*SHORT_WALK, *SUM), tokens=1300),
@@ -98,6 +103,20 @@ CURRICULUM: Final = (
     # word in it, once evicted, can change the wording of the solution.
     Stage(1200, PUBLISHED, alike=0.2),
     Stage(800, PUBLISHED, alike=0.0, tokens=4000, restart=0.3),
+    Stage(
+        600,
+        (
+            Part(0.1, "restated-recall", "walk", (2, 14)),
+            Part(0.3, "restated-recall", "brief", (2, 14)),
+            Part(0.3, "restated-recall", "full", (1, 8)),
+            Part(0.15, "prompt-recall", "full", (2, 12)),
+            Part(0.15, "trace-recall", "full", (2, 15)),
+        ),
+        restart=0.5,
+        forget=True,
+    ),
+    Stage(1400, (*RESTATED, *AGAIN), alike=0.2),
+    Stage(500, (*RESTATED, *AGAIN), alike=0.0, tokens=4000),
 )
 
 
@@ -183,6 +202,8 @@ def _problem(rng: random.Random, family: Family, form: Form, steps: int, *, alik
         size = Size(steps, distractors=rng.randint(0, 3))
     else:
         size = Size(steps, asked=rng.randint(1, min(4, steps)))
+    if family == "restated-recall":
+        size = replace(size, redundancy=rng.choice(get_args(Redundancy)))
     return draw(rng, family, size, form=form, digits=digits)
 
 
@@ -268,6 +289,8 @@ def train(out: Path, *, seed: int, peak: float, stop: int | None, save_every: in
     end = total if stop is None else min(stop, total)
     for step in range(begin, end):
         number = stage_of(step, curriculum)
+        if curriculum[number].forget and step == sum(stage.length for stage in curriculum[:number]):
+            steppers = optimizers(model)
         part, tokens, labels = batch(step, seed, curriculum[number], encode)
         logits = model(tokens).logits[:, :-1]
         wanted = labels[:, 1:]

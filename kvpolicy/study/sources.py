@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 from pydantic import Field, ValidationError, model_validator
 
 from kvpolicy.contracts.component import LONGEST_TEXT
-from kvpolicy.errors import did_you_mean
+from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.spec.problems import FieldError, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 from kvpolicy.study import tasks
@@ -29,20 +29,31 @@ class GeneratorSource(Source):
     fresh_by_seed: ClassVar[bool] = True
 
     family: Family
-    """prompt-recall or trace-recall."""
+    """prompt-recall, trace-recall or restated-recall."""
     level: tasks.Level = "long"
     """short, medium or long."""
+    redundancy: tasks.Redundancy | None = None
+    """How often a value is said again before it is needed: 1, 2, 4 or 8 for restated-recall, nothing for the others."""
     split: tasks.Split = "test"
     """development for choosing settings, test for reporting."""
 
+    @model_validator(mode="after")
+    def _redundancy_where_there_is_one(self) -> GeneratorSource:
+        try:
+            tasks.sized(self.family, self.level, self.redundancy)
+        except KVPolicyError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return self
+
     def _label(self) -> str:
+        again = "" if self.redundancy is None else f"-r{self.redundancy}"
         suffix = "" if self.split == "test" else f"-{self.split}"
-        return f"{self.family}-{self.level}{suffix}"
+        return f"{self.family}-{self.level}{again}{suffix}"
 
     def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the problems ``seed * count`` to ``(seed + 1) * count - 1`` of the level."""
         first = seed * count
-        drawn = tasks.problems(self.family, self.level, self.split, count, first=first)
+        drawn = tasks.problems(self.family, self.level, self.split, count, first=first, redundancy=self.redundancy)
         return [
             Problem(
                 self.label, first + i, p.prompt, p.answer, "generator", chat=False, solution=p.solution, family=p.family

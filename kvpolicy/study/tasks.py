@@ -1,6 +1,6 @@
 """Synthetic reasoning problems with long, verbose, self-checking solutions, for measuring what eviction costs.
 
-Two families, because either alone crowns a wrong method:
+Three families, because each alone crowns a wrong method:
 
 - **prompt-recall**: a shuffled list of links in the prompt is walked place by place with a running total modulo 100.
   Every fact stands in the prompt and is needed once, at a time that cannot be foreseen. Keeping the prompt and the
@@ -20,14 +20,15 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, Literal, get_args
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.study.wording import END, FIRST_WORD, NAMES, PROMPT, STOP, Family, Form, step
+from kvpolicy.study.wording import END, FIRST_WORD, MARKS, NAMES, PROMPT, STOP, Family, Form, Times, restating, step
 
 Level = Literal["short", "medium", "long"]
+Redundancy = Literal[1, 2, 4, 8]
 Split = Literal["train", "development", "test"]
 
 
@@ -38,12 +39,18 @@ class Size:
     Attributes:
         steps: links walked, or variables computed.
         distractors: links that are never reached (prompt-recall only).
-        asked: values asked for at the end (trace-recall only).
+        asked: values asked for at the end (not in prompt-recall).
+        redundancy: how often a value that a later step needs is said again before (restated-recall only).
     """
 
     steps: int
     distractors: int = 0
     asked: int = 1
+    redundancy: Redundancy = 1
+
+
+APART: Final = 4
+"""Steps from computing a value of restated-recall to needing it; the values of as many steps are still needed."""
 
 
 LEVELS: Final[Mapping[Family, Mapping[Level, Size]]] = {
@@ -53,11 +60,20 @@ LEVELS: Final[Mapping[Family, Mapping[Level, Size]]] = {
         "long": Size(11, distractors=2),
     },
     "trace-recall": {"short": Size(4, asked=2), "medium": Size(8, asked=4), "long": Size(14, asked=4)},
+    "restated-recall": {"short": Size(5, asked=2), "medium": Size(10, asked=4), "long": Size(18, asked=4)},
 }
+
+REDUNDANCIES: Final[Mapping[Family, tuple[Redundancy | None, ...]]] = {
+    "prompt-recall": (None,),
+    "trace-recall": (None,),
+    "restated-recall": get_args(Redundancy),
+}
+"""The redundancies that a family is published at; None where it has no such thing."""
 
 _CONCLUSION: Final[Mapping[Family, str]] = {
     "prompt-recall": r"so the total is (\d \d) and the next one is (\w+) \.",
     "trace-recall": r"so we have (\w+) is (\d) and we go to (\w+) \.",
+    "restated-recall": r"so we have (\w+) is (\d) and we go to (\w+) \.",
 }
 
 
@@ -66,7 +82,7 @@ class SolvedProblem:
     """A problem with its one right solution.
 
     Attributes:
-        family: which of the two families.
+        family: which of the families.
         prompt: what the model is given, up to and including ``<think>``; the tokenizer puts ``<bos>`` before it.
         solution: what a perfect model continues with; ``<eos>`` follows.
         answer: the words after "the answer is".
@@ -91,18 +107,28 @@ class Grade:
     progress: float
 
 
-def problems(family: Family, level: Level, split: Split, count: int, *, first: int = 0) -> Iterator[SolvedProblem]:
+def problems(
+    family: Family,
+    level: Level,
+    split: Split,
+    count: int,
+    *,
+    first: int = 0,
+    redundancy: Redundancy | None = None,
+) -> Iterator[SolvedProblem]:
     """Yield the published problems ``first`` to ``first + count - 1`` of a level.
 
     Args:
-        family: "prompt-recall" or "trace-recall".
+        family: "prompt-recall", "trace-recall" or "restated-recall".
         level: "short", "medium" or "long".
         split: "development" for choosing settings, "test" for reporting; "train" is what the shipped model saw.
         count: how many.
         first: the index of the first.
+        redundancy: 1, 2, 4 or 8 for restated-recall, nothing for the others. At all four, an index names problems with
+            the same values, and the same split.
 
     Raises:
-        KVPolicyError: if a name is unknown or a number is negative.
+        KVPolicyError: if a name is unknown, a number is negative, or the redundancy is missing or is too much.
     """
     for what, given, allowed in (
         ("family", family, get_args(Family)),
@@ -113,10 +139,27 @@ def problems(family: Family, level: Level, split: Split, count: int, *, first: i
             raise KVPolicyError(f"{what}: {given!r} is not one of {', '.join(allowed)}.")
     if count < 0 or first < 0:
         raise KVPolicyError(f"count and first: should be 0 or more, got {count} and {first}.")
+    size = sized(family, level, redundancy)
     return (
-        draw(random.Random(f"{family}/{level}/{split}/{index}"), family, LEVELS[family][level], split=split)  # noqa: S311
+        draw(random.Random(f"{family}/{level}/{split}/{index}"), family, size, split=split)  # noqa: S311
         for index in range(first, first + count)
     )
+
+
+def sized(family: Family, level: Level, redundancy: Redundancy | None) -> Size:
+    """Return the size of a level, at a redundancy where the family has one.
+
+    Raises:
+        KVPolicyError: if restated-recall is given no redundancy or an unknown one, or another family is given one.
+    """
+    allowed = REDUNDANCIES[family]
+    if redundancy not in allowed:
+        if allowed == (None,):
+            raise KVPolicyError(f"redundancy: {family} has none, leave it out; restated-recall has.")
+        given = "nothing" if redundancy is None else repr(redundancy)
+        raise KVPolicyError(f"redundancy: {family} needs one of {', '.join(map(str, allowed))}, got {given}.")
+    size = LEVELS[family][level]
+    return size if redundancy is None else replace(size, redundancy=redundancy)
 
 
 def draw(
@@ -141,9 +184,10 @@ def draw(
     if family == "prompt-recall":
         make, needed = _prompt_recall, size.steps + size.distractors
     else:
-        make, needed = _trace_recall, size.steps + 1
-    if not size.steps >= 1 or needed > len(NAMES) or not 1 <= size.asked <= size.steps:
-        raise KVPolicyError(f"size: {size} needs {needed} of {len(NAMES)} names and 1 to {size.steps} questions.")
+        make, needed = _restated_recall if family == "restated-recall" else _trace_recall, size.steps + 1
+    most = min(size.steps, APART) if family == "restated-recall" else size.steps
+    if not size.steps >= 1 or needed > len(NAMES) or not 1 <= size.asked <= most:
+        raise KVPolicyError(f"size: {size} needs {needed} of {len(NAMES)} names and 1 to {most} questions.")
     while True:
         identity, problem = make(rng, size, form, digits)
         if _split_of(identity) == split:
@@ -209,6 +253,46 @@ def _trace_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int,
     )
     answer = " , ".join(f"{n} is {value[n]}" for n in asked)
     return identity, SolvedProblem("trace-recall", prompt, _finish(text, form, answer), answer)
+
+
+def _restated_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, SolvedProblem]:
+    root, *names = rng.sample(NAMES, size.steps + 1)
+    value = {root: rng.randrange(10)}
+    text, lines, bare = [], [], []
+    for index, (n, m) in enumerate(zip(names, [*names[1:], STOP], strict=True)):
+        parent, d = names[index - APART] if index >= APART else root, rng.choice(digits)
+        a, b = value[parent], (value[parent] + d) % 10
+        value[n] = b
+        times = _times(size.steps - 1 - index, size.redundancy)
+        needed = " , ".join(f"{x} is {value[x]}" for x in names[max(0, index - APART + 1) : index + 1])
+        words = {"n": n, "d": str(d), "p": parent, "m": m, "mark": MARKS[times], "a": str(a), "b": str(b)}
+        text.append(" ".join(step("restated-recall", form, **words, **restating(form, n, needed, times)).split()))
+        lines.append(f"{n} {d} {parent} {m} {MARKS[times]}")
+        bare.append(f"{n} {d} {parent} {m}")
+    asked = rng.sample(names[-APART:], size.asked)
+    # Without the marks: at all redundancies it is one problem, of one split.
+    identity = f"restated-recall {root} {value[root]} {sorted(bare)} {sorted(asked)}"
+    rng.shuffle(lines)
+    prompt = PROMPT["restated-recall"].format(
+        first=FIRST_WORD[form],
+        start=names[0],
+        root=root,
+        value=value[root],
+        lines=" ".join(lines),
+        asked=" , ".join(asked),
+    )
+    answer = " , ".join(f"{n} is {value[n]}" for n in asked)
+    return identity, SolvedProblem("restated-recall", prompt, _finish(text, form, answer), answer)
+
+
+def _times(left: int, redundancy: int) -> Times:
+    """Return how often the values are said again in the step that ``left`` others follow.
+
+    Any four steps in a row have ``redundancy`` in all, and the last step has at least one.
+    """
+    if redundancy > APART:
+        return 2
+    return 1 if left % (APART // redundancy) == 0 else 0
 
 
 def _finish(text: list[str], form: Form, answer: str) -> str:

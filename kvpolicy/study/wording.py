@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-Family = Literal["prompt-recall", "trace-recall"]
+Family = Literal["prompt-recall", "trace-recall", "restated-recall"]
 Form = Literal["full", "brief", "walk"]
+Times = Literal[0, 1, 2]
 
 # fmt: off
 NAMES: Final = (
@@ -78,6 +79,44 @@ _TRACE_RECALL: Final = (
     ),
 )
 
+# What ends a line of restated-recall says how often its step goes through the values that are still needed.
+MARKS: Final[dict[Times, str]] = {0: ".", 1: "once", 2: "double"}
+
+# n, d, p, m as above, mark: what ends the line; a, b: the values of p and n; s1, s2: the places where values are said
+# again, or as many words about nothing. The value of n is said once besides.
+_RESTATED_RECALL: Final = (
+    (
+        "okay , so i am at {n} . {n} {d} {p} {m} {mark} i need {p} here . {p} is {a} . so {a} plus {d} is {b} . so we "
+        "have {n} is {b} and we go to {m} . {s1} let me double check . {n} {d} {p} {m} {mark} that matches . {s2}"
+    ),
+    (
+        "the turn of {n} . its line says {n} {d} {p} {m} {mark} let me recall {p} . {p} is {a} . adding {d} to {a} "
+        "gives {b} . so we have {n} is {b} and we go to {m} . {s1} wait , once more . {n} {d} {p} {m} {mark} yes , the "
+        "same . {s2}"
+    ),
+    (
+        "we come to {n} . i look for {n} . {n} {d} {p} {m} {mark} earlier i found {p} is {a} . then {a} and {d} make "
+        "{b} . so we have {n} is {b} and we go to {m} . {s1} i verify the line . {n} {d} {p} {m} {mark} no mistake in "
+        "that . {s2}"
+    ),
+)
+# Four values take as many words, give or take one, as what stands there otherwise, so all traces are about as long.
+RESTATE: Final = ("so far we have {values} .", "remember , we have {values} .")
+REST: Final = (
+    (
+        "it is easy to lose the thread in a long list like this , so i must be careful .",
+        "there is nothing to doubt in it any longer , this step is done , we can move on .",
+    ),
+    (
+        "only the last digit counts and the rest is dropped , as it was in the step before .",
+        "i am sure about all of that , it is fine , and now i go on to another .",
+    ),
+    (
+        "later lines may build on it , and there may be a long way from here to the end .",
+        "a wrong step would spoil all that follows after it , but it is good and we go on .",
+    ),
+)
+
 STEP: Final[dict[tuple[Family, Form], tuple[str, ...]]] = {
     ("prompt-recall", "full"): _PROMPT_RECALL,
     ("prompt-recall", "brief"): (
@@ -89,10 +128,19 @@ STEP: Final[dict[tuple[Family, Form], tuple[str, ...]]] = {
         "{n} {d} {p} {m} . {p} is {a} . so {a} plus {d} is {b} . so we have {n} is {b} and we go to {m} .",
     ),
     ("trace-recall", "walk"): ("{n} {d} {p} {m} .",),
+    ("restated-recall", "full"): _RESTATED_RECALL,
+    ("restated-recall", "brief"): (
+        (
+            "{n} {d} {p} {m} {mark} {p} is {a} . so {a} plus {d} is {b} . so we have {n} is {b} and we go to {m} . "
+            "{s1} {s2}"
+        ),
+    ),
+    ("restated-recall", "walk"): ("{n} {d} {p} {m} {mark}",),
 }
 PROMPT: Final[dict[Family, str]] = {
     "prompt-recall": "{first} : start at {start} with {total} . list : {lines} . find the final total . <think>",
     "trace-recall": "{first} : start at {start} . {root} is {value} . list : {lines} . find {asked} . <think>",
+    "restated-recall": "{first} : start at {start} . {root} is {value} . list : {lines} find {asked} . <think>",
 }
 END: Final = "we stop . </think> the answer is {answer} ."
 
@@ -103,9 +151,24 @@ def step(family: Family, form: Form, **words: str) -> str:
     return choices[NAMES.index(words["n"]) % len(choices)].format(**words)
 
 
+def restating(form: Form, n: str, values: str, times: Times) -> dict[str, str]:
+    """Return the fields ``s1`` and ``s2`` of a step of restated-recall.
+
+    Args:
+        form: only the full form has words where nothing is said again.
+        n: the name of the step, which decides these words.
+        values: what is said again, "x is 3 , y is 5".
+        times: how often; once is in the second place.
+    """
+    rest = REST[NAMES.index(n) % len(REST)] if form == "full" else ("", "")
+    said = tuple(text.format(values=values) for text in RESTATE)
+    return {"s1": said[0] if times == 2 else rest[0], "s2": said[1] if times >= 1 else rest[1]}
+
+
 def vocabulary() -> tuple[str, ...]:
     """Return every word that problems and solutions are made of: special tokens first, the others sorted."""
     templates = [*(text for choices in STEP.values() for text in choices), *PROMPT.values(), END]
+    templates += [*RESTATE, *(text for choice in REST for text in choice)]
     words = {word for template in templates for word in template.split() if "{" not in word}
-    words |= {*NAMES, *FIRST_WORD.values(), *map(str, range(10)), STOP, ","}
+    words |= {*NAMES, *FIRST_WORD.values(), *MARKS.values(), *map(str, range(10)), STOP, ","}
     return (*SPECIAL, *sorted(words))

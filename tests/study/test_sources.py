@@ -6,6 +6,7 @@ import pytest
 
 from kvpolicy import KVPolicyError
 from kvpolicy.study.grading import grade
+from kvpolicy.spec.problems import FieldError
 from kvpolicy.study.needles import needle
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.sources import read_source
@@ -86,6 +87,29 @@ def test_seeds_give_fresh_generated_problems():
     assert source(use="generator", family="trace-recall", level="short", split="development").label.endswith(
         "-development"
     )
+
+
+def test_redundancy_is_part_of_the_name():
+    made = source(use="generator", family="restated-recall", level="medium", redundancy=4)
+    assert made.label == "restated-recall-medium-r4"
+    other = source(use="generator", family="restated-recall", level="medium", redundancy=1)
+    (one,), (same,) = made.problems(1, 0), other.problems(1, 0)
+    assert one.digest != same.digest
+    assert one.answer == same.answer
+    assert grade(one, one.solution) == {"exact": 1.0, "progress": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"family": "restated-recall"}, "redundancy: restated-recall needs one of 1, 2, 4, 8, got nothing."),
+        ({"family": "restated-recall", "redundancy": 3}, "redundancy"),
+        ({"family": "prompt-recall", "redundancy": 2}, "redundancy: prompt-recall has none"),
+    ],
+)
+def test_redundancy_that_there_is_not(given, said):
+    with pytest.raises(FieldError, match=said):
+        source(use="generator", **given)
 
 
 def test_needles():
