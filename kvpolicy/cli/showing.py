@@ -57,7 +57,7 @@ def _parameters(spec: PolicySpec) -> Table:
             "" if origin.distribution == BUNDLED else f" [{origin.distribution} {origin.version}]".replace(" ]", "]")
         )
         table.add_row(_bold(part), _bold(ref.use), "", f"{summary(type(ref.component))}{source}")
-        for row in _rows(ref):
+        for row in parameter_rows(ref):
             table.add_row(*row)
     return table
 
@@ -86,7 +86,8 @@ def _bold(text: str) -> Text:
     return Text(text, "bold")
 
 
-def _rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str | Text, str, str]]:
+def parameter_rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str | Text, str, str]]:
+    """Return name, value, allowed values and meaning of each parameter, those of components that it holds indented."""
     properties = type(ref.component).model_json_schema().get("properties", {})
     rows: list[tuple[str, str | Text, str, str]] = []
     held = ref.held
@@ -96,7 +97,7 @@ def _rows(ref: ComponentRef, depth: int = 1) -> list[tuple[str, str | Text, str,
             what = f"{schema.get('description', '')} Here: {summary(type(held[name].component))}.".strip()
             kind = f"a component: {kind_of(type(held[name].component))}"
             rows.append((f"{'  ' * depth}{name}", _bold(held[name].use), kind, what))
-            rows += _rows(held[name], depth + 1)
+            rows += parameter_rows(held[name], depth + 1)
             continue
         written = shown(value)
         if "default" in schema and value != schema["default"]:

@@ -50,7 +50,7 @@ def print_component(kind: str, name: str) -> None:
             "needs": "; ".join(f"{need}: {NEEDS[need]}" for need in sorted(component.needs)),
             "runs": "" if component.phases == Component.phases else f"at {' and '.join(sorted(component.phases))} only",
             "used by": ", ".join(users) or "no registered policy",
-            "in a file": _example(kind, name, component),
+            "in a file": example(kind, name, component),
         }
     )
     if component.model_fields:
@@ -146,7 +146,7 @@ def _names(policy: Policy, table: str) -> bool:
     return any(getattr(part, field) == table for part in policy.components for field in type(part).model_fields)
 
 
-def _example(kind: str, name: str, component: type[Component]) -> str:
+def example(kind: str, name: str, component: type[Component]) -> str:
     """Return a line of a policy file that names the component."""
     required = [field for field, info in component.model_fields.items() if info.is_required()]
     short = component.shorthand is not None
@@ -159,6 +159,13 @@ def _example(kind: str, name: str, component: type[Component]) -> str:
 
 def _parameters(component: type[Component]) -> Table:
     table = columns("parameter", "default", "allowed")
+    for row in parameters(component):
+        table.add_row(*row)
+    return table
+
+
+def parameters(component: type[Component]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, default, allowed values and meaning of each parameter."""
     properties = component.model_json_schema().get("properties", {})
     held = held_kinds(component)
     for name, info in component.model_fields.items():
@@ -170,5 +177,4 @@ def _parameters(component: type[Component]) -> Table:
                 kvpolicy.catalog().name_of(type(value)) if isinstance(value, Component) else shown(plain(value, ()))
             )
         kinds = f"a component: {held[name]}" if name in held else allowed(properties[name])
-        table.add_row(name, default, kinds, descriptions(component)[name])
-    return table
+        yield name, default, kinds, descriptions(component)[name]

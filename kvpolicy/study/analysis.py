@@ -72,7 +72,8 @@ class Comparison:
         baseline: name of the other.
         metric: what is compared.
         difference: variant minus baseline, with a paired bootstrap interval.
-        wins, losses: problems with a larger, a smaller value than the baseline's.
+        wins: problems with a larger value than the baseline's.
+        losses: problems with a smaller one.
         mcnemar: for 0-or-1 metrics with one value per problem, Tango's interval: all differences that McNemar's score
             test, taken for that difference, does not reject; otherwise None.
         p: two-sided p value: McNemar's exact test where `mcnemar` is given, else a sign-flip permutation test. At the
