@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpolicy.runtimes.opening import REASONER, locate
-from kvpolicy.study.tasks import LEVELS, grade, problems
+from kvpolicy.study.tasks import LEVELS, REDUNDANCIES, grade, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = locate(REASONER, user="the test")
-FAMILIES = ("prompt-recall", "trace-recall")
-CELLS = [(family, level) for family in FAMILIES for level in LEVELS[family]]
+KINDS = [(family, times) for family in LEVELS for times in REDUNDANCIES[family]]
+CELLS = [(family, level, times) for family, times in KINDS for level in LEVELS[family]]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def reasoner():
     return AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
 
 
-def accuracy(evaluation, reasoner, family, level, policy, count, share=0.2, split="test"):
-    chosen = list(problems(family, level, split, count))
+def accuracy(evaluation, reasoner, family, level, policy, count, *, times=None, share=0.2):
+    chosen = list(problems(family, level, "test", count, redundancy=times))
     spec = evaluation.policy_at(policy, chosen, share, 32)
     grades = evaluation.grades(*reasoner, chosen, spec, 25)
     assert len(grades) == count
@@ -63,8 +63,8 @@ def test_folder_is_small_and_complete(reasoner):
 
 def test_tokenizer_knows_every_word(reasoner):
     tokenizer = reasoner[1]
-    for family, level in CELLS:
-        for problem in problems(family, level, "test", 5):
+    for family, level, times in CELLS:
+        for problem in problems(family, level, "test", 5, redundancy=times):
             text = f"{problem.prompt} {problem.solution} <eos>"
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids
@@ -73,17 +73,17 @@ def test_tokenizer_knows_every_word(reasoner):
             assert tokenizer.decode(ids, skip_special_tokens=True) == f"{problem.prompt} {problem.solution}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_held_out_problems(evaluation, reasoner, family):
-    assert accuracy(evaluation, reasoner, family, "short", "full", 8) == 1
+@pytest.mark.parametrize(("family", "times"), KINDS)
+def test_answers_held_out_problems(evaluation, reasoner, family, times):
+    assert accuracy(evaluation, reasoner, family, "short", "full", 8, times=times) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_teacher_forced_solutions(reasoner, family):
+@pytest.mark.parametrize(("family", "times"), KINDS)
+def test_teacher_forced_solutions(reasoner, family, times):
     """One forward pass: the best token is the right one all along, so greedy decoding gives the solution."""
     model, tokenizer = reasoner
     right = 0
-    chosen = list(problems(family, "long", "test", 4))
+    chosen = list(problems(family, "long", "test", 4, redundancy=times))
     for problem in chosen:
         ids = tokenizer(f"{problem.prompt} {problem.solution} <eos>", return_tensors="pt")["input_ids"]
         start = len(problem.prompt.split()) + 1
@@ -105,14 +105,14 @@ def test_greedy_is_the_default_and_generate_stops(reasoner):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("family", "level"), CELLS)
-def test_full_cache_accuracy(evaluation, reasoner, family, level):
-    assert accuracy(evaluation, reasoner, family, level, "full", 100) >= 0.95
+@pytest.mark.parametrize(("family", "level", "times"), CELLS)
+def test_full_cache_accuracy(evaluation, reasoner, family, level, times):
+    assert accuracy(evaluation, reasoner, family, level, "full", 100, times=times) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["prompt-recall", "trace-recall"])
 def test_eviction_matters_and_not_every_method_is_at_zero(evaluation, reasoner, family):
     """At a fifth of the trace the controls fail; some method still answers, so that methods can be told apart."""
     for policy in ("sinks-recent", "random"):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kvpolicy import KVPolicyError
-from kvpolicy.study.grading import grade
 from kvpolicy.spec.problems import FieldError
+from kvpolicy.study.grading import grade
 from kvpolicy.study.needles import needle
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.sources import read_source
