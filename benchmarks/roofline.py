@@ -27,6 +27,7 @@ sys.path[:] = [str(_HERE / "shared"), *(p for p in sys.path if Path(p or ".").re
 from kvbench import measuring, real
 from kvbench.measuring import Spread, timed
 from kvpolicy import ops
+from kvpolicy.cli.devices import gpu_of
 from kvpolicy.contracts.view import CacheView
 
 OBSERVED, THRESHOLD, TILE = 8, 0.5, 64
@@ -51,12 +52,10 @@ class Device:
     estimated: bool
 
 
-# Data sheets: SXM boards, dense bf16.
-GPUS = (
-    Device("A100 80GB", 2039e9, 312e12, 2, True),
-    Device("H100 SXM", 3350e9, 989e12, 2, True),
-    Device("MI300X", 5300e9, 1307e12, 2, True),
-)
+GPUS = [
+    Device(gpu.name, gpu.bandwidth, gpu.arithmetic, 2, True)
+    for gpu in map(gpu_of, ("A100 80GB SXM", "H100 SXM", "MI300X"))
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from kvpolicy.cli.calibrating import calibrate
 from kvpolicy.cli.checking import check
 from kvpolicy.cli.explaining import explain
+from kvpolicy.cli.planning import plan
 from kvpolicy.cli.scaffolding import new
 from kvpolicy.cli.studying import study
 from kvpolicy.cli.tracing import trace
@@ -232,6 +233,7 @@ def generate(
 app.command()(calibrate)
 app.command()(check)
 app.command()(explain)
+app.command()(plan)
 app.command()(trace)
 app.add_typer(new, name="new")
 app.add_typer(study, name="study")

@@ -52,28 +52,41 @@ def explain(
     import kvpolicy
     from kvpolicy.cli.generating import budget_of
     from kvpolicy.cli.terminal import output
-    from kvpolicy.errors import KVPolicyError
 
-    for option, value in (("--batch", batch), ("--length", length), ("--prompt", prompt)):
-        if value is not None and not 1 <= value <= LONGEST:
-            raise KVPolicyError(f"{option}: {value} makes no sense; write a whole number from 1 to {LONGEST:,}.")
-    if prompt is not None and prompt > length:
-        raise KVPolicyError(f"--prompt: {prompt} tokens are more than the --length of {length}, which includes them.")
-    shape = _shape(model_config, layers, kv_heads, head_dim, dtype)
+    check_lengths({"--batch": batch, "--length": length, "--prompt": prompt}, prompt, length)
+    shape = shape_of(model_config, layers, kv_heads, head_dim, dtype)
     found = kvpolicy.load(spec, budget=budget_of(budget))
     policy = found.build()
-    if prompt is None:
-        prompt = max(length - 256, length // 2, 1) if policy.phase == "prefill" else min(128, length)
+    prompt = default_prompt(policy, length, prompt)
     sections = words(found, policy), memory(policy, shape, batch, length, prompt)
     console = output()
     width = min(console.width, _WIDEST)
     lines = [textwrap.fill(f"{found.policy}: {found.description}".rstrip(": "), width)]
     for section in sections:
-        lines += ["", *(_wrapped(label, text, width) for label, text in section)]
+        lines += ["", *(wrapped(label, text, width) for label, text in section)]
     console.print("\n".join(lines), soft_wrap=True)
 
 
-def _wrapped(label: str, text: str, width: int) -> str:
+def check_lengths(numbers: dict[str, int | None], prompt: int | None, length: int) -> None:
+    """Raise KVPolicyError for an option that is no length, or a prompt that is longer than the text."""
+    from kvpolicy.errors import KVPolicyError
+
+    for option, value in numbers.items():
+        if value is not None and not 1 <= value <= LONGEST:
+            raise KVPolicyError(f"{option}: {value} makes no sense; write a whole number from 1 to {LONGEST:,}.")
+    if prompt is not None and prompt > length:
+        raise KVPolicyError(f"--prompt: {prompt} tokens are more than the --length of {length}, which includes them.")
+
+
+def default_prompt(policy: Policy, length: int, prompt: int | None) -> int:
+    """Return the tokens of the prompt: as asked, or so many that the policy has something to do."""
+    if prompt is not None:
+        return prompt
+    return max(length - 256, length // 2, 1) if policy.phase == "prefill" else min(128, length)
+
+
+def wrapped(label: str, text: str, width: int) -> str:
+    """Return a labelled sentence in lines of a width."""
     indent = " " * 12
     return textwrap.fill(text, width, initial_indent=f"{label:<12}", subsequent_indent=indent, break_on_hyphens=False)
 
@@ -199,9 +212,10 @@ def size(count: int) -> str:
     return f"{count:,} bytes" if unit == "bytes" else f"{value:,.2f} {unit} ({count:,} bytes)"
 
 
-def _shape(
+def shape_of(
     place: str | None, layers: int | None, kv_heads: int | None, head_dim: int | None, dtype: str | None
 ) -> ModelShape:
+    """Return the heads that the options describe, or those of an example; raises KVPolicyError."""
     from kvpolicy.cli.memory import ModelShape, dtype_name, shape_from_config
     from kvpolicy.errors import KVPolicyError
 

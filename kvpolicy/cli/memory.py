@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from kvpolicy.cli.terminal import messages
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.inputs import expanded, read_text
 from kvpolicy.policy.policy import Policy
-from kvpolicy.runtimes.opening import announce_hub
+from kvpolicy.runtimes.opening import DEMO_MODEL, REASONER, announce_hub, locate
 from kvpolicy.runtimes.shapes import head_shape, layer_fields
 
 DTYPES: Final = {
@@ -26,7 +26,15 @@ DTYPES: Final = {
 """What people call a dtype -> its name and its bytes."""
 
 # Caches of these models are not layers x heads x head dim, so the arithmetic below would be wrong.
-_UNUSUAL: Final = ("kv_lora_rank", "block_configs")
+_UNUSUAL: Final = {
+    "kv_lora_rank": "it keeps one latent vector per token (MLA) instead of keys and values per head, and no policy can "
+    "be run on it",
+    "block_configs": "its cache is not layers x heads x head dim; give --layers, --kv-heads and --head-dim instead",
+}
+
+
+_Heads = dict[tuple[int, int, int], int]
+"""`(KV heads, key dim, value dim)` -> layers."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,14 @@ class Course:
         resident: entries held at the end, when what is due has been compacted.
         peak: most entries ever held.
         compactions: how many took place.
+        mean: entries that a decode step reads, on average over the steps; its own token's is one of them.
     """
 
     seen: int
     resident: int
     peak: int
     compactions: int
+    mean: float = field(default=0.0, compare=False)
 
 
 def simulate(policy: Policy, length: int, prompt: int) -> Course:
@@ -89,12 +99,14 @@ def simulate(policy: Policy, length: int, prompt: int) -> Course:
     """
     ledger: Ledger[int] = Ledger(policy)
     steps: Iterator[Incoming] = chain(_passes(policy, prompt), repeat(Incoming(1), length - prompt))
+    read = 0
     for step in steps:
         _compact(policy, ledger, step, prompt)
         ledger.advance({0: step})
+        read += ledger.resident(0) if step.kind == "decode" else 0
     _compact(policy, ledger, Incoming(1), prompt)
     row = ledger.rows[0]
-    return Course(row.seen, row.resident, row.peak, row.compactions)
+    return Course(row.seen, row.resident, row.peak, row.compactions, read / max(length - prompt, 1))
 
 
 def _compact(policy: Policy, ledger: Ledger[int], step: Incoming, prompt: int) -> None:
@@ -125,35 +137,50 @@ def shape_from_config(place: str, dtype: str | None) -> ModelShape:
         place: where the configuration is.
         dtype: instead of the one that the configuration names.
     """
-    config = _read(place)
+    config = read_config(place)
     nested = config.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) else config
-    for field in _UNUSUAL:
-        if text.get(field):
-            raise KVPolicyError(
-                f"--model-config: {place} has `{field}`, and its cache is not layers x heads x head dim; "
-                "give --layers, --kv-heads and --head-dim instead."
-            )
+    for name, why in _UNUSUAL.items():
+        if text.get(name):
+            raise KVPolicyError(f"--model-config: {place} has `{name}`: {why}.")
     if config.get("is_encoder_decoder"):
         raise KVPolicyError(f"--model-config: {place} is an encoder-decoder model; only decoders are supported.")
+    named = dtype or text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    full = dtype_name(str(named or "float32").removeprefix("torch."))
+    shapes, others = _heads_of_model(place, config, full) or _heads_of_fields(text, place)
+    if any(keys != values for _, keys, values in shapes):
+        raise KVPolicyError(
+            f"--model-config: {place} has values of another size than its keys, so its cache is not layers x heads x "
+            "head dim; give --layers, --kv-heads and the mean of both as --head-dim instead."
+        )
+    ((heads, dim, _), count), *unlike = shapes.items()
+    more = tuple((number, *shape[:2]) for shape, number in unlike)
+    return ModelShape(count, heads, dim, full, others, str(config.get("model_type") or place), more)
+
+
+def _heads_of_model(place: str, config: dict[str, Any], dtype: str) -> tuple[_Heads, int] | None:
+    """Return heads, and the number of other layers, as the model's own code has them; None where it is not known."""
+    if not config.get("model_type"):
+        return None
+    from kvpolicy.cli.built import built
+
+    path = folder_of(place)
+    found = built(str(path) if path.exists() else place, dtype)
+    return None if found is None or found.heads is None else (dict(found.heads), found.others)
+
+
+def _heads_of_fields(text: dict[str, Any], place: str) -> tuple[_Heads, int]:
+    """Return heads, and the number of other layers, as a configuration says."""
     layers = _number(text, place, "num_hidden_layers")
     keeping = _layers_with_keys(text, place, layers)
     evictable = [layer for layer in keeping if _has_full_attention(text, layer)]
     if not evictable:
         raise KVPolicyError(f"--model-config: {place} has no full-attention layer, so there is nothing to evict from.")
-    shapes = Counter(_heads(text, place, layer) for layer in evictable)
     value_dim = text.get("v_head_dim")
-    if value_dim and any(dim != value_dim for _, dim in shapes):
-        raise KVPolicyError(
-            f"--model-config: {place} has values of size {value_dim} beside keys of another size, so its cache is not "
-            "layers x heads x head dim; give --layers, --kv-heads and the mean of both as --head-dim instead."
-        )
-    (first, count), *unlike = shapes.items()
-    named = dtype or text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
-    return ModelShape(
-        count, *first, dtype_name(str(named or "float32").removeprefix("torch.")), len(keeping) - len(evictable),
-        str(config.get("model_type") or place), tuple((number, *shape) for shape, number in unlike),
-    )  # fmt: skip
+    shapes = Counter((*_heads(text, place, layer), value_dim) for layer in evictable)
+    return {(heads, dim, values or dim): count for (heads, dim, values), count in shapes.items()}, (
+        len(keeping) - len(evictable)
+    )
 
 
 def _layers_with_keys(text: dict[str, Any], place: str, layers: int) -> range:
@@ -173,9 +200,9 @@ def _heads(text: dict[str, Any], place: str, layer: int) -> tuple[int, int]:
     """Return the KV heads of a layer and their size, checked."""
     said = layer_fields(text, layer)
     heads = _number(said, place, "num_attention_heads")
-    for field in ("num_key_value_heads", "head_dim"):
-        if said[field] is not None:
-            _number(said, place, field)
+    for name in ("num_key_value_heads", "head_dim"):
+        if said[name] is not None:
+            _number(said, place, name)
     if said["head_dim"] is None:
         hidden = _number(said, place, "hidden_size")
         if hidden % heads:
@@ -190,8 +217,16 @@ def dtype_name(dtype: str) -> str:
     return DTYPES[dtype][0]
 
 
-def _read(place: str) -> dict[str, Any]:
-    path = expanded(place)
+def read_config(place: str) -> dict[str, Any]:
+    """Return the fields of a configuration, nested ones left in place, with transformers' defaults where it knows them.
+
+    Args:
+        place: a model's folder, its config.json, an id on the hub, or the name of a model that comes with kvpolicy.
+
+    Raises:
+        KVPolicyError: there is none, or it cannot be read.
+    """
+    path = folder_of(place)
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
@@ -203,6 +238,11 @@ def _read(place: str) -> dict[str, Any]:
     if plain is not None and not plain.get("model_type"):
         return plain
     return _through_transformers(place, path if local else None, plain)
+
+
+def folder_of(place: str) -> Path:
+    """Return the path that a place stands for; for an id on the hub, one at which nothing is."""
+    return Path(locate(place, user="--model-config")) if place in {DEMO_MODEL, REASONER} else expanded(place)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

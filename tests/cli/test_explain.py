@@ -214,7 +214,7 @@ def test_nonsense_is_refused_in_a_sentence(run, tmp_path):
         f"{deep} is not JSON": ("--model-config", deep),
         f"{listed} is not a JSON object": ("--model-config", listed),
         "has `kv_lora_rank`": ("--model-config", latent),
-        "values of size 4 beside keys of another size": ("--model-config", values),
+        "values of another size than its keys": ("--model-config", values),
         "is 4 of 4 layers; some have to keep keys": ("--model-config", unowned),
         "`num_attention_heads` of": ("--model-config", short),
         "holds no config.json": ("--model-config", empty),

@@ -46,8 +46,9 @@ def run(*jobs: dict[str, Any], processes: bool = False, timeout: float = 1800) -
         timeout: seconds, for all of them.
 
     Returns:
-        For each job `tokens` of each request, and of one process `steps`, `preemptions`, `peak` blocks, `left` blocks
-        that are held at the end, and `kept`: by request, the positions `[L][H][n]` after each compaction.
+        For each job `tokens` of each request, and of one process `steps`, `preemptions`, `blocks` of the pool, the
+        `peak` of those that were held, the most requests that were `running` at once, `left` blocks that are held at
+        the end, and `kept`: by request, the positions `[L][H][n]` after each compaction.
 
     Raises:
         RuntimeError: an engine failed; the message is the end of what was said.
@@ -109,12 +110,14 @@ def _watch(engine: Any) -> dict[str, Any]:
     core = engine.llm_engine.engine_core.engine_core
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     pool = scheduler.kv_cache_manager.block_pool
-    found: dict[str, Any] = {"steps": 0, "preemptions": 0, "peak": 0, "kept": {}, "pool": pool}
+    found: dict[str, Any] = {"steps": 0, "preemptions": 0, "peak": 0, "running": 0, "kept": {}, "pool": pool}
+    found["blocks"] = pool.num_gpu_blocks
     schedule, preempt = scheduler.schedule, scheduler._preempt_request
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made = schedule(*args, **kwargs)
         found["steps"] += bool(made.total_num_scheduled_tokens)
+        found["running"] = max(found["running"], len(scheduler.running))
         found["peak"] = max(found["peak"], pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         return made
 
