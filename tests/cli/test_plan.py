@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,6 +330,14 @@ def test_a_model_that_cannot_be_served_is_refused_by_the_runtime_s_own_cause(run
         assert code == 1
         assert "no policy can be run on" in err
         assert "BloomForCausalLM: layer 0 has no attention of its own" in err
+
+
+def test_the_page_shows_what_is_printed(run):
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    printed = run("plan", "rkv", "--gpu", "H100 SXM")[1].splitlines()
+    assert len(shown) > 10
+    assert [line for line in shown if line not in printed] == []
 
 
 def test_a_batch_that_fits_is_the_largest_one():

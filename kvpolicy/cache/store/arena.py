@@ -65,10 +65,13 @@ class ArenaStore:
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by `change` of it."""
         shared = self.rope_positions is self.positions
-        self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
+        self._open = []  # views would keep the old arenas
+        # One after the other, so that only one is there twice at a time.
+        self.keys = change(self.keys)
+        self.values = change(self.values)
+        self.positions = change(self.positions)
         self.rope_positions = self.positions if shared else change(self.rope_positions)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
-        self._open = []  # views would keep the old arenas
 
     def resize(self, capacity: int, used: int) -> None:
         """Give every arena `capacity` slots, keeping the first `used`."""
