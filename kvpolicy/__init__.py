@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvpolicy.errors import BudgetError as BudgetError
     from kvpolicy.errors import CacheStateError as CacheStateError
     from kvpolicy.errors import ComponentError as ComponentError
+    from kvpolicy.errors import FormerNameWarning as FormerNameWarning
     from kvpolicy.errors import KVPolicyError as KVPolicyError
     from kvpolicy.errors import PluginError as PluginError
     from kvpolicy.errors import ScoreError as ScoreError

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvpolicy.cli.capacity import RowNeeds
-    from kvpolicy.cli.planning import CapacityPlan
+    from kvpolicy.cli.plan_answer import CapacityPlan
 
 
 def print_plan(plan: CapacityPlan, ranks: int) -> None:

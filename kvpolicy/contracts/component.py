@@ -41,6 +41,7 @@ class Component(BaseModel, ABC):
         whole_prompt: the prompt must come in one forward pass, because its tokens look ahead; no `prefill_chunk`.
         same_for_layers: the result does not depend on `layer_idx`, so that several layers may be scored as one view
             with more rows. A promise that a law checks; False is always right.
+        formerly: former name of a parameter -> its present one; files that use it are read on, with a warning.
         phases: the phases in which the component makes sense; a policy with another phase is refused.
 
     A field may itself hold a component (``base: ImportanceScorer``); in YAML it is written as a reference. A whole
@@ -54,6 +55,7 @@ class Component(BaseModel, ABC):
     shorthand: ClassVar[str | None] = None
     paper: ClassVar[str] = ""
     laws_not_applicable: ClassVar[Mapping[str, str]] = {}
+    formerly: ClassVar[Mapping[str, str]] = {}
     whole_prompt: ClassVar[bool] = False
     same_for_layers: ClassVar[bool] = False
     phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})

@@ -269,6 +269,12 @@ def component_entry(name: str, component: type[Any], origin: Origin) -> Entry:
     shorthand = component.shorthand
     if shorthand is not None and shorthand not in component.model_fields:
         raise PluginError(f"{kind} {name!r}: its shorthand {shorthand!r} is not one of its parameters.")
+    for former, present in component.formerly.items():
+        if former in component.model_fields or present not in component.model_fields:
+            raise PluginError(
+                f"{kind} {name!r}: formerly says that {former!r} is {present!r} now; write a name that is no parameter "
+                "any more, and one that is."
+            )
     held = held_kinds(component)
     for parameter, info in component.model_fields.items():
         if parameter not in held and _mentions_component(info.annotation):

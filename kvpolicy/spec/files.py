@@ -149,6 +149,7 @@ def resolved(
     if "extends" not in data:
         if "extends" in document.data:  # it cannot be read, and what the rest means is not known without it
             raise together(problems.found)
+        overlay.present(source=found.source)
         return forms.unfold(overlay.data, catalog), overlay.marks
     try:
         base = _base(data["extends"], found, catalog, search, (*chain, found))
@@ -161,6 +162,7 @@ def resolved(
         beneath.check()
     except FieldError as problem:
         raise together([*problems.found, *problem.placed(read.marks)]) from None
+    overlay.present(base_data, found.source)
     inherited = {field: value for field, value in base_data.items() if field not in OWN}
     merged, marks = forms.merge(inherited, overlay.data, base_marks, overlay.marks)
     return forms.unfold(merged, catalog), marks

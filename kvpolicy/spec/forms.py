@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.contracts.components import Component, kind_of
 from kvpolicy.errors import UnknownComponentError, did_you_mean, nearest
 from kvpolicy.loading.entries import Catalog, held_kinds
+from kvpolicy.spec import former
 from kvpolicy.spec.problems import FieldError, Problems, shown
 from kvpolicy.spec.reference import ComponentRef, plain, unfolded
 from kvpolicy.spec.values import check_values
@@ -53,7 +54,7 @@ class Canonical:
         """Fields that have no known form are left out; what components say of their parameters comes later.
 
         Args:
-            data: the mapping.
+            data: the mapping; fields may have their former names.
             catalog: knows the names.
             marks: where its values stand.
             beneath: the canonical mapping that this one will be laid over, if it is an overlay and that is known.
@@ -62,15 +63,30 @@ class Canonical:
         self.catalog = catalog
         self.beneath = beneath or {}
         self.given = dict(marks or {})
+        self.problems = problems or Problems()
+        self._met: list[former.Former] = []
+        with self.problems:
+            data = former.present_fields(data, self.given, self._met)
         self.marks: Marks = {path: mark for path, mark in self.given.items() if len(path) <= 1}
         self.data: dict[str, Any] = {}
-        self.problems = problems or Problems()
         for field, value in data.items():
             with self.problems:
                 check_field(field, value, FIELDS, self.problems)
                 self.data[field] = self._field(field, value)
         if problems is None:
             self.problems.check()
+
+    def present(self, beneath: Mapping[str, Any] = _NOTHING, source: str = "") -> Self:
+        """Bring parameters under their present names, and warn once of former ones, of fields too; return itself.
+
+        Args:
+            beneath: the canonical mapping that this one will be laid over.
+            source: what warnings call the file.
+        """
+        with self.problems:
+            self.data = former.present_parameters(self.data, beneath, self.catalog, self.marks, self._met)
+        former.warn_of(self._met, source, self.marks)
+        return self
 
     def _field(self, field: str, value: Any) -> Any:
         path: KeyPath = (field,)

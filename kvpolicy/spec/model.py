@@ -26,7 +26,7 @@ from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.ops import dispatch
 from kvpolicy.policy.policy import Phase, Policy
-from kvpolicy.spec import files, forms, yaml_text
+from kvpolicy.spec import files, former, forms, yaml_text
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, together
 from kvpolicy.spec.reference import ComponentRef
 from kvpolicy.spec.resolving import resolved_fields
@@ -103,7 +103,7 @@ class PolicySpec(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         try:
-            self._fill(forms.Canonical(fields, installed.catalog()).data)
+            self._fill(forms.Canonical(fields, installed.catalog()).present().data)
         except FieldError as problem:
             raise problem.located() from None
 
@@ -294,11 +294,12 @@ def load(
 
 def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     parts, overlay = forms.nested(where, value)
+    parts[0] = former.FIELDS.get(parts[0], parts[0])
     if parts[0] not in forms.FIELDS:
         instead = forms.HABITS[parts[0]](value) if parts[0] in forms.HABITS else did_you_mean(parts[0], forms.FIELDS)
         raise FieldError(tuple(parts), f"there is no field {parts[0]!r}. {instead.strip()}".rstrip())
     catalog = installed.catalog()
-    canonical = forms.Canonical(overlay, catalog, beneath=data).data
+    canonical = forms.Canonical(overlay, catalog, beneath=data).present(data).data
     merged, _ = forms.merge(_without(data, parts), canonical, {}, {})
     return forms.unfold(merged, catalog)
 

@@ -16,7 +16,7 @@ from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME, Catalog, Entry, held_kinds
 from kvpolicy.ops import dispatch
-from kvpolicy.spec import forms
+from kvpolicy.spec import former, forms
 from kvpolicy.spec.model import PolicySpec
 from kvpolicy.spec.reference import ComponentRef
 
@@ -38,6 +38,8 @@ def json_schema() -> _Schema:
         overlays = [_overlay(entry, definitions) for entry in catalog.entries(kind)]
         definitions[f"{kind}.changes"] = {"type": "object", "not": {"required": ["use"]}, "anyOf": overlays}
     properties = {field: _described(field, schema) for field, schema in _fields(catalog, definitions).items()}
+    for former_name, present in former.FIELDS.items():
+        properties[former_name] = {**properties[present], "description": f"Now `{present}`.", "deprecated": True}
     properties["extends"] = {
         "type": "string",
         "minLength": 1,
@@ -180,6 +182,8 @@ def _parameters(entry: Entry, definitions: _Schema) -> _Schema:
     for name, field in entry.component.model_fields.items():
         if field.annotation is int and not has_upper_bound(field):
             properties[name]["maximum"] = LONGEST_TEXT
+    for former_name, present in entry.component.formerly.items():
+        properties[former_name] = {**properties[present], "description": f"Now `{present}`.", "deprecated": True}
     for name, kind in held.items():
         properties[name] = _held(kind, entry.component.model_fields[name], descriptions(entry.component)[name])
     return {
