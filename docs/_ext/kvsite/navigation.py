@@ -12,6 +12,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "results/README",
         "trace",
         "serving",
+        "plan",
         "tables",
         "bridges",
     ),
