@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm gpu-dry lint types check bench models docs docs-links
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm test-python test-install gpu-dry lint types check bench models docs docs-links
 
 BIN := .venv/bin
 
@@ -46,6 +46,16 @@ gpu-dry: setup ## all that scripts/gpu_proof.sh does on a GPU, at toy sizes on t
 test-browser: setup ## the pages that are written, in a headless Chromium
 	scripts/browser.sh
 	KVPOLICY_BROWSER=required $(BIN)/pytest -m browser tests/browser
+
+# What was run under other Pythons than the one that all tests run under.
+PYTHON_TESTS := tests/spec tests/policy tests/loading tests/runtimes/hf/test_prefill.py tests/cli/test_cli.py \
+	tests/cli/test_generate.py tests/cache/test_ledger.py tests/test_tables.py
+
+test-python: setup ## the tests that are run under every Python: KVPOLICY_PYTHON=python3.13 make test-python
+	$(BIN)/pytest -n 2 $(PYTHON_TESTS)
+
+test-install: setup ## wheel and sdist in fresh environments, oldest and newest, and mypy and pyright on a project that uses them
+	$(BIN)/pytest -m install tests/install
 
 test-vllm: .venv-vllm/.setup-done ## engines of vLLM on the CPU, in an environment of their own (3.5 GB)
 	.venv-vllm/bin/python -P -m pytest -m "vllm and not slow" tests/runtimes/vllm
