@@ -137,7 +137,8 @@ def from_pydantic(error: ValidationError, path: KeyPath, data: Any, owner: str, 
     for where, details in places.items():
         # A union reports one detail per alternative, all for the same value.
         sentences = dict.fromkeys(_sentence(detail, where, owner, listed) for detail in details)
-        problems.append(FieldError((*path, *where), "; or: ".join(sentences)))
+        *first, last = sentences
+        problems.append(FieldError((*path, *where), "; or ".join([*(each.rstrip(".") for each in first), last])))
     return together(problems)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import KVPolicyError, did_you_mean
-from kvpolicy.spec.problems import FieldError, from_pydantic, shown
+from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath
 from kvpolicy.study import tasks
 from kvpolicy.study.benchmarks import BENCHMARKS
@@ -171,16 +171,21 @@ def read_source(value: Any, path: KeyPath, folder: Path | None) -> Source:
             "Anything else on the hub: {use: hub, id: OWNER/NAME, split: test, question: FIELD, answer: FIELD}.",
         )
     fields = {key: v for key, v in data.items() if key != "use"}
-    for key in fields:
-        if key not in kind.model_fields:
-            near = did_you_mean(str(key), kind.model_fields)
-            raise FieldError(
-                (*path, key), f"{data['use']!r} has no such field.{near} Fields: {', '.join(kind.model_fields)}."
-            )
+    listed, unknown = ", ".join(kind.model_fields), fields.keys() - kind.model_fields.keys()
+    problems = Problems()
+    for key in (key for key in fields if key in unknown):
+        near = did_you_mean(str(key), kind.model_fields)
+        problems.found.append(FieldError((*path, key), f"{data['use']!r} has no such field.{near} Fields: {listed}."))
+    known_fields = {key: v for key, v in fields.items() if key not in unknown}
     try:
-        source = kind.model_validate_json(json.dumps(fields))
+        source = kind.model_validate_json(json.dumps(known_fields))
     except ValidationError as error:
-        raise from_pydantic(error, path, fields, repr(data["use"]), kind.model_fields) from None
+        for each in from_pydantic(error, path, known_fields, repr(data["use"]), kind.model_fields):
+            below = each.path[len(path) :]
+            is_missing = len(below) == 1 and below[0] not in known_fields
+            if not (is_missing and unknown):  # what is missing may be what was misspelt
+                problems.found.append(each)
+    problems.check()
     for field in kind.files:
         given: Any = getattr(source, field, None)
         if folder is not None and given is not None:

@@ -158,7 +158,10 @@ axes:
   budget: [64, 64]
   policy: [rvk, {extends: rkv, triger: 3}]
 models: []
-datasets: [gsm9k, {use: needle, lenght: 3}]
+datasets:
+  - gsm9k
+  - {use: needle, lenght: 3, samples: many}
+  - {use: generator, famly: trace-recall, level: low, samples: 0}
 samples: 0
 metric: [kl]
 sampling: {temp: 1}
@@ -174,11 +177,15 @@ sampling: {temp: 1}
         "s.yaml:7:12 axes.policy.0",
         "s.yaml:7:32 triger",
         "s.yaml:8:1 models",
-        "s.yaml:9:12 datasets.0",
-        "s.yaml:9:33 datasets.1.lenght",
-        "s.yaml:10:1 samples",
-        "s.yaml:11:1 metric",
-        "s.yaml:12:12 sampling.temp",
+        "s.yaml:10:5 datasets.0",
+        "s.yaml:11:19 datasets.1.lenght",
+        "s.yaml:11:30 datasets.1.samples",
+        "s.yaml:12:22 datasets.2.famly",  # not that `family` is missing too
+        "s.yaml:12:43 datasets.2.level",
+        "s.yaml:12:55 datasets.2.samples",
+        "s.yaml:13:1 samples",
+        "s.yaml:14:1 metric",
+        "s.yaml:15:12 sampling.temp",
     ]
 
 
