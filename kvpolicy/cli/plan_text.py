@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kvpolicy.cli.explaining import wrapped
 from kvpolicy.cli.terminal import output, widen
+from kvpolicy.html_text import size as short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,15 +35,6 @@ def print_plan(plan: CapacityPlan, ranks: int) -> None:
     console.print()
     for label, words in (*_gains(plan), *_stops(plan)):
         console.print(wrapped(label, words, width), soft_wrap=True)
-
-
-def short(count: float) -> str:
-    """Write bytes for people: ``1.50 GiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.2f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"
 
 
 def _head(plan: CapacityPlan) -> Iterator[tuple[str, str]]:

@@ -20,16 +20,22 @@ from kvpolicy.contracts.components import (
     Selector,
     SlotState,
     Trigger,
+    kind_of,
 )
 from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
+from kvpolicy.html_text import facts
 from kvpolicy.policy import decide as stages
 from kvpolicy.policy.decision import Decision, Scored
 from kvpolicy.policy.traits import Traits
 from kvpolicy.types import KeepIndices, Mask, Scores
 
 Phase = Literal["prefill", "decode", "both"]
+
+
+def _amount(budget: Budget) -> str:
+    return f"{budget.tokens:,} entries" if budget.tokens is not None else f"{budget.fraction:g} of the tokens"
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,14 @@ class Policy:
                 f"allocator: {type(self.allocator).__name__} pools scores, but the mixer {type(self.mixer).__name__} "
                 "makes them incomparable; use another mixer or `allocator: uniform`."
             )
+
+    def __repr__(self) -> str:
+        bound = "no bound while decoding" if self.bound is None else f"at most {self.bound:,} entries while decoding"
+        return f"Policy({self.name!r}, {_amount(self.budget)}, {self.phase}, {bound})"
+
+    def _repr_html_(self) -> str:
+        parts = [(kind_of(type(part)), part) for part in self.components]
+        return facts(f"Policy: {self.name}", [("budget", _amount(self.budget)), ("phase", self.phase), *parts])
 
     @cached_property
     def components(self) -> tuple[Component, ...]:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, Unpack, overload
 
 from pydantic import (
     AfterValidator,
@@ -22,11 +22,13 @@ from pydantic import (
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.component import LONGEST_TEXT
 from kvpolicy.errors import BudgetError, SpecError, did_you_mean
+from kvpolicy.html_text import facts
 from kvpolicy.loading import installed
 from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.ops import dispatch
 from kvpolicy.policy.policy import Phase, Policy
 from kvpolicy.spec import files, former, forms, yaml_text
+from kvpolicy.spec.overrides import KnownOverrides
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, together
 from kvpolicy.spec.reference import ComponentRef
 from kvpolicy.spec.resolving import resolved_fields
@@ -50,6 +52,9 @@ def _checked_backend(name: str) -> str:
 
 _PARTS: Final = ("budget", "phase", "prefill_chunk", "protect", "post", *forms.REFERENCES)
 """The fields that have to fit together."""
+
+_TOLD: Final = ("trigger", "importance", "redundancy", "mixer")
+"""The parts that tell most policies apart, for a line about one."""
 
 _Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
@@ -183,6 +188,23 @@ class PolicySpec(BaseModel):
         except FieldError as problem:
             raise problem.placed(marks) from None
 
+    def __repr__(self) -> str:
+        budget = self.budget.model_dump(exclude_none=True)
+        parts = (f"{field}={getattr(self, field)}" for field in forms.REFERENCES if field in _TOLD)
+        return f"PolicySpec({self.policy!r}, budget={budget}, phase={self.phase!r}, {', '.join(parts)})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        fields = ("budget", "phase", *forms.REFERENCES, "protect", "post")
+        data = self.to_data()
+        told = {**data, **{field: getattr(self, field) for field in forms.REFERENCES}}
+        told |= {field: ", ".join(map(str, getattr(self, field))) for field in ("protect", "post")}
+        about = [(name, told[name]) for name in ("description", "paper") if told[name]]
+        return facts(
+            f"Policy file: {self.policy}", [*about, *((field, told[field]) for field in fields if told[field])]
+        )
+
     def to_data(self) -> dict[str, Any]:
         """Return plain values, every component with all its parameters; `PolicySpec(**data)` takes them."""
         data: dict[str, Any] = {}
@@ -263,6 +285,22 @@ class PolicySpec(BaseModel):
         return super().model_copy(deep=deep) if not update else type(self)(**{**dict(self), **update})
 
 
+@overload
+def load(
+    name_or_path: str | os.PathLike[str],
+    budget: float | Mapping[str, Any] | None = None,
+    *,
+    search: files.Search = (),
+    **overrides: Unpack[KnownOverrides],
+) -> PolicySpec: ...
+@overload
+def load(
+    name_or_path: str | os.PathLike[str],
+    budget: float | Mapping[str, Any] | None = None,
+    *,
+    search: files.Search = (),
+    **overrides: Any,
+) -> PolicySpec: ...
 def load(
     name_or_path: str | os.PathLike[str],
     budget: float | Mapping[str, Any] | None = None,

@@ -31,6 +31,7 @@ from kvpolicy.runtimes.hf.prompts import feed_prompt
 from kvpolicy.runtimes.hf.resolve import resolve
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
+from kvpolicy.runtimes.hf.showing import ShownCache
 from kvpolicy.runtimes.hf.stats import CacheStats, collect
 from kvpolicy.runtimes.hf.steps import open_before_forward, refuse_in_a_graph, slots_of
 from kvpolicy.runtimes.hf.trial import alike, refuse_implementation, survey, try_attention
@@ -43,7 +44,7 @@ SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", 
 """The needs of components that this runtime can serve."""
 
 
-class PolicyCache(Cache):
+class PolicyCache(ShownCache, Cache):
     """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy; from 5.24 on, ``cache=cache``.
 
     Making one attaches it to the model; leaving its ``with`` block, `close()`, or its collection detaches it. Other

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.html_text import facts, size
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ class CacheStats:
     """All evictable layers; the totals of entries are maxima over layers, those of bytes are sums."""
 
     layers: list[LayerStats]
+
+    def __repr__(self) -> str:
+        return (
+            f"CacheStats({len(self.layers)} layers, seen {self.seen:,}, resident {self.resident:,} (peak "
+            f"{self.peak_resident:,}), {self.compactions:,} compactions, {size(self.bytes_resident)} held)"
+        )
+
+    def _repr_html_(self) -> str:
+        allocated, beside = size(self.bytes_allocated), size(self.bytes_metadata)
+        return facts(
+            "Cache",
+            [
+                ("layers", len(self.layers)),
+                ("tokens seen", f"{self.seen:,}"),
+                ("entries per KV head", f"{self.resident:,} now, {self.peak_resident:,} at the peak"),
+                ("evicted", f"{self.evicted:,} in {self.compactions:,} compactions"),
+                ("keys and values", f"{size(self.bytes_resident)} held, {allocated} allocated"),
+                ("positions, slot state", beside),
+            ],
+        )
 
     def _most(self, name: str) -> int:
         return max((getattr(layer, name) for layer in self.layers), default=0)
