@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import kvpolicy
-from kvpolicy import Catalog, ImportanceScorer, PluginError, PolicySpec, SpecError, UnknownComponentError, tables
+from kvpolicy import Catalog, ImportanceScorer, PluginError, PolicySpec, SpecError, UnknownComponentError
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import TableError
 from kvpolicy.loading import installed
@@ -29,6 +29,8 @@ def tensors(kind):
         return {"filters": torch.randn(L, H, D)}
     if kind == "query_frequencies":
         return {"mean": torch.randn(L, H, G, F, 2), "magnitude": torch.rand(L, H, G, F)}
+    if kind == "gates":
+        return {"output_weight": torch.randn(L, H, 6), "output_bias": torch.randn(L, H)}
     kept = torch.tensor([0.25, 0.5])[:, None, None] + 0.1 * torch.tensor([1.0, -1.0]).expand(2, L, H)
     return {"fractions": torch.tensor([0.25, 0.5]), "kept": kept}
 
@@ -70,7 +72,7 @@ class Along(ImportanceScorer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_table_comes_back_as_it_was_written(tmp_path, kind, dtype):
-    made = table(kind, notes={"text": "a.txt"})
+    made = table(kind, notes={"text": "a.txt", "output": "score"})
     path = tmp_path / "it.safetensors"
     save_table(made, path, dtype)
     back = load_table(path, kind)
@@ -97,7 +99,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize("settled", [True, False])
 def test_a_file_that_changed_under_the_same_size_and_time_is_read_again(tmp_path, settled, monkeypatch):
     if settled:  # as if it had been written long ago
-        monkeypatch.setattr(tables, "_SETTLED_NS", -(10**18))
+        monkeypatch.setattr("kvpolicy.tables.files._SETTLED_NS", -(10**18))
     path = tmp_path / "it.safetensors"
     for number in range(20):  # within one tick of the file system's clock, too
         scores = torch.tensor([[0.0, number + 1.0], [2, 3], [4, 5]])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.cache.compactor import Compactor, Decided
+from kvpolicy.cache.entering import NEED
 from kvpolicy.cache.ledger import Incoming, Ledger
 from kvpolicy.cache.picture import LayerFacts, Observed, make_view
 from kvpolicy.cache.queries.log import Window
@@ -44,6 +45,8 @@ def unserved_traits(policy: Policy) -> dict[str, str]:
         found["whole_prompt"] = "an engine may read a prompt in pieces"
     if "modality" in traits.needs:
         found["modality"] = "an engine does not say which tokens are images"
+    if NEED in traits.needs:
+        found[NEED] = "an engine hands over keys, values and queries, not what its layers read"
     return found
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from torch import Tensor
 
-    from kvpolicy.contracts.slot_state import SlotState
+    from kvpolicy.contracts.slot_state import NewTokens, SlotState
     from kvpolicy.contracts.view import CacheView
 
 LONGEST_TEXT: Final = 1 << 31
@@ -111,6 +111,14 @@ class Component(BaseModel, ABC):
         scored. Nothing by default.
         """
         return {}
+
+    def enter(self, tokens: NewTokens) -> Mapping[str, Tensor]:
+        """Return the slot state of new tokens by name, `[B, H, q]`, made of what the layer's attention reads of them.
+
+        Only for components that declare the need ``hidden_states``. Called once for every token and layer, after its
+        key has been stored; the hidden states are not kept.
+        """
+        raise TypeError(f"{type(self).__name__} needs no hidden states and must not be asked what they say.")
 
     def observed_queries(self) -> int:
         """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""

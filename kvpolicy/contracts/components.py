@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpolicy.contracts.component import Component
 from kvpolicy.contracts.heads import HeadSpan
-from kvpolicy.contracts.slot_state import SlotState
+from kvpolicy.contracts.slot_state import NewTokens, SlotState
 from kvpolicy.contracts.trigger import Counters, Trigger
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.types import Counts, KeepIndices, Lengths, Mask, Positions, Queries, Scores, Weights
@@ -31,6 +31,7 @@ __all__ = [
     "Counters",
     "ImportanceScorer",
     "Mixer",
+    "NewTokens",
     "PostOperation",
     "Protection",
     "RedundancyScorer",
@@ -45,6 +46,7 @@ NEEDS: Mapping[str, str] = {
     "queries": "the queries of the last steps (the field `observe` says how many)",
     "attention": "the attention weights of every query, fed to `observe_attention`",
     "query_stream": "every query, fed to `observe_queries`",
+    "hidden_states": "what each layer's attention reads of every new token, fed to `enter`",
     "rope": "the rotary embedding, to un-rotate or re-rotate keys",
     "weights": "the output projection of the attention, `extras['output_projection']`",
     "query_statistics": "mean and covariance of the un-rotated queries so far, `extras['query_mean']` and its siblings",

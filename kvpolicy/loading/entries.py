@@ -181,6 +181,10 @@ class Catalog:
         """Return the registered calibration tables by name."""
         return [self._entries["table", name] for name in self.names("table")]
 
+    def table(self, name: str) -> Entry | None:
+        """Return the registered calibration table of a name, None if there is none."""
+        return self._entries.get(("table", name))
+
     def backends(self) -> dict[str, Backend]:
         """Return the registered backends by name, in the order in which `auto` asks them."""
         return {entry.name: entry.value for entry in self if entry.kind == "backend"}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.contracts.components import Component, PostOperation
+from kvpolicy.contracts.components import Component, NewTokens, PostOperation
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import ComponentError, ScoreError
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
@@ -110,14 +110,25 @@ def kept(made: KeepIndices, allowed: Mask, layer: int, component: Component) -> 
 
 def state(made: Mapping[str, Tensor], view: CacheView, component: Component) -> Mapping[str, Tensor]:
     """Return new slot state; raises ComponentError unless names, shapes and dtypes are those that were declared."""
-    who = f"{called(component)} in layer {view.layer_idx}"
+    return _state(made, view.shape, view.device, view.layer_idx, component)
+
+
+def entering(made: Mapping[str, Tensor], tokens: NewTokens, component: Component) -> Mapping[str, Tensor]:
+    """Return the slot state of new tokens, `[B, H, q]`; raises ComponentError as `state`."""
+    return _state(made, tokens.shape, tokens.hidden_states.device, tokens.layer_idx, component)
+
+
+def _state(
+    made: Mapping[str, Tensor], shape: Sequence[int], device: torch.device, layer: int, component: Component
+) -> Mapping[str, Tensor]:
+    who = f"{called(component)} in layer {layer}"
     declared = {each.name: each.dtype for each in component.slot_state()}
     for name, tensor in _mapping(made, who).items():
         if name not in declared:
             raise ComponentError(
                 f"{who}: returned slot state {name!r}, and declares {', '.join(declared) or 'none'} in `slot_state`."
             )
-        _expect(tensor, view.shape, declared[name], view.device, f"{who} (slot state {name!r})")
+        _expect(tensor, shape, declared[name], device, f"{who} (slot state {name!r})")
     return made
 
 

@@ -141,6 +141,8 @@ class Codes:
                 yield f"{each.__module__}.{each.__qualname__} {self._sources(_file_of(each))}"
         for table in tables.of_component(component):
             digest = hashlib.sha256(repr((table.kind, table.model, table.method)).encode())
+            if table.kind == "gates":  # whose metadata say what is computed
+                digest.update(repr((table.notes["output"], table.notes.get("activation"))).encode())
             for name, tensor in sorted(table.tensors.items()):
                 digest.update(f"{name} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().numpy().tobytes())

@@ -31,8 +31,18 @@ class StandIn(Table):
     def __post_init__(self) -> None:
         """Nothing to check: the numbers are drawn when a view or a request says how many."""
 
-    def check_model(self, num_layers: int, num_kv_heads: int, head_dim: int | None = None) -> None:
+    def check_model(
+        self, num_layers: int, num_kv_heads: int, head_dim: int | None = None, hidden_size: int | None = None
+    ) -> None:
         """Fit every model."""
+
+    def of_layer(self, layer_idx: int, heads: HeadSpan, hidden_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Return a gate without hidden maps: ``output_weight`` `[H, E]` and ``output_bias`` `[H]`."""
+        weight = self._layer("output_weight", layer_idx, heads, hidden_size, 1)
+        return {
+            "output_weight": weight.to(device),
+            "output_bias": self._layer("output_bias", layer_idx, heads, 1, 1).to(device),
+        }
 
     def layer(self, name: str, view: CacheView) -> Tensor:
         """Return `[H, ...]` for the view."""
@@ -60,7 +70,7 @@ class StandIn(Table):
             seed = hashlib.sha256(f"{self.source}/{what}/{place}".encode()).digest()
             return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(seed[:4], "big")))
 
-        if name == "filters":
+        if name in ("filters", "output_weight"):
             return drawn(name, dim) * 2 - 1
         mean = drawn("mean", _GROUPS, half, 2) * 2 - 1
         if name == "mean":
@@ -74,7 +84,9 @@ class StandIn(Table):
 def stand_in(name: str, kind: str) -> Table:
     """Return the stand-in of a kind; the same numbers for the same name."""
     tensors = {"fractions": torch.tensor(_FRACTIONS)} if kind == "head_curves" else {}
-    return StandIn(kind, "any", "stand-in", 1, 1, 1, tensors, source=name)
+    scores = name == NAMES[0] or "kvzap" in name
+    notes = {"output": "score" if scores else "retention"} if kind == "gates" else {}
+    return StandIn(kind, "any", "stand-in", 1, 1, 1, tensors, source=name, notes=notes)
 
 
 def stand_in_tables() -> AbstractContextManager[None]:

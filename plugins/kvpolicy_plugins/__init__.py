@@ -28,6 +28,7 @@ COMPONENTS = (
     "importance.key_norm:KeyNorm",
     "importance.lag_relative:LagRelative",
     "importance.last_used:LastUsed",
+    "importance.learned_gate:LearnedGate",
     "importance.leverage:Leverage",
     "importance.non_causal:NonCausal",
     "importance.none:NoImportance",

@@ -145,6 +145,14 @@ class ArenaStore:
             all_values[row, :, slot] = values[row, :, column]
         return all_keys, all_values
 
+    def append_state(self, layer: int, name: str, new: Tensor, plan: WritePlan) -> None:
+        """Copy slot state `[B, H, q]` of one layer's new tokens into place; `plan` is that of their `append`."""
+        arena = self.state[name][self.index[layer]]
+        if plan.start is not None:
+            arena[:, :, plan.start : plan.start + plan.width] = new
+        else:
+            arena[plan.row, :, plan.slot] = new[plan.row, :, plan.column]
+
     def read(self, layer: int, rows: Rows) -> SlotTensors:
         """Return all slots in use of a layer, without copying; `rows` are neighbours in the batch."""
         i, part, end = self.index[layer], neighbours(rows), rows.longest

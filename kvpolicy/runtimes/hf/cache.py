@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.entering import NEED
 from kvpolicy.cache.graph import GraphEngine
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.contracts.components import NEEDS
@@ -23,8 +24,9 @@ from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.graph import GraphLayer, GraphPasses
 from kvpolicy.runtimes.hf.handover import announce
+from kvpolicy.runtimes.hf.hidden import leave_hidden_states
 from kvpolicy.runtimes.hf.layer import EvictingLayer
-from kvpolicy.runtimes.hf.model_facts import head_shapes, image_tokens
+from kvpolicy.runtimes.hf.model_facts import head_shapes, hidden_size, image_tokens
 from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
 from kvpolicy.runtimes.hf.prompts import feed_prompt
@@ -40,7 +42,8 @@ from kvpolicy.tables import check_fit
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
 
-SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", "rope", "weights", "modality"})
+_OF_QUERIES = {"queries", "attention", "query_stream", "query_statistics"}
+SERVED = frozenset({*_OF_QUERIES, NEED, "rope", "weights", "modality"})
 """The needs of components that this runtime can serve."""
 
 
@@ -80,14 +83,14 @@ class PolicyCache(ShownCache, Cache):
         evictable = list(modules)
         try_attention(model, modules)
         for shape in dict.fromkeys(head_shapes(model, evictable)):
-            check_fit(self.policy.components, len(layers), *shape)
+            check_fit(self.policy.components, len(layers), *shape, hidden_size(model))
         ropes = layer_ropes(model, evictable) if self.policy.needs & {"rope", "query_statistics"} else {}
         ranks, heads = parallel_heads(model, evictable)
         every = attention_modules(model)
         shared = readers(model, every)
         kinds: Any = (Engine, Passes, EvictingLayer)
         if graph is not False:
-            refuse_in_a_graph(model, layers, evictable, shared)
+            refuse_in_a_graph(model, self.policy, layers, evictable, shared)
             kinds = (GraphEngine, GraphPasses, GraphLayer)
         engine = kinds[0](self.policy, alike(modules), len(layers), ropes, ranks=ranks, heads=heads, **parts)
         self._passes: Passes = kinds[1](engine, model, every, has_images=bool(image_tokens(model)))
@@ -96,6 +99,8 @@ class PolicyCache(ShownCache, Cache):
         self.model, self._graph = model, graph
         super().__init__(layers=layers)
         undo = [attach(model, modules)]
+        if NEED in self.policy.needs:
+            undo.append(leave_hidden_states(modules.values()))
         if isinstance(self._passes, GraphPasses):
             self._passes.layers = {i: layers[i] for i in evictable}
             undo.append(open_before_forward(model))

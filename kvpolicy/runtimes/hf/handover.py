@@ -1,10 +1,11 @@
-"""The two things that have to reach our functions past transformers' interfaces.
+"""What has to reach our functions past transformers' interfaces.
 
 transformers asks a cache for its sizes and then calls the registered mask function, which is given no cache; and it
 hands what a cache returns to the registered attention function, which is given no cache either. So the cache that was
 asked last is remembered per thread (two threads may run two models) until the next mask is made, and the keys that a
 layer returns carry a reference to their layer. Both references are weak: strong ones would keep a cache alive, and with
-it its model.
+it its model. A policy that asks for hidden states gets them the same way: a module's hooks (`hidden`) leave what it
+was called with until its attention has been computed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Attending(Protocol):
 
 _MARK = "_kvpolicy_layer"
 _asked = threading.local()
+_read = threading.local()
 
 
 def announce(reader: MaskReader | None) -> None:
@@ -69,3 +71,14 @@ def owner(keys: Tensor) -> Attending | None:
     """Return the layer that keys came from, if it is ours."""
     reference = getattr(keys, _MARK, None)
     return None if reference is None else reference()
+
+
+def hand_over(module: nn.Module, hidden_states: Tensor | None) -> None:
+    """Leave what a module has been called with for its attention; None when its forward pass is over."""
+    _read.states = None if hidden_states is None else (id(module), hidden_states)
+
+
+def handed_over(module: nn.Module) -> Tensor | None:
+    """Return what a module whose forward pass is under way in this thread has been called with, if it was left."""
+    states: tuple[int, Tensor] | None = getattr(_read, "states", None)
+    return None if states is None or states[0] != id(module) else states[1]

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import ops
+from kvpolicy.cache.entering import NEED, enter
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.cache.store import Base
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.attention import packed_attention, packs
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.hidden import hidden_states
 from kvpolicy.runtimes.hf.implementations import attend, check_served, last
 from kvpolicy.runtimes.hf.passes import Passes, ordinary_tensors
 from kvpolicy.runtimes.hf.projection import output_projection
@@ -126,6 +128,8 @@ class EvictingLayer(CacheLayerMixin):
                 output = packed_attention(turned, key, value, facts.scale), None
             else:
                 output = attend(function, base, module, turned, key, value, mask, forward, kwargs)
+        if who == self.layer_idx and NEED in engine.policy.needs:
+            enter(engine, who, hidden_states(module, forward.columns))
         if self.readers == (who,):
             engine.record(self.layer_idx, query, facts)
         else:

@@ -19,6 +19,12 @@ def head_shapes(model: PreTrainedModel, layers: Iterable[int]) -> list[tuple[int
     return [head_shape(layer_fields(text, layer)) for layer in layers]
 
 
+def hidden_size(model: PreTrainedModel) -> int | None:
+    """Return the size of a model's hidden states, as its configuration says; None where it says nothing."""
+    found = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    return found if isinstance(found, int) else None
+
+
 def image_tokens(model: PreTrainedModel) -> list[int]:
     """Return the ids that stand for image and video tokens in the text, as the model's configuration says."""
     names = ("image_token_id", "image_token_index", "video_token_id")

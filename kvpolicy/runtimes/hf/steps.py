@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvpolicy.cache.entering import NEED
 from kvpolicy.errors import SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attach import implementation_of, lock, undo, undo_left
@@ -161,17 +162,27 @@ def open_before_forward(model: nn.Module) -> Callable[[], None]:
 
 
 def refuse_in_a_graph(
-    model: PreTrainedModel, layers: Sequence[Any], evictable: Sequence[int], shared: Mapping[int, Sequence[int]]
+    model: PreTrainedModel,
+    policy: Policy,
+    layers: Sequence[Any],
+    evictable: Sequence[int],
+    shared: Mapping[int, Sequence[int]],
 ) -> None:
     """Raise UnsupportedError if the steps of a model cannot be one graph.
 
     Args:
         model: a decoder.
+        policy: what evicts.
         layers: the layers of its cache.
         evictable: which of them a policy works on.
         shared: owner -> readers, of layers whose keys others read.
     """
     name = type(model).__name__
+    if NEED in policy.needs:
+        raise UnsupportedError(
+            f"graph: policy {policy.name!r} needs hidden_states, which hooks of the attention modules bring, and a "
+            "graph runs none; leave out graph=True."
+        )
     base = implementation_of(model.config.get_text_config(decoder=True))
     if family(base) not in ("sdpa", "eager"):
         raise UnsupportedError(

@@ -12,6 +12,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.entering import NEED, enter
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.components import Counters, SlotState, Trigger
@@ -178,6 +179,8 @@ class Book:
         for layer in range(_LAYERS):
             keys = self._new(counts, columns, layer, _HEADS)
             self.engine.append(layer, keys, keys.clone())
+            if NEED in self.policy.needs:
+                enter(self.engine, layer, keys.transpose(1, 2).flatten(2))
             self.engine.record(layer, self._new(counts, columns, layer, _HEADS * _GROUP), _FACTS)
 
     def _decode(self, times: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.entering import NEED, enter
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.contracts.view import Rope
@@ -89,6 +90,8 @@ class Drive:
                 [self._part(b, i, layer, counts[b], columns) for b in range(rows)] for i in range(3)
             )
             self.engine.append(layer, torch.stack(keys), torch.stack(values))
+            if NEED in self.policy.needs:
+                enter(self.engine, layer, torch.stack(keys).transpose(1, 2).flatten(2))
             self.engine.record(layer, torch.stack(queries), _FACTS)
         for b, count in enumerate(counts):
             self.read[b] += count

@@ -9,6 +9,7 @@ import torch
 
 from kvpolicy import PolicySpec, Rope
 from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.entering import NEED, enter
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
 from kvpolicy.policy.policy import Policy
@@ -75,6 +76,8 @@ class Driver:
                     rows.append(row)
                 made.append(torch.stack(rows))
             returned[layer] = self.engine.append(layer, made[0], made[1])
+            if NEED in self.engine.policy.needs:
+                enter(self.engine, layer, made[0].transpose(1, 2).flatten(2))
             self.engine.record(layer, made[2], LayerFacts(GROUPS, DIM**-0.5))
         assert not forward.pending
         for b, row in enumerate(valid):

@@ -17,6 +17,7 @@ class LayerPass:
         queries: `[B, Hq, q, D]`, as the model made them.
         held: `[row][head]`, original positions of the entries that the pass attended over, its own included.
         output: `[B, q, Hq, Dv]`, what the attention returned; None if it was not recorded.
+        hidden: `[B, q, E]`, what the attention reads; None if no component asks.
     """
 
     keys: Tensor
@@ -24,6 +25,7 @@ class LayerPass:
     queries: Tensor | None = None
     held: list[list[list[int]]] = field(default_factory=list)
     output: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass

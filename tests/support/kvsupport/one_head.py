@@ -41,6 +41,7 @@ def heads_of(view: CacheView) -> Iterator[tuple[int, int, Tensor, HeadView]]:
                 turned_to=positions,
                 queries=view.queries[b, h][:, columns].double().transpose(0, 1),
                 query_positions=view.query_positions[b, columns].tolist(),
+                hidden=lambda: torch.empty(0),
                 asked=lambda: torch.empty(0),
                 history=list,
                 memory={},

@@ -117,6 +117,8 @@ class Oracle:
                 row.keys[i].append(noted.keys[b, :, column])
                 row.values[i].append(noted.values[b, :, column])
                 row.queries[i].append(noted.queries[b, :, column].unflatten(0, (info.heads, info.groups)))
+                if noted.hidden is not None:
+                    row.hidden[i].append(noted.hidden[b, column])
                 for h in range(info.heads):
                     position = len(row.keys[i]) - 1
                     row.held[i][h].append(position)
@@ -131,7 +133,7 @@ class Oracle:
             return
         del row.columns[len(row.columns) - columns :]
         for i in self.layers:
-            for history in (row.keys[i], row.values[i], row.queries[i]):
+            for history in (row.keys[i], row.values[i], row.queries[i], row.hidden[i]):
                 del history[row.seen :]
             row.held[i] = [[p for p in held if p < row.seen] for held in row.held[i]]
         row.prompt = min(row.prompt, row.seen)
@@ -250,6 +252,7 @@ class Oracle:
             turned_to=places,
             queries=self._turned_queries(queries, i, row),
             query_positions=list(range(first, row.seen)),
+            hidden=lambda: torch.stack([row.hidden[i][p].double() for p in held]),
             asked=lambda: torch.stack([query[h].double() for query in row.queries[i]]),
             history=cache(lambda: self._history(row, i, h, view)),
             memory=row.memory[i][h],

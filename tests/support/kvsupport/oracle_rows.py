@@ -87,6 +87,7 @@ class OracleRow:
     keys: dict[int, list[Tensor]]
     values: dict[int, list[Tensor]]
     queries: dict[int, list[Tensor]]
+    hidden: dict[int, list[Tensor]]
     held: dict[int, Sets]
     turned: dict[int, list[dict[int, int]]]
     memory: dict[int, list[dict[str, dict[int, float]]]]
@@ -109,6 +110,7 @@ class OracleRow:
             keys={i: [] for i in heads},
             values={i: [] for i in heads},
             queries={i: [] for i in heads},
+            hidden={i: [] for i in heads},
             held={i: [[] for _ in range(count)] for i, count in heads.items()},
             turned={i: [{} for _ in range(count)] for i, count in heads.items()},
             memory={i: [{} for _ in range(count)] for i, count in heads.items()},
@@ -121,7 +123,7 @@ class OracleRow:
             return {layer: [x if isinstance(x, Tensor) else x.copy() for x in row] for layer, row in table.items()}
 
         return OracleRow(
-            each(self.keys), each(self.values), each(self.queries), each(self.held), each(self.turned),
-            each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed, self.shift,
-            self.decoded,
+            each(self.keys), each(self.values), each(self.queries), each(self.hidden), each(self.held),
+            each(self.turned), each(self.memory), list(self.columns), self.prompt, self.compactions, self.observed,
+            self.shift, self.decoded,
         )  # fmt: skip

@@ -30,6 +30,7 @@ class HeadView:
         turned_to: the rotary position of each key.
         queries: float64 `[t, G, D]`, the row's last `t` queries, turned as the keys are.
         query_positions: their original positions.
+        hidden: what the layer's attention read of each entry's token, float64 `[n, E]`.
         asked: all queries of the row, float64 `[seen, G, D]`, as the model made them.
         history: the attention of every query since the last compaction: its position and float64 `[G, n]`.
         memory: what a scorer remembered of each entry at the last compaction, by its name: by position.
@@ -47,6 +48,7 @@ class HeadView:
     turned_to: list[int]
     queries: Tensor
     query_positions: list[int]
+    hidden: Callable[[], Tensor]
     asked: Callable[[], Tensor]
     history: Callable[[], list[tuple[int, Tensor]]]
     memory: dict[str, dict[int, float]]

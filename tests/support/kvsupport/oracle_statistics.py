@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,6 +180,35 @@ def non_causal(p: Any, head: HeadView) -> Tensor:
     return _sinks(p, head, torch.tensor(smoothed, dtype=torch.float64))
 
 
+def learned_gate(p: Any, head: HeadView) -> Tensor:
+    """What a gate says of each token, by itself; what a retention gate leaves of it, step by step."""
+    table = tables.load_table(p.gate, "gates")
+    every = HeadSpan.whole(head.info.heads)
+    hidden = head.hidden()
+    gate = {n: x.double() for n, x in table.of_layer(head.layer, every, hidden.shape[1], hidden.device).items()}
+    said = []
+    for read in hidden:
+        x = read
+        for weight, bias in (("hidden0_weight", "hidden0_bias"), ("hidden1_weight", "hidden1_bias")):
+            if weight in gate:
+                x = _ACTIVATIONS[table.notes["activation"]](gate[weight] @ x + gate[bias])
+        said.append(float(gate["output_weight"][head.head] @ x + gate["output_bias"][head.head]))
+    if table.notes["output"] == "score":
+        return torch.tensor(said, dtype=torch.float64)
+    kept = []
+    for position, logit in zip(head.positions, said, strict=True):
+        beta, age = 1 / (1 + math.exp(-logit)), head.seen + p.ahead - position
+        kept.append(age * math.log(beta) + math.log(sum(beta**step for step in range(p.lookahead))))
+    return torch.tensor(kept, dtype=torch.float64)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return torch.tensor([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()], dtype=torch.float64)
+
+
+_ACTIVATIONS = {"silu": lambda x: x / (1 + torch.exp(-x)), "gelu": _gelu}
+
+
 def negative(p: Any, head: HeadView) -> Tensor:
     """Minus the score of an importance scorer of this module."""
     return -scores.asked(IMPORTANCE[catalog().name_of(type(p.base))], p.base, head)
@@ -189,6 +219,7 @@ IMPORTANCE: dict[str, Scorer] = {
     "expected_attention": expected_attention,
     "key_diff": key_diff,
     "lag_relative": lag_relative,
+    "learned_gate": learned_gate,
     "leverage": leverage,
     "non_causal": non_causal,
     "q_filter": q_filter,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.handover import AttentionFunction
+from kvpolicy.runtimes.hf.hidden import hidden_states
 from kvpolicy.runtimes.hf.layer import EvictingLayer
 from kvpolicy.runtimes.hf.passes import Passes
 from kvsupport.events import Crop, LayerInfo, LayerPass, PassEvent, RowsTaken, Settled, Trace
@@ -63,6 +64,8 @@ class _TracingLayer(EvictingLayer):
         output = super().attend(function, base, module, query, key, value, mask, kwargs)
         noted = self.trace.passes[-1].layers[self.layer_idx]
         noted.queries = query.detach().clone()
+        if "hidden_states" in self.passes.engine.policy.needs:
+            noted.hidden = hidden_states(module, query.shape[2]).clone()
         if self.outputs:
             noted.output = output[0].detach().clone()
         if self.layer_idx not in self.trace.layers:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,34 +26,22 @@ from kvpolicy.errors import TableError, UnknownComponentError
 from kvpolicy.inputs import expanded, read_bytes
 from kvpolicy.loading import installed
 from kvpolicy.outputs import replace_file
+from kvpolicy.tables.gates import published_gates
+from kvpolicy.tables.kinds import KINDS, OPTIONAL, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvpolicy.contracts.components import Component
+    from kvpolicy.contracts.heads import HeadSpan
     from kvpolicy.contracts.view import CacheView
 
 FORMAT_VERSION: Final = 1
 SUFFIX: Final = ".safetensors"
-MAX_BYTES: Final = 1 << 28
-"""Larger files are refused; the tables of a 70-billion-parameter model have a few MiB."""
-
-KINDS: Final[Mapping[str, Mapping[str, str]]] = {
-    "head_scores": {"scores": "L H"},
-    "head_curves": {"fractions": "P", "kept": "P L H"},
-    "query_filters": {"filters": "L H D"},
-    "query_frequencies": {"mean": "L H G F 2", "magnitude": "L H G F"},
-}
-"""Kind -> tensors and their axes: P points, F = half the rotated dimensions, the other letters as in `CacheView`.
-
-``head_scores``: how much each KV head gains from a large budget, >= 0. ``head_curves``: the share of its entries that
-each head keeps when all keep `fractions` on average. ``query_filters``: a direction in each head's rotated key space;
-keys along it are attended to. ``query_frequencies``: for each query head and rotary frequency the mean of the
-un-rotated queries as a complex number (real, imaginary) and the mean of their magnitudes.
-"""
+MAX_BYTES: Final = 1 << 30
+"""Larger files are refused; the gates of a 32-billion-parameter model have 340 MiB, other tables a few."""
 
 _SETTLED_NS: Final = 2_000_000_000
-_SIGNED: Final = frozenset({"filters", "mean"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +52,7 @@ class Table:
         kind: one of `KINDS`.
         model: the model it was measured on.
         method: name of the calibration.
-        num_layers, num_kv_heads, head_dim: shape of that model.
+        num_layers, num_kv_heads, head_dim: shape of that model; `head_dim` 0 where it is not known.
         tensors: fp32 on the CPU, by name, with the axes of `KINDS`.
         command: the command that made it.
         source: the file it was read from; empty for one made in Python.
@@ -85,15 +72,27 @@ class Table:
     _elsewhere: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check(self)
+        object.__setattr__(self, "tensors", checked(self))
 
-    def check_model(self, num_layers: int, num_kv_heads: int, head_dim: int | None = None) -> None:
-        """Raise TableError when the table is not of a model of this shape."""
+    @property
+    def hidden_size(self) -> int:
+        """The hidden size of that model, where the table says; 0 where it does not."""
+        first = self.tensors.get("hidden0_weight", self.tensors.get("output_weight"))
+        return 0 if first is None else first.shape[-1]
+
+    def check_model(
+        self, num_layers: int, num_kv_heads: int, head_dim: int | None = None, hidden_size: int | None = None
+    ) -> None:
+        """Raise TableError when the table is not of a model of this shape, as far as both are known."""
         mine, asked = [self.num_layers, self.num_kv_heads], [num_layers, num_kv_heads]
-        if head_dim is not None:
-            mine, asked = [*mine, self.head_dim], [*asked, head_dim]
+        words = "layers, KV heads"
+        for name, own, theirs in (
+            ("head dim", self.head_dim, head_dim),
+            ("hidden size", self.hidden_size, hidden_size),
+        ):
+            if own and theirs is not None:
+                mine, asked, words = [*mine, own], [*asked, theirs], f"{words}, {name}"
         if mine != asked:
-            words = "layers, KV heads, head dim"
             raise TableError(
                 f"table {self.called}: was measured on {self.model} ({words}: {_numbers(mine)}) and does not fit a "
                 f"model of {_numbers(asked)}; make one with `kvpolicy calibrate {self.method} --model ...`."
@@ -104,6 +103,20 @@ class Table:
         heads = view.head_span
         self.check_model(view.num_layers, heads.total, view.keys.shape[-1])
         return heads.of(self._on(name, view.device)[view.layer_idx])
+
+    def of_layer(self, layer_idx: int, heads: HeadSpan, hidden_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Return one layer of every tensor, some heads of those that have heads, fp32 by name.
+
+        Args:
+            layer_idx: index of the layer.
+            heads: which heads.
+            hidden_size: of the model.
+            device: where they are wanted.
+        """
+        self.check_model(self.num_layers, heads.total, None, hidden_size)
+        axes = {**KINDS[self.kind], **OPTIONAL.get(self.kind, {})}
+        layer = {name: self._on(name, device)[layer_idx] for name in self.tensors}
+        return {name: heads.of(each) if axes[name].startswith("L H") else each for name, each in layer.items()}
 
     def rows(
         self, name: str, layers: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
@@ -200,11 +213,17 @@ def of_component(component: Component) -> Iterator[Table]:
                 yield load_table(value, mark.kind)
 
 
-def check_fit(components: Iterable[Component], num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+def check_fit(
+    components: Iterable[Component],
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden_size: int | None = None,
+) -> None:
     """Raise TableError when a table that one of the components names is not of a model of this shape."""
     for component in components:
         for table in of_component(component):
-            table.check_model(num_layers, num_kv_heads, head_dim)
+            table.check_model(num_layers, num_kv_heads, head_dim, hidden_size)
 
 
 def save_table(table: Table, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
@@ -261,10 +280,11 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, str) or text.endswith(SUFFIX):
         return expanded(text)
     catalog = installed.catalog()
-    found: dict[str, Path] = {entry.name: entry.value for entry in catalog.tables()}
-    if text not in found:
-        raise catalog.unknown("table", text, found)
-    return found[text]
+    entry = catalog.table(text)
+    if entry is None:
+        raise catalog.unknown("table", text, [each.name for each in catalog.tables()])
+    path: Path = entry.value
+    return path
 
 
 def _read(path: Path) -> Table:
@@ -297,6 +317,9 @@ def _parsed(path: Path, raw: bytes) -> Table:
         raise TableError(f"table {str(path)!r}: is not a readable safetensors file ({error}).") from None
     metadata: dict[str, str] = header.get("__metadata__") or {}
     version = metadata.pop("kvpolicy_table", None)
+    published = published_gates(tensors, path) if version is None else None
+    if published is not None:
+        return Table(kind="gates", head_dim=0, source=str(path), **published)
     if version is None:
         raise TableError(f"table {str(path)!r}: is not a table of kvpolicy; make one with `kvpolicy calibrate`.")
     if version != str(FORMAT_VERSION):
@@ -310,74 +333,6 @@ def _parsed(path: Path, raw: bytes) -> Table:
     except (KeyError, ValueError) as error:
         raise TableError(f"table {str(path)!r}: its metadata are damaged ({error}); make it again.") from None
     return Table(**words, **shape, tensors=tensors, source=str(path), notes=metadata)
-
-
-def _check(table: Table) -> None:
-    """Refuse what a component could not use; bring the tensors to fp32."""
-    tensors: dict[str, Tensor] = {}
-    problem = next(_wrong_shapes(table), None)
-    if problem is None:
-        tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in table.tensors.items()}
-        problem = next(_wrong_numbers(table.kind, tensors), None)
-    if problem is None and _uniform(table):
-        problem = "is uniform: it says the same of every head, which is no information; measure again."
-    if problem is not None:
-        raise TableError(f"table {table.called}: {problem}")
-    object.__setattr__(table, "tensors", MappingProxyType(tensors))
-
-
-def _wrong_shapes(table: Table) -> Iterator[str]:
-    if table.kind not in KINDS:
-        yield f"{table.kind!r} is not a kind of table; the kinds are {', '.join(KINDS)}."
-        return
-    axes = KINDS[table.kind]
-    if set(table.tensors) != set(axes):
-        yield f"has the tensors {', '.join(sorted(table.tensors))}; a {table.kind} has {', '.join(axes)}."
-        return
-    sizes = {"L": table.num_layers, "H": table.num_kv_heads, "D": table.head_dim, "2": 2}
-    for name, letters in axes.items():
-        tensor, names = table.tensors[name], letters.split()
-        if not tensor.is_floating_point() or tensor.dim() != len(names) or tensor.numel() == 0:
-            yield f"{name} should be floating-point numbers [{letters}], got {_shown(tensor)}."
-            return
-        for axis, size in zip(names, tensor.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
-                yield f"{name} should be [{letters}] with {axis} = {sizes[axis]}, got {_shown(tensor)}."
-
-
-def _wrong_numbers(kind: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            yield f"{name} holds NaN or infinity; make it again with `kvpolicy calibrate`."
-        if name not in _SIGNED and (tensor < 0).any():
-            yield f"{name} holds negative numbers, which make no sense there."
-    if kind == "query_filters" and not tensors["filters"].any(-1).all():
-        yield "a head has a filter of zeros, which is no direction; measure again."
-    if kind == "head_curves":
-        fractions, kept = tensors["fractions"], tensors["kept"]
-        if not bool((fractions.diff() > 0).all()) or not 0 < float(fractions[0]) <= float(fractions[-1]) <= 1:
-            yield "fractions should rise, all above 0 and at most 1."
-        if float(kept.max()) > 1 or float((kept.mean((1, 2)) - fractions).abs().max()) > 1e-3:
-            yield "kept should be at most 1, and fractions its mean over layers and heads."
-
-
-def _uniform(table: Table) -> bool:
-    """Whether all heads of all layers (at every point of a curve) have the same entries, or none but zeros."""
-    count = table.num_layers * table.num_kv_heads
-    if count == 1:
-        return not any(bool(tensor.any()) for tensor in table.tensors.values())
-    for name, letters in KINDS[table.kind].items():
-        if "H" not in letters.split():
-            continue
-        tensor = table.tensors[name]
-        heads = tensor.flatten(-2) if letters.startswith("P ") else tensor.flatten(0, 1).reshape(count, -1).T
-        if bool((heads != heads[..., :1]).any()):
-            return False
-    return True
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _numbers(sizes: Sequence[int]) -> str:
