@@ -20,13 +20,16 @@ same budget for every head, top-k per head. Made by `python scripts/methods.py` 
 TAIL = """
 ## What is left out
 
-- **KVzap, FastKVzip, TRIM-KV, DBTrimKV** (arXiv:2601.07891, 2601.17668, 2512.03324, 2605.09649): gates on the hidden
-  states that a layer reads, which no runtime hands to components.
+- **FastKVzip** (arXiv:2601.17668): its gates are published as pickles of another form than those of KVzap and TRIM-KV,
+  which `learned_gate` reads.
 - **KVpop** (arXiv:2607.05061): its trained scorer, which has no public format; its delayed scoring is the component
   `delayed`, over any scorer.
 - **KVP** (arXiv:2602.10238): a trained ranker for every head, without public weights.
-- **counter-causal surprise** (arXiv:2607.27600): runs the cached keys and values through the model once more,
-  backwards and up to its logits: it needs the model, not the cache.
+- **counter-causal surprise** (arXiv:2607.27600): runs the tokens whose entries are held through all layers once more,
+  each attending to the cached keys and values behind it only, and keeps those whose own token gets the smallest logit.
+  That takes the model, its token ids and a second pass at each compaction; components see a layer's cache and none of
+  these. Its approximation by the last layer alone keeps a hidden state for every entry and takes the model's last norm
+  and head, and slot state is one number for each KV head.
 - **Nexus Sampling** (arXiv:2606.23961): its walk over attention is not public beyond the abstract.
 - **MomentKV** (arXiv:2606.01563): corrects the attention's output by what was evicted: it changes the attention, not
   what is kept.

@@ -11,7 +11,8 @@ import typer
 
 def calibrate(
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="headkv, duo-attention, qfilter, triattention or lu-kv.")
+        str,
+        typer.Argument(metavar="METHOD", help="headkv, duo-attention, qfilter, triattention, lu-kv, kvzap or trim-kv."),
     ],
     *,
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="What the model reads; may be given several times.")],

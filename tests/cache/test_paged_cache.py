@@ -62,6 +62,7 @@ def test_traits_are_those_of_the_policy_and_nothing_else():
             "re_rotates": any(post.changes == "positions" for post in loaded.post),
             "whole_prompt": any(c.whole_prompt for c in loaded.components),
             "modality": "modality" in loaded.needs,
+            "hidden_states": "hidden_states" in loaded.needs,
         }
         assert set(unserved_traits(loaded)) == {name for name, there in wanted.items() if there}
 

@@ -14,12 +14,12 @@ from kvpolicy.testing.tables import stand_in_tables
 
 NAMES = [
     "adakv-snapkv", "adaptive-rkv", "beaconkv", "cam", "caote", "capkv", "chunkkv", "compactor", "criticalkv", "cur",
-    "defensivekv", "delayed-snapkv", "duo-attention", "expected-attention", "facility-location", "fast-caote",
-    "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "kvcrush", "lagkv", "lazy-eviction", "lu-kv",
-    "mixkv", "nacl", "obcache", "pyramidkv", "qfilter", "raas", "random", "random-pinned", "recent-pinned", "rkv",
-    "rkv-code", "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid", "rkv-regions",
-    "scissorhands", "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold", "tova",
-    "triattention", "vase", "vatp",
+    "dbtrim-kv", "defensivekv", "delayed-snapkv", "duo-attention", "expected-attention", "facility-location",
+    "fast-caote", "finch", "full", "g-kv", "h2o", "headkv", "keydiff", "knorm", "kvcrush", "kvzap", "lagkv",
+    "lazy-eviction", "lu-kv", "mixkv", "nacl", "obcache", "pyramidkv", "qfilter", "raas", "random", "random-pinned",
+    "recent-pinned", "rkv", "rkv-code", "rkv-density", "rkv-head-adaptive", "rkv-paper", "rkv-pinned", "rkv-pyramid",
+    "rkv-regions", "scissorhands", "sinks-recent", "snapkv", "snapkv-prefill", "streaming-llm", "think", "threshold",
+    "tova", "triattention", "trim-kv", "vase", "vatp",
 ]  # fmt: skip
 CONTROLS = {"full", "random", "random-pinned", "recent-pinned"}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy.cache.store import BLOCK
 from kvpolicy.runtimes.hf import PolicyCache, generate
+from kvpolicy.tables import load_table, supplying
 from kvsupport.alone import as_if_alone
 from kvsupport.audit import audit
 from kvsupport.oracle import compare
@@ -20,6 +22,31 @@ QUESTIONS = [
     "Write a story about a fox who learns to count. The fox lives in a wood near a river; its best friend is an owl.",
     "List the planets.",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gates_of_its_own(smollm2, tmp_path_factory):
+    """Registered policies name gates of the shipped reasoner; here they get some that fit SmolLM2."""
+    config, file = smollm2[0].config, tmp_path_factory.mktemp("gates") / "trim-kv.safetensors"
+    heads, size, width = config.num_key_value_heads, config.hidden_size, 8
+    g, tensors = torch.Generator().manual_seed(0), {}
+    for i in range(config.num_hidden_layers):
+        gate = f"model.layers.{i}.self_attn.retention_gate."
+        for name, shape in (
+            ("linear1.weight", (width, size)),
+            ("linear1.bias", (width,)),
+            ("linear2.weight", (heads, width)),
+        ):
+            tensors[gate + name] = torch.randn(shape, generator=g) / shape[-1] ** 0.5
+        tensors[gate + "bias"] = torch.full((heads,), 4.0)
+    save_file(tensors, file)
+    own = {"reasoner/kvzap": "smollm2-135m/kvzap", "reasoner/trim-kv": str(file)}
+
+    def supply(name, kind):
+        return load_table(own[name], kind) if name in own else None
+
+    with supplying(supply):
+        yield
 
 
 @pytest.fixture(scope="module")

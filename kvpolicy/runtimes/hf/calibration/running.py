@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean
 from kvpolicy.runtimes.hf.calibration.curves import OBSERVE, best_splits, loss_curves
+from kvpolicy.runtimes.hf.calibration.gates import retention_gates, score_gates
 from kvpolicy.runtimes.hf.calibration.probes import NEEDLE, copy_probes, copying, streaming_loss
 from kvpolicy.runtimes.hf.calibration.statistics import query_filters, query_frequencies
 from kvpolicy.runtimes.hf.calibration.watching import check
@@ -47,11 +48,13 @@ class Method:
         kind: of the table that it makes.
         measure: (model, text tokens, prefix, settings, progress) -> tensors of the table.
         what: what it measures, in a sentence.
+        notes: metadata of the table beside that.
     """
 
     kind: str
     measure: Callable[[PreTrainedModel, Tensor, Tensor, Settings, Progress], Mapping[str, Tensor]]
     what: str
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 STREAMING: Final = (4, 64)
@@ -107,6 +110,18 @@ def _lu_kv(
     return best_splits(loss_curves(model, _chunks(tokens, prefix, settings, progress), HORIZON))
 
 
+def _kvzap(
+    model: PreTrainedModel, tokens: Tensor, prefix: Tensor, settings: Settings, progress: Progress
+) -> Mapping[str, Tensor]:
+    return score_gates(model, _chunks(tokens, prefix, settings, progress), HORIZON)
+
+
+def _trim_kv(
+    model: PreTrainedModel, tokens: Tensor, prefix: Tensor, settings: Settings, progress: Progress
+) -> Mapping[str, Tensor]:
+    return retention_gates(model, list(_chunks(tokens, prefix, settings, int)), settings.seed, progress)
+
+
 METHODS: Final[Mapping[str, Method]] = {
     "headkv": Method("head_scores", _headkv, "attention to the tokens that a copy must find again"),
     "duo-attention": Method(
@@ -115,6 +130,15 @@ METHODS: Final[Mapping[str, Method]] = {
     "qfilter": Method("query_filters", _qfilter, "the direction that a head's queries share, after RoPE"),
     "triattention": Method("query_frequencies", _triattention, "mean query and magnitude by frequency, before RoPE"),
     "lu-kv": Method("head_curves", _lu_kv, "the split of every budget that loses least of later attention"),
+    "kvzap": Method(
+        "gates", _kvzap, "a linear gate that predicts the largest later attention to a token", {"output": "score"}
+    ),
+    "trim-kv": Method(
+        "gates",
+        _trim_kv,
+        "gates with which a model that forgets by the token writes as it does with a full cache",
+        {"output": "retention", "activation": "silu"},
+    ),
 }
 """Calibrations by the name of the method that reads their tables."""
 
@@ -183,6 +207,7 @@ def calibrate(
         tensors=tensors,
         command=command,
         notes={
+            **found.notes,
             "measured": found.what,
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             **{key: str(value) for key, value in asdict(settings).items()},

@@ -16,6 +16,7 @@ from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.handover import AttentionFunction, mark
+from kvpolicy.runtimes.hf.hidden import hidden_states, leave_hidden_states
 from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.runtimes.hf.projection import output_projection
 
@@ -63,6 +64,10 @@ class Attended:
             attention_sinks=self.sinks,
         )
         return weights[0]
+
+    def hidden_states(self) -> Tensor:
+        """Return what the attention read, fp32 `[N, E]`; while `look` runs only. Raises UnsupportedError."""
+        return hidden_states(self.module, self.keys.shape[1])[0].float()
 
     def output_projection(self) -> Tensor:
         """Return the output projection, fp32 `[H, G, Dv, M]`; raises UnsupportedError."""
@@ -131,9 +136,11 @@ def watch(model: PreTrainedModel, tokens: Tensor, look: Callable[[Attended], Non
     """Run the model over tokens (int64 `[N]`) and show `look` every layer's attention, in order of the layers."""
     count = check(model)
     cache = Cache(layers=[_WatchedLayer(index, look) for index in range(count)])
-    detach = attach(model, attention_modules(model))
+    modules = attention_modules(model)
+    undo = [attach(model, modules), leave_hidden_states(modules.values())]
     try:
         base = model.base_model
         base(input_ids=tokens[None].to(model.device), use_cache=True, **passing(cache, base.forward))
     finally:
-        detach()
+        for each in undo:
+            each()
