@@ -123,7 +123,7 @@ def retention_gates(
                 made, above = _next_tokens(model, chunks[at], gates)
                 loss = functional.kl_div(made, wanted, reduction="batchmean", log_target=True) + above
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 schedule.step()
                 progress((_EPOCHS - epoch) * len(chunks))
