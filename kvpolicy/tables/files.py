@@ -72,7 +72,8 @@ class Table:
     _elsewhere: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", checked(self))
+        sizes = {"L": self.num_layers, "H": self.num_kv_heads, "D": self.head_dim}
+        object.__setattr__(self, "tensors", checked(self.kind, self.called, sizes, self.tensors, self.notes))
 
     @property
     def hidden_size(self) -> int:

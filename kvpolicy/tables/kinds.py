@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import TableError
 from kvpolicy.tables.gates import gate_problem
-
-if TYPE_CHECKING:
-    from kvpolicy.tables.files import Table
 
 KINDS: Final[Mapping[str, Mapping[str, str]]] = {
     "head_scores": {"scores": "L H"},
@@ -40,36 +37,49 @@ OPTIONAL: Final[Mapping[str, Mapping[str, str]]] = {
 _SIGNED: Final = frozenset({"filters", "mean", *KINDS["gates"], *OPTIONAL["gates"]})
 
 
-def checked(table: Table) -> Mapping[str, Tensor]:
-    """Return the tensors of a table in fp32 on the CPU; raises TableError for what a component could not use."""
+def checked(
+    kind: str, called: str, sizes: Mapping[str, int], given: Mapping[str, Tensor], notes: Mapping[str, str]
+) -> Mapping[str, Tensor]:
+    """Return the tensors of a table in fp32 on the CPU.
+
+    Args:
+        kind: one of `KINDS`.
+        called: what messages call the table.
+        sizes: of the axes that it declares, by letter.
+        given: its tensors.
+        notes: its further metadata.
+
+    Raises:
+        TableError: a component could not use it.
+    """
     tensors: dict[str, Tensor] = {}
-    problem = next(_wrong_shapes(table), None)
+    problem = next(_wrong_shapes(kind, sizes, given), None)
     if problem is None:
-        tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in table.tensors.items()}
-        problem = next(_wrong_numbers(table.kind, tensors), None)
-    if problem is None and table.kind == "gates":
-        problem = gate_problem(tensors, table.notes)
-    if problem is None and _uniform(table):
+        tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in given.items()}
+        problem = next(_wrong_numbers(kind, tensors), None)
+    if problem is None and kind == "gates":
+        problem = gate_problem(tensors, notes)
+    if problem is None and _uniform(kind, sizes["L"] * sizes["H"], given):
         problem = "is uniform: it says the same of every head, which is no information; measure again."
     if problem is not None:
-        raise TableError(f"table {table.called}: {problem}")
+        raise TableError(f"table {called}: {problem}")
     return MappingProxyType(tensors)
 
 
-def _wrong_shapes(table: Table) -> Iterator[str]:
-    if table.kind not in KINDS:
-        yield f"{table.kind!r} is not a kind of table; the kinds are {', '.join(KINDS)}."
+def _wrong_shapes(kind: str, declared: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    if kind not in KINDS:
+        yield f"{kind!r} is not a kind of table; the kinds are {', '.join(KINDS)}."
         return
-    axes, optional = KINDS[table.kind], OPTIONAL.get(table.kind, {})
-    if not set(axes) <= set(table.tensors) <= {*axes, *optional}:
+    axes, optional = KINDS[kind], OPTIONAL.get(kind, {})
+    if not set(axes) <= set(tensors) <= {*axes, *optional}:
         wanted = ", ".join(axes) + (f" and perhaps {', '.join(optional)}" if optional else "")
-        yield f"has the tensors {', '.join(sorted(table.tensors))}; a {table.kind} has {wanted}."
+        yield f"has the tensors {', '.join(sorted(tensors))}; a {kind} has {wanted}."
         return
-    sizes = {"L": table.num_layers, "H": table.num_kv_heads, "D": table.head_dim, "2": 2}
+    sizes = {**declared, "2": 2}
     for name, letters in {**axes, **optional}.items():
-        if name not in table.tensors:
+        if name not in tensors:
             continue
-        tensor, names = table.tensors[name], letters.split()
+        tensor, names = tensors[name], letters.split()
         if not tensor.is_floating_point() or tensor.dim() != len(names) or tensor.numel() == 0:
             yield f"{name} should be floating-point numbers [{letters}], got {_shown(tensor)}."
             return
@@ -94,15 +104,14 @@ def _wrong_numbers(kind: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield "kept should be at most 1, and fractions its mean over layers and heads."
 
 
-def _uniform(table: Table) -> bool:
+def _uniform(kind: str, count: int, tensors: Mapping[str, Tensor]) -> bool:
     """Whether all heads of all layers (at every point of a curve) have the same entries, or none but zeros."""
-    count = table.num_layers * table.num_kv_heads
     if count == 1:
-        return not any(bool(tensor.any()) for tensor in table.tensors.values())
-    for name, letters in KINDS[table.kind].items():
+        return not any(bool(tensor.any()) for tensor in tensors.values())
+    for name, letters in KINDS[kind].items():
         if "H" not in letters.split():
             continue
-        tensor = table.tensors[name]
+        tensor = tensors[name]
         heads = tensor.flatten(-2) if letters.startswith("P ") else tensor.flatten(0, 1).reshape(count, -1).T
         if bool((heads != heads[..., :1]).any()):
             return False
