@@ -42,8 +42,7 @@ from kvpolicy.tables import check_fit
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
 
-_OF_QUERIES = {"queries", "attention", "query_stream", "query_statistics"}
-SERVED = frozenset({*_OF_QUERIES, NEED, "rope", "weights", "modality"})
+SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", "rope", "weights", "modality", NEED})
 """The needs of components that this runtime can serve."""
 
 
