@@ -81,6 +81,10 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
+class UnreachableError(KVPolicyError):
+    """A model or a data set of the hub cannot be had: there is no network, nothing of that name, or no access to it."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest of `known`, or an empty string when nothing is near."""
     near = nearest(word, known)

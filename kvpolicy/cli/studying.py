@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.study_options import Device, Name, Out, Quick, read_study
+from kvpolicy.cli.study_overrides import Data, Datasets, Models, NewTokens, Overrides, Samples, Seeds
 from kvpolicy.cli.study_pruning import prune
 from kvpolicy.cli.study_reporting import report
 from kvpolicy.cli.study_source import Argument, find, make_plan
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import KVPolicyError, UnreachableError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvpolicy.study.design import Variant
     from kvpolicy.study.estimate import StudySize
     from kvpolicy.study.executors import Executor
-    from kvpolicy.study.runs import Plan
     from kvpolicy.study.spec import StudySpec
 
 study = typer.Typer(
@@ -44,6 +46,12 @@ def plan(
     batch: Batch = None,
     workers: Workers = None,
     device: Device = "auto",
+    model: Models = None,
+    dataset: Datasets = None,
+    data: Data = None,
+    samples: Samples = None,
+    seeds: Seeds = None,
+    max_new_tokens: NewTokens = None,
     probe: Annotated[bool, typer.Option(help="Time a few tokens, to estimate how long it takes.")] = True,
 ) -> None:
     """Say how many variants, runs and tokens a study has, and about how long it takes; nothing is recorded."""
@@ -54,18 +62,23 @@ def plan(
     from kvpolicy.study.results import Results
 
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
-    made = make_plan(spec, device)
+    spec = Overrides(model, dataset, data, samples, seeds, max_new_tokens).applied(spec)
+    try:
+        made = make_plan(spec, device)
+    except UnreachableError as error:
+        _print_outline(spec, error)
+        return
     count = workers or default_workers(device)
     note = messages().status("probing" if probe else "counting")
     with Results(path) if path.is_file() else nullcontext() as results, note:
         size = measure(made, results, probe=probe, threads=max(1, cores() // count))
         older = "" if results is None else str(Asked.now(made, results).older(results))
     console = output()
-    described = _described(made)
+    described = _variants(made.variants)
     widen(console, [described])
     console.print(described)
-    for model in made.models:
-        console.print(f"{model.name} runs in {model.dtype} on {model.device}.", soft_wrap=True)
+    for found in made.models:
+        console.print(f"{found.name} runs in {found.dtype} on {found.device}.", soft_wrap=True)
     console.print(_sized(size, count), soft_wrap=True)
     _say_older(console, older, path)
 
@@ -81,6 +94,12 @@ def run(
     on: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Address of the Ray cluster; one is started if left out.")] = None,
     device: Device = "auto",
+    model: Models = None,
+    dataset: Datasets = None,
+    data: Data = None,
+    samples: Samples = None,
+    seeds: Seeds = None,
+    max_new_tokens: NewTokens = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
 ) -> None:
     """Run a study, or what is left of it: every run is recorded as it finishes, and a killed study goes on."""
@@ -91,6 +110,7 @@ def run(
     from kvpolicy.study.runner import Runner
 
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
+    spec = Overrides(model, dataset, data, samples, seeds, max_new_tokens).applied(spec)
     library("scipy.stats", "the intervals of a study need")  # which come at the end, after hours maybe
     executor = _executor(on, address, workers, device)
     with executor:
@@ -162,14 +182,42 @@ def _executor(on: str, address: str | None, workers: int | None, device: str) ->
     return Processes(workers or default_workers(device))
 
 
-def _described(plan: Plan) -> Any:
+def _variants(variants: Sequence[Variant]) -> Any:
     from rich.table import Table
 
     table = Table("variant", "condition", "what differs", box=None, header_style="bold")
-    for variant in plan.variants:
+    for variant in variants:
         differs = ", ".join(f"{path}={value}" for path, value in variant.settings)
         table.add_row(variant.name, variant.condition, differs)
     return table
+
+
+def _print_outline(spec: StudySpec, error: UnreachableError) -> None:
+    """Print how large a study is, as far as its file says it."""
+    from rich.table import Table
+
+    from kvpolicy.cli.terminal import messages, output, widen
+    from kvpolicy.study.outline import outline
+
+    console, rows = output(), outline(spec)
+    listed = Table("dataset", "problems", "rollouts", "budget", "models", "runs", box=None, header_style="bold")
+    for row in rows:
+        numbers = (row.problems, row.rollouts, row.budget, row.models, row.runs)
+        listed.add_row(row.dataset, *("" if number is None else f"{number:,}" for number in numbers))
+    for table in (_variants(spec.variants()), listed):
+        widen(console, [table])
+        console.print(table)
+    runs, tokens = sum(row.runs for row in rows), sum(row.tokens for row in rows)
+    console.print(
+        f"{len(spec.variants()):,} variants and the full cache, {runs:,} runs of at most {tokens:,} tokens on "
+        f"{', '.join(spec.models)}.",
+        soft_wrap=True,
+    )
+    messages().print(
+        f"Counted by what the study says and by what is published, for not all of it is here: {error} "
+        "`--model`, `--dataset` and `--data` name what is.",
+        soft_wrap=True,
+    )
 
 
 def _sized(size: StudySize, workers: int) -> str:
@@ -194,7 +242,7 @@ def duration(seconds: float) -> str:
 def _print_results(path: Path, spec: StudySpec) -> None:
     from kvpolicy.cli.study_tables import tables
     from kvpolicy.cli.terminal import output
-    from kvpolicy.study.analysis import failures, summarise
+    from kvpolicy.study.analysis import failures, refusals, summarise
     from kvpolicy.study.asked import Asked
     from kvpolicy.study.results import Results
 
@@ -207,6 +255,8 @@ def _print_results(path: Path, spec: StudySpec) -> None:
         if left_out:
             names = ", ".join(left_out)
             console.print(f"Not shown for lack of room: {names}; a wider terminal or the report has them.")
+    for sentence in refusals(rows):
+        console.print(sentence, soft_wrap=True)
     for reason, count in failures(rows).items():
         console.print(f"{count} failed: {reason}", soft_wrap=True)
     console.print(f"Recorded in {path}.", soft_wrap=True)

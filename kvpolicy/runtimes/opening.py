@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import KVPolicyError, UnreachableError
 from kvpolicy.inputs import expanded
 
 DEMO_MODEL: Final = "smollm2"
@@ -99,8 +99,10 @@ def open_tokenizer(
         return transformers.AutoTokenizer.from_pretrained(place, revision=revision)
     except _UNREADABLE as error:
         # A folder that is mistyped is taken for an id of the hub, whose answer alone would mislead.
-        where = "" if Path(place).is_dir() else "there is no such folder, and as an id of the hub: "
-        raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {where}{first_line(error)}.") from error
+        here = Path(place).is_dir()
+        where = "" if here else "there is no such folder, and as an id of the hub: "
+        kind = KVPolicyError if here else UnreachableError
+        raise kind(f"{option}: {name!r} cannot be loaded: {where}{first_line(error)}.") from error
 
 
 def window_of(place: Path | str, revision: str | None = None) -> int | None:

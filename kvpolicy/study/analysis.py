@@ -19,6 +19,7 @@ from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.records import CellRecord, RunRecord
 from kvpolicy.study.results import Results
 from kvpolicy.study.runs import REFERENCE
+from kvpolicy.study.whole import refusal
 
 RESAMPLES: Final = 9999
 CONFIDENCE: Final = 0.95
@@ -46,6 +47,7 @@ class VariantSummary:
         runs: finished runs.
         failed: failed runs.
         error: why some failed, or why the variant is not possible.
+        refused: why it is not graded, in a study that is `strict`; it has no metrics then.
         metrics: estimates by metric, as far as there are runs.
         values: mean over seeds by metric and problem.
     """
@@ -56,6 +58,7 @@ class VariantSummary:
     error: str | None
     metrics: dict[str, Estimate]
     values: dict[str, ByProblem]
+    refused: str | None = None
 
     @property
     def missing(self) -> int:
@@ -93,7 +96,11 @@ class Comparison:
 
 
 def summarise(
-    results: Results, metrics: Sequence[str] = tuple(METRICS), cells: Sequence[CellRecord] | None = None
+    results: Results,
+    metrics: Sequence[str] = tuple(METRICS),
+    cells: Sequence[CellRecord] | None = None,
+    *,
+    strict: bool | None = None,
 ) -> list[VariantSummary]:
     """Return one row per variant, condition, model and dataset, in the order of the study.
 
@@ -103,23 +110,27 @@ def summarise(
         results: the results file.
         metrics: which to estimate.
         cells: what the study asks for, of `Asked`; what it asked for when it ran last if None.
+        strict: grade no variant that is incomplete, ragged or mixed; as the study says if None.
     """
+    strict = bool(results.study().get("strict")) if strict is None else strict
     cells = results.cells() if cells is None else cells
     wanted = {key for cell in cells for key in cell.keys}
     found = {record.key: record for record in results.records(wanted, outputs=False)}
-    return [_row(cell, [found[key] for key in cell.keys if key in found], metrics) for cell in cells]
+    return [_row(cell, [found[key] for key in cell.keys if key in found], metrics, strict=strict) for cell in cells]
 
 
-def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str]) -> VariantSummary:
+def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str], *, strict: bool) -> VariantSummary:
+    refused = refusal(cell, records) if strict else None
     good = [record for record in records if record.error is None]
     failures = [record.error for record in records if record.error is not None]
-    values = {name: _values(good, name) for name in metrics}
+    values = {name: _values(good, name) for name in metrics if refused is None}
     values = {name: of_problem for name, of_problem in values.items() if of_problem}
     estimates = {
         name: estimate(list(of_problem.values()), proportion=METRICS[name].binary)
         for name, of_problem in values.items()
     }
-    return VariantSummary(cell, len(good), len(failures), cell.error or next(iter(failures), None), estimates, values)
+    error = cell.error or next(iter(failures), None)
+    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused)
 
 
 def _values(records: Sequence[RunRecord], metric: str) -> ByProblem:
@@ -293,3 +304,13 @@ def failures(rows: Sequence[VariantSummary]) -> Mapping[str, int]:
         if row.error is not None:
             counts[row.error] += max(row.failed, 1)
     return counts
+
+
+def refusals(rows: Sequence[VariantSummary]) -> list[str]:
+    """Return a sentence for each variant that is not graded."""
+    return [
+        f"{row.cell.name}{f', {row.cell.condition},' if row.cell.condition else ''} on {row.cell.dataset} with "
+        f"{row.cell.model} is not graded: {row.refused}."
+        for row in rows
+        if row.refused is not None
+    ]

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.errors import KVPolicyError, did_you_mean
+from kvpolicy.errors import KVPolicyError, UnreachableError, did_you_mean
 from kvpolicy.inputs import require_ordinary
 from kvpolicy.study.extra import library
-
-
-class UnreachableError(KVPolicyError):
-    """A data set of the hub cannot be had: there is no network, no such data set, or no access to it."""
 
 
 def load_rows(*args: Any, where: str, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import KVPolicyError, UnreachableError
 from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer, window_of
 from kvpolicy.study.source import TextMeasure
 
@@ -95,7 +95,7 @@ def _snapshot(identifier: str, name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(identifier, allow_patterns=patterns))
     except Exception as error:
-        raise KVPolicyError(
+        raise UnreachableError(
             f"models: {name!r} cannot be fetched from the hub: {' '.join(str(error).split())[:200]}"
         ) from error
 

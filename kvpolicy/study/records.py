@@ -48,6 +48,7 @@ class StudyData(TypedDict, total=False):
     metrics: list[_Text]
     batch: _Natural
     dtype: _Text
+    strict: bool
     quick: dict[str, JsonValue] | None
 
 

@@ -36,7 +36,8 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 FIELDS: Final = (
     *("schema_version", "kind", "study", "description", "base", "design", "axes", "conditions", "exclude"),
-    *("compare_to", "models", "datasets", "samples", "seeds", "sampling", "metrics", "batch", "dtype", "quick"),
+    *("compare_to", "models", "datasets", "samples", "seeds", "sampling", "metrics", "batch", "dtype", "strict"),
+    "quick",
 )
 """All fields, in the order in which they are written."""
 
@@ -91,6 +92,8 @@ class StudySpec(BaseModel):
     """Rows that run together; changes results by rounding at most, and in float64 not at all."""
     dtype: Dtype = "auto"
     """Numbers of the model; auto is float64 for small models on a CPU, so that a batch cannot change a result."""
+    strict: bool = False
+    """Whether a variant that is incomplete, ragged or mixed gets no numbers."""
     quick: dict[str, Any] | None = None
     """What `--quick` changes: any of axes, conditions, datasets, models, samples, seeds, sampling."""
 

@@ -46,7 +46,13 @@ def test_all_fields_metrics_and_datasets_are_there():
             assert f"`{field}`" in PAGE or f"`{field}: " in PAGE, field
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in kvpolicy.catalog().studies()])
+OF_THE_FIELD = ("ruler-4k", "reasoning-4x", "reasoning-8x", "reasoning-16x")
+"""Studies of models that are too large to be run here: nothing is published of them."""
+
+
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in kvpolicy.catalog().studies() if entry.name not in OF_THE_FIELD]
+)
 def test_the_published_results_are_of_the_runs_that_their_study_asks_for(name):
     """A variant has as many runs as the study asks for: with runs of other settings blended in it would have more."""
     study = find_study(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from kvpolicy.study.analysis import Comparison, VariantSummary, compare, failures, summarise
+from kvpolicy.study.analysis import Comparison, VariantSummary, compare, failures, refusals, summarise
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.design import POLICY
 from kvpolicy.study.metrics import METRICS
@@ -146,6 +146,7 @@ class Report:
         asked: how many runs the study asks for.
         older: what else the file holds, as a sentence; empty if nothing.
         failures: reason -> number of runs.
+        refusals: a sentence for each variant that is not graded.
         settings: all that the numbers depend on.
     """
 
@@ -161,6 +162,7 @@ class Report:
     asked: int
     older: str
     failures: Mapping[str, int]
+    refusals: tuple[str, ...]
     settings: StudySettings
 
     @property
@@ -190,7 +192,7 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
     """
     asked = asked or Asked.last(results)
     study = asked.study
-    rows = summarise(results, cells=asked.cells)
+    rows = summarise(results, cells=asked.cells, strict=bool(study.get("strict")))
     axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
     made = settings(results, asked)
     entries = [_entry(row, axis) for row in rows]
@@ -215,6 +217,7 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
         asked=len(asked.keys),
         older=str(asked.older(results)),
         failures=failures(rows),
+        refusals=tuple(refusals(rows)),
         settings=made,
     )
 

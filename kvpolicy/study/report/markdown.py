@@ -32,6 +32,8 @@ def markdown(report: Report) -> str:
         "Intervals are at 95 % and about problems: Wilson's for shares of right answers, a bootstrap for other means.",
         "",
     ]
+    if report.refusals:
+        lines += ["**Not graded**", "", *(f"- {_text(sentence)}" for sentence in report.refusals), ""]
     if report.failures:
         lines += ["**Not everything could be run:**", ""]
         lines += [f"- {number} × {_text(reason)}" for reason, number in report.failures.items()] + [""]
