@@ -89,6 +89,10 @@ def test_every_policy_generates_the_same_or_is_refused_by_name(registered, tiny,
         with pytest.raises(UnsupportedError, match=f"graph: .*{policy.name!r}.*length_is_counted"):
             PolicyCache(policy, model, graph=True)
         return
+    if "hidden_states" in policy.needs:
+        with pytest.raises(UnsupportedError, match=f"graph: policy {policy.name!r} needs hidden_states"):
+            PolicyCache(policy, model, graph=slots_for(policy))
+        return
     with PolicyCache(policy, model) as cache:
         expected = generated(cache, model, inputs)
     with PolicyCache(policy, model, graph=slots_for(policy)) as cache:
