@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm test-python test-install gpu-dry lint types check bench models docs docs-links
+.PHONY: help setup demo test test-slow test-processors test-kernels test-aot test-browser test-vllm test-python test-install gpu-dry lint types check bench models results docs docs-links
 
 BIN := .venv/bin
 
@@ -83,6 +83,9 @@ docs: setup ## the documentation site, build/docs/index.html; warnings are error
 
 docs-links: setup ## links of the documentation to other sites, which needs a network
 	$(BIN)/python -P -m sphinx -q -b linkcheck -d build/doctrees docs build/docs-links
+
+results: setup ## the pages of docs/results, from the numbers that lie there
+	@for file in docs/results/*.json.gz; do [ ! -e $$file ] || $(BIN)/kvpolicy study report $$file || exit 1; done
 
 models: setup ## docs/models.md anew: every model class of transformers is tried
 	$(BIN)/python -P scripts/models.py

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,11 +17,12 @@ from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
     from kvpolicy.study.asked import Asked
-    from kvpolicy.study.results import Results
+    from kvpolicy.study.records import Recorded
     from kvpolicy.study.runs import Plan
     from kvpolicy.study.spec import StudySpec
 
 SUFFIXES: Final = (".sqlite", ".sqlite3", ".db")
+PUBLISHED: Final = ".json.gz"
 
 Argument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A registered study, a study file, or a results file (.sqlite).")
@@ -33,8 +35,8 @@ class StudySource:
 
     Attributes:
         given: the argument.
-        path: the results file.
-        spec: the study; None if the results file was named.
+        path: the results file, or the published one.
+        spec: the study; None if the file was named.
         device: where its models run.
         quick, out: the options.
     """
@@ -46,15 +48,33 @@ class StudySource:
     quick: bool
     out: Path | None
 
-    def asked(self, results: Results) -> tuple[Asked, str | None]:
+    @property
+    def published(self) -> bool:
+        """Whether it is a published file, which has numbers and no texts."""
+        return self.given.endswith(PUBLISHED)
+
+    @contextmanager
+    def opened(self) -> Iterator[Recorded]:
+        """Give what was recorded; raises KVPolicyError if it cannot be read."""
+        from kvpolicy.study.published import Published
+        from kvpolicy.study.results import Results
+
+        if self.published:
+            yield Published(self.path)
+            return
+        with Results(self.path) as results:
+            yield results
+
+    def asked(self, results: Recorded) -> tuple[Asked, str | None]:
         """Return what the study asks for as it is now, and a sentence if that can only be said as of its last run.
 
         Raises:
             KVPolicyError: the study's file has changed since, and its models or data sets are not here.
         """
         from kvpolicy.study.asked import Asked
+        from kvpolicy.study.results import Results
 
-        if self.spec is None:
+        if self.spec is None or not isinstance(results, Results):
             return Asked.last(results), None
         try:
             return Asked.now(make_plan(self.spec, self.device), results), None
@@ -68,16 +88,32 @@ class StudySource:
             reason = " ".join(str(error).split()).rstrip(".")
             return last, f"{self.given}: is taken as it ran last, for its models or data sets are not here ({reason})."
 
-    def run_command(self, results: Results) -> str:
+    def run_command(self, results: Recorded) -> str:
         """Return the command that makes the results."""
+        if self.published:
+            return results.meta("command") or ""
         if self.spec is not None:
             return command("run", self.given, quick=self.quick, options={"--out": self.out})
         return command("run", f"{results.meta('study')}.yaml", quick=False, options={"--out": self.path})
 
 
-def find(given: str, *, quick: bool, out: Path | None, device: str = "auto") -> StudySource:
-    """Return what an argument names; raises KVPolicyError."""
-    if not given.endswith(SUFFIXES):
+def find(given: str, *, quick: bool, out: Path | None, device: str = "auto", published: bool = False) -> StudySource:
+    """Return what an argument names.
+
+    Args:
+        given: the argument.
+        quick, out: the options.
+        device: where models run.
+        published: whether the command takes a published file too.
+
+    Raises:
+        KVPolicyError: there is no such study, or the command does not take such a file.
+    """
+    if given.endswith(PUBLISHED) and not published:
+        raise KVPolicyError(
+            f"{given}: is a published file, which only `report` and `budget` read; name a results file."
+        )
+    if not given.endswith((*SUFFIXES, PUBLISHED)):
         spec, path = read_study(given, quick=quick, out=out)
         return StudySource(given, path, spec, device, quick, out)
     if quick or out is not None:

@@ -70,10 +70,10 @@ def _table(
     table.add_column("condition", max_width=24, overflow="fold")
     table.add_column("runs", justify="right", overflow="fold")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+        table.add_column(_heading(name), justify="right", overflow="fold")
     compared = [differences[id(row.cell)] for row in here if id(row.cell) in differences]
     if compared:
-        title = f"{compared[0].metric.replace('_', ' ')} − {compared[0].baseline}"
+        title = f"{_heading(compared[0].metric)} − {compared[0].baseline}"
         table.add_column(title, justify="right", min_width=8, overflow="fold")
     for row in here:
         cells = [_cell(row.metrics.get(name), name) for name in names]
@@ -82,6 +82,10 @@ def _table(
         change = [_change(differences.get(id(row.cell)))] if compared else []
         table.add_row(row.cell.name, row.cell.condition, runs, *cells, *change)
     return table
+
+
+def _heading(metric: str) -> str:
+    return metric.replace("_", " ") + (" %" if METRICS[metric].percent else "")
 
 
 def _cell(estimate: Estimate | None, metric: str) -> str:

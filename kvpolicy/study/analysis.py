@@ -16,8 +16,7 @@ from typing import Any, Final
 from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
-from kvpolicy.study.records import CellRecord, RunRecord
-from kvpolicy.study.results import Results
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.runs import REFERENCE
 from kvpolicy.study.whole import refusal
 
@@ -74,13 +73,14 @@ class Comparison:
         cell: the variant.
         baseline: name of the other.
         metric: what is compared.
-        difference: variant minus baseline, with a paired bootstrap interval.
+        difference: variant minus baseline. For 0-or-1 metrics with one value per problem its interval is Tango's: all
+            differences that McNemar's score test, taken for that difference, does not reject; otherwise it is a paired
+            bootstrap interval.
         wins: problems with a larger value than the baseline's.
         losses: problems with a smaller one.
-        mcnemar: for 0-or-1 metrics with one value per problem, Tango's interval: all differences that McNemar's score
-            test, taken for that difference, does not reject; otherwise None.
-        p: two-sided p value: McNemar's exact test where `mcnemar` is given, else a sign-flip permutation test. At the
-            edge of significance it is stricter than the interval, which is not exact.
+        paired: whether each problem is right or wrong, so that the interval is Tango's and the test McNemar's.
+        p: two-sided p value: McNemar's exact test where `paired`, else a sign-flip permutation test. At the edge of
+            significance the exact test is stricter than Tango's interval, which is not exact.
         p_holm: `p` after Holm's correction for all comparisons of this metric in the study.
     """
 
@@ -90,13 +90,13 @@ class Comparison:
     difference: Estimate
     wins: int
     losses: int
-    mcnemar: tuple[float, float] | None
+    paired: bool
     p: float
     p_holm: float
 
 
 def summarise(
-    results: Results,
+    results: Recorded,
     metrics: Sequence[str] = tuple(METRICS),
     cells: Sequence[CellRecord] | None = None,
     *,
@@ -180,22 +180,23 @@ def compare(
         if row.cell.name in (baseline, REFERENCE) or not both:
             continue
         differences = [row.values[metric][problem] - base[problem] for problem in both]
-        drafts.append((row.cell, differences, *_test(differences, binary=METRICS[metric].binary, resamples=resamples)))
+        paired = METRICS[metric].binary and all(d in (-1.0, 0.0, 1.0) for d in differences)
+        drafts.append((row.cell, differences, paired, _p_value(differences, paired=paired, resamples=resamples)))
     corrected = holm([p for *_, p in drafts])
     return [
         Comparison(
-            cell,
-            baseline,
-            metric,
-            estimate(differences, resamples=resamples, proportion=False),
-            sum(d > 0 for d in differences),
-            sum(d < 0 for d in differences),
-            interval,
-            p,
-            p_holm,
+            *(cell, baseline, metric, _difference(differences, paired=paired, resamples=resamples)),
+            *(sum(d > 0 for d in differences), sum(d < 0 for d in differences), paired, p, p_holm),
         )
-        for (cell, differences, interval, p), p_holm in zip(drafts, corrected, strict=True)
+        for (cell, differences, paired, p), p_holm in zip(drafts, corrected, strict=True)
     ]
+
+
+def _difference(differences: Sequence[float], *, paired: bool, resamples: int) -> Estimate:
+    if not paired or len(differences) < 2:
+        return estimate(differences, resamples=resamples, proportion=False)
+    wins, losses, count = sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(differences)
+    return Estimate((wins - losses) / count, *tango(wins, losses, count), count)
 
 
 def estimate(values: Sequence[float], *, proportion: bool, resamples: int = RESAMPLES) -> Estimate:
@@ -221,19 +222,18 @@ def estimate(values: Sequence[float], *, proportion: bool, resamples: int = RESA
     return Estimate(mean, float(interval.low), float(interval.high), count)
 
 
-def _test(differences: Sequence[float], *, binary: bool, resamples: int) -> tuple[tuple[float, float] | None, float]:
-    """Return McNemar's interval, where it applies, and the p value."""
+def _p_value(differences: Sequence[float], *, paired: bool, resamples: int) -> float:
+    """Return the p value of McNemar's exact test, or of a sign-flip permutation test."""
     stats = library("scipy.stats", "the tests of a study need")
     wins, losses, count = sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(differences)
-    if binary and all(d in (-1.0, 0.0, 1.0) for d in differences):
-        p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-        return (tango(wins, losses, count) if count > 1 else None), p
+    if paired:
+        return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     if not wins + losses or count < 2:  # with its sign flipped, a single difference is as large as before
-        return None, 1.0
+        return 1.0
     flips = stats.permutation_test(
         (differences,), _mean, permutation_type="samples", n_resamples=resamples, rng=_generator()
     )
-    return None, float(flips.pvalue)
+    return float(flips.pvalue)
 
 
 def tango(wins: int, losses: int, count: int) -> tuple[float, float]:
@@ -289,12 +289,10 @@ def _generator() -> Any:
 
 
 def shown(estimate: Estimate, metric: str) -> str:
-    """Return an estimate as tables show it: ``0.930 [0.863, 0.966]``."""
-    digits = METRICS[metric].digits
-    value = f"{estimate.value:,.{digits}f}"
-    if math.isnan(estimate.low):
-        return value
-    return f"{value} [{estimate.low:,.{digits}f}, {estimate.high:,.{digits}f}]"
+    """Return an estimate as tables show it, shares in percent: ``93.0 [86.3, 96.6]``."""
+    digits, scale = METRICS[metric].digits, METRICS[metric].scale
+    value, low, high = (f"{scale * each:z,.{digits}f}" for each in (estimate.value, estimate.low, estimate.high))
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 
 def failures(rows: Sequence[VariantSummary]) -> Mapping[str, int]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Final, Self
 
 from kvpolicy.study import keys
-from kvpolicy.study.records import CellRecord, cell_record, model_data
+from kvpolicy.study.records import CellRecord, Recorded, cell_record, model_data
 from kvpolicy.study.results import Results
 from kvpolicy.study.runs import Cell, Plan, Run
 
@@ -34,7 +34,7 @@ class Asked:
     documents: Mapping[str, keys.Document] = field(default_factory=dict)
 
     @classmethod
-    def last(cls, results: Results) -> Self:
+    def last(cls, results: Recorded) -> Self:
         """Return what the study asked for when it ran last; nothing of it need be installed. Raises ResultsError."""
         return cls(results.study(), results.models(), results.cells())
 
@@ -62,7 +62,7 @@ class Asked:
         """The keys of all its runs."""
         return frozenset(key for cell in self.cells for key in cell.keys)
 
-    def older(self, results: Results) -> Older:
+    def older(self, results: Recorded) -> Older:
         """Return what is in the file and not asked for."""
         here = {record.key: record.document for record in results.records(outputs=False)}
         wanted = [*self.documents.values()] or [document for key, document in here.items() if key in self.keys]

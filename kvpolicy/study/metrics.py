@@ -21,6 +21,7 @@ class Metric:
         binary: 0 or 1.
         quality: says how good a variant is, and is shown with its interval everywhere.
         digits: decimals in tables.
+        percent: a share, which tables and plots show in percent.
         bounds: smallest and largest value that can be true; a share and a divergence may miss theirs by rounding.
     """
 
@@ -31,15 +32,35 @@ class Metric:
     quality: bool = False
     digits: int = 3
     bounds: tuple[float, float] = (0.0, 1e15)
+    percent: bool = False
+
+    @property
+    def scale(self) -> int:
+        """What a value is multiplied with before it is shown."""
+        return 100 if self.percent else 1
+
+    @property
+    def heading(self) -> str:
+        """The title with its unit, for tables and axes."""
+        return f"{self.title}, %" if self.percent else self.title
+
+    @property
+    def difference(self) -> str:
+        """What a difference of two values is called, with its unit."""
+        return "difference, points" if self.percent else "difference"
 
 
 _SHARE: Final = (-1e-6, 1 + 1e-6)
 _BOTH: Final[tuple[RunKind, ...]] = ("generate", "force")
 
 METRICS: Final[Mapping[str, Metric]] = {
-    "exact": Metric("right answers", ("generate",), "more", binary=True, quality=True),
-    "score": Metric("score of the benchmark", ("generate",), "more", quality=True, bounds=_SHARE),
-    "progress": Metric("steps until the first error", ("generate",), "more", quality=True, bounds=_SHARE),
+    "exact": Metric("right answers", ("generate",), "more", binary=True, quality=True, digits=1, percent=True),
+    "score": Metric(
+        "score of the benchmark", ("generate",), "more", quality=True, digits=1, bounds=_SHARE, percent=True
+    ),
+    "progress": Metric(
+        "steps until the first error", ("generate",), "more", quality=True, digits=1, bounds=_SHARE, percent=True
+    ),
     "tokens": Metric("tokens generated", ("generate",), digits=1),
     "kl": Metric(
         "KL divergence to the full cache, nats per token",
@@ -49,11 +70,23 @@ METRICS: Final[Mapping[str, Metric]] = {
         quality=True,
         bounds=(-0.01, 1e15),
     ),
-    "top1": Metric("same most likely token as the full cache", ("force",), "more", quality=True, bounds=_SHARE),
-    "attention_mass": Metric("attention mass kept", ("force",), "more", quality=True, bounds=(-1e-6, 1.05)),
+    "top1": Metric(
+        "same most likely token as the full cache",
+        ("force",),
+        "more",
+        quality=True,
+        digits=1,
+        bounds=_SHARE,
+        percent=True,
+    ),
+    "attention_mass": Metric(
+        "attention mass kept", ("force",), "more", quality=True, digits=1, bounds=(-1e-6, 1.05), percent=True
+    ),
     "resident_mean": Metric("entries per head, mean", _BOTH, "less", digits=1),
     "resident_peak": Metric("entries per head, peak", _BOTH, "less", digits=1),
-    "retained_fraction": Metric("entries held of tokens seen", _BOTH, "less", bounds=(0.0, 1.001)),
+    "retained_fraction": Metric(
+        "entries held of tokens seen", _BOTH, "less", digits=1, bounds=(0.0, 1.001), percent=True
+    ),
     "bytes_peak": Metric("bytes of keys and values, peak", _BOTH, "less", digits=0),
     "seconds": Metric("seconds of a row's share of its batch", _BOTH, "less"),
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Protocol
 
 from pydantic import Field, JsonValue, TypeAdapter
 
@@ -81,6 +81,7 @@ class RunRecord:
         document: what the key is the hash of.
         environment: number of the versions and the machine that it was made with.
         packed: the generated text, compressed.
+        finished: when, in seconds since 1970; 0 if that is not known.
     """
 
     key: str
@@ -96,6 +97,7 @@ class RunRecord:
     document: Mapping[str, Any] = field(default_factory=dict)
     environment: int = 0
     packed: bytes = field(default=b"", repr=False)
+    finished: float = 0.0
 
     @property
     def output(self) -> str:
@@ -128,6 +130,31 @@ class CellRecord:
     error: str | None
     data: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+
+
+class Recorded(Protocol):
+    """What a study asked for when it ran, and what its runs gave: a results file, or a published one."""
+
+    def meta(self, name: str) -> str | None:
+        """Return what is noted under a name, such as ``study``."""
+
+    def study(self) -> StudyData:
+        """Return the fields of the study as it ran last."""
+
+    def models(self) -> list[dict[str, str | None]]:
+        """Return its models."""
+
+    def cells(self) -> list[CellRecord]:
+        """Return what it asked for, the full cache first."""
+
+    def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[RunRecord]:
+        """Return runs, those of some keys or all."""
+
+    def problems(self) -> dict[str, tuple[str, str]]:
+        """Return (prompt, answer) by the digest of a problem's content."""
+
+    def environments(self) -> dict[int, dict[str, str | None]]:
+        """Return versions and machines by number."""
 
 
 RUN_COLUMNS: Final = (
@@ -222,6 +249,7 @@ def read_run(row: Sequence[Any], *, output: bool) -> RunRecord:
         document=document,
         environment=fields["environment"],
         packed=fields["output"] if output else b"",
+        finished=fields["finished"],
     )
 
 

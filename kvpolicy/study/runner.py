@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
 from kvpolicy.runtimes.opening import first_line
 from kvpolicy.study.asked import Asked, cells_so_far
+from kvpolicy.study.environment import environment
 from kvpolicy.study.executors import Executor, Outcomes
 from kvpolicy.study.results import Results, ResultsError
 from kvpolicy.study.runs import Plan, Run, tasks_of
@@ -176,21 +175,3 @@ def writing(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and machine, for the record."""
-    packages = ("kvpolicy", "torch", "transformers", "datasets", "math-verify", "scipy", "ray")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        **{name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -106,9 +107,11 @@ def test_plots_are_drawn(page_at, report):
                     texts: svg.querySelectorAll('text').length, outside: outside.map(text => text.textContent)};
         })"""
     )
-    # Of each dataset's metrics: budgets in two facets of two parts, one front, a forest in each of six conditions.
-    assert len(plots) == 3 * (2 * 2 + 1 + 6)
-    for plot in plots:
+    # Of each dataset's metrics: budgets in two facets and a front, wide and narrow, a forest in each of six conditions.
+    assert len(plots) == 3 * (2 * 2 + 2 + 6)
+    seen = [plot for plot in plots if plot["width"]]
+    assert len(seen) == 3 * (2 + 1 + 6)
+    for plot in seen:
         assert plot["width"] > 300
         assert plot["height"] > 100
         assert plot["lines"] > 10
@@ -123,6 +126,39 @@ def test_lines_can_be_told_apart_without_colour(page_at, report):
         "svg => [...new Set([...svg.querySelectorAll('path')].map(p => getComputedStyle(p).strokeDasharray))]"
     )
     assert len(patterns) >= 5
+
+
+def test_all_variants_stand_on_the_same_axes_with_their_names(page_at, report):
+    for width, shown, hidden in ((1280, ".wide", ".narrow"), (390, ".narrow", ".wide")):
+        panel = page_at(report, width).page.locator("figure.panel").first
+        assert panel.locator(shown).is_visible()
+        assert not panel.locator(hidden).is_visible()
+        names = panel.locator(f"{shown} text").all_text_contents()
+        assert {"snapkv", "recent-pinned", "h2o", "rkv (baseline)"} <= set(names)
+    wide = page_at(report).page.locator("figure.panel .wide").first
+    names = ["rkv (baseline)", "snapkv", "h2o", "tova", "random", "keydiff", "recent-pinned"]
+    boxes = [wide.locator("text", has_text=name).first.bounding_box() for name in names]
+    boxes.sort(key=lambda box: box["y"])
+    assert all(a["y"] + a["height"] <= b["y"] + 3 for a, b in itertools.pairwise(boxes)), "no name covers another one"
+    assert len({round(box["x"]) for box in boxes}) == 1
+    assert all(box["height"] >= 13 for box in boxes)
+
+
+def test_a_point_leads_to_its_problems_and_they_to_what_was_asked(page_at, report):
+    page = page_at(report).page
+    point = page.locator("figure.panel .wide a", has=page.locator("title", has_text="snapkv (budget=25")).first
+    assert "snapkv (budget=25% of the trace" in point.locator("title").text_content()
+    point.click(force=True)
+    row = page.locator(page.evaluate("location.hash"))
+    assert row.is_visible()
+    assert row.locator("th").inner_text().strip() == "snapkv"
+    row.locator("summary").click()
+    number = row.locator("td.long a").first
+    text = number.inner_text()
+    number.click()
+    asked = page.locator(page.evaluate("location.hash"))
+    assert asked.is_visible()
+    assert asked.locator("td").first.inner_text() == text
 
 
 def test_text_in_plots_can_be_selected_and_found(page_at, report):

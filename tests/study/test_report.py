@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import escape
 
 import pytest
 
+from kvpolicy.study.analysis import tango
+from kvpolicy.study.environment import processor
 from kvpolicy.study.report.budgets import budget_axis, without_budget
 from kvpolicy.study.report.content import Commands, build
+from kvpolicy.study.report.drawing import variable
 from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.report.phrases import numbers, probability
 from kvpolicy.study.results import CellRecord, Results
@@ -143,6 +147,57 @@ def test_what_was_swapped_is_named(made):
     assert len(list(report.effects("exact"))) == 12
 
 
+def test_a_variant_has_one_style_everywhere(made):
+    policies = ["rkv", "random", "snapkv", "h2o", "tova", "knorm", "keydiff", "recent-pinned", "g-kv", "streaming-llm"]
+
+    def says(task, item):
+        return Outcome(None, {"exact": float(item.problem.index % 2), "tokens": 9.0, "bytes_peak": 1.0}, "", (1, 2), 9)
+
+    report = made(spec(axes={"policy": policies}, conditions={"budget": [64, 128]}, samples=2), says)
+    assert len(set(report.styles.values())) == len(report.styles) == len(policies)
+    assert report.styles["rkv"].colour == -1
+    text = page(report)
+    (panel,) = re.findall(r"<figure class=\"panel\">.*?</figure>", text, flags=re.DOTALL)[:1]
+    assert all(re.search(rf">{name}( \(baseline\))?</text>", panel) for name in policies)
+    for name, style in report.styles.items():
+        swatch = re.search(rf"<svg class=\"swatch\"((?!</svg>).)*</svg>\s+{name}\s*</th>", text)[0]
+        assert style.shape in swatch
+        assert variable(style) in swatch
+        point = re.search(rf"<title>{name} \(budget=64\): 50.0 \[.*?</a>", panel, flags=re.DOTALL)[0]
+        assert variable(style) in point
+
+
+def test_the_interval_of_a_difference_is_the_same_in_plot_and_table(made):
+    report = made()
+    effect = next(report.effects("exact"))
+    low, high = tango(1, 2, 8)
+    assert (effect.comparison.difference.low, effect.comparison.difference.high) == (low, high)
+    text = page(report)
+    shown = f"[{100 * low:.1f}, {100 * high:.1f}]"
+    assert f'-12.5 <span class="interval">{shown}</span>' in text
+    assert f"<title>random against rkv: -12.5 {shown} points; 1 better, 2 worse, 5 equal</title>" in text
+
+
+def test_a_point_leads_to_its_problems(made):
+    text = page(made())
+    links = set(re.findall(r'<a href="#(by-problem-exact-\d+)"', text))
+    assert len(links) == 2
+    assert links == set(re.findall(r'<tr id="(by-problem-exact-\d+)"', text))
+    assert re.search(r"losses: <a href=\"#problem-0-1\">1</a>, <a href=\"#problem-0-4\">4</a>", text)
+    assert '<tr id="problem-0-4"><td>4</td>' in text
+
+
+def test_a_report_says_when_and_on_what(made):
+    report = made()
+    measured = report.settings.measured
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", measured.first)
+    assert measured.machines == (processor(),)
+    assert measured.seconds is None
+    for text in (page(report), markdown(report)):
+        assert measured.first in text
+        assert escape(processor()) in text
+
+
 def test_a_budget_may_be_an_axis_too(made):
     report = made(spec(axes={"budget": [128, 64]}, base="rkv", conditions={}))
     assert report.budgets.labels == ("64", "128")
@@ -154,8 +209,8 @@ def test_a_budget_may_be_an_axis_too(made):
 def test_combinations_that_are_left_out_leave_holes(made):
     report = made(spec(exclude=[{"policy": "random", "budget": 64}]))
     assert [len(line) for line in report.places[0].facets[""].values()] == [2, 1]
-    assert '<th scope="row">random</th><td><span class="note">–</span>' in page(report)
-    assert "| random | – | 1.000" in markdown(report)
+    assert re.search(r"</svg>\s+random</th><td><span class=\"note\">–</span>", page(report))
+    assert "| random | – | 100.0" in markdown(report)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +339,7 @@ def test_the_page_is_one_file_with_ids_of_its_own(made):
     assert set(re.findall(r'aria-labelledby="([^"]+)"', text)) <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
     assert set(re.findall(r"https?://[^\"' ]*", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert not re.search(r"#0[1-7]0[1-7]0[1-7]", text)  # colours stand in for the page's
+    assert not re.search(r"#0[1-6]0[1-6]0[1-9a]", text)  # colours stand in for the page's
     assert text == page(
         made(spec(datasets=[NEEDLE, {**NEEDLE, "name": "other", "forced": True}], metrics=["exact", "kl"]))
     )
@@ -315,8 +370,8 @@ def test_reports_do_not_say_where_a_machine_keeps_its_texts(made, tmp_path):
 
 def test_markdown_has_whole_tables(made):
     text = markdown(made())
-    assert "| rkv | 8 | 0.375 \\[0.137, 0.694\\] | 100.0 | 640 |" in text
-    assert "| random | importance + redundancy + mixer | -0.125 \\[" in text
+    assert "| rkv | 8 | 37.5 \\[13.7, 69.4\\] | 100.0 | 640 |" in text
+    assert "| random | importance + redundancy + mixer | -12.5 \\[" in text
     assert "| 1 / 2 / 5 | – |" in text
     body = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     for table in re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE):

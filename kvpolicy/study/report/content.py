@@ -12,9 +12,10 @@ from kvpolicy.study.analysis import Comparison, VariantSummary, compare, failure
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.design import POLICY
 from kvpolicy.study.metrics import METRICS
+from kvpolicy.study.records import Recorded
 from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, without_budget
 from kvpolicy.study.report.settings import StudySettings, settings
-from kvpolicy.study.results import Results
+from kvpolicy.study.report.styles import FULL_CACHE, Style, styles
 from kvpolicy.study.runs import REFERENCE
 
 BYTES: Final = "bytes_peak"
@@ -42,12 +43,14 @@ class VariantEntry:
         series: the variant without its budget: entries of one series make a line.
         facet: the condition without its budget.
         budget: index of its budget on the study's axis; None if it is not on it.
+        number: names it within the report.
     """
 
     row: VariantSummary
     series: str
     facet: str
     budget: int | None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,24 @@ class Report:
         """All series in the order of the study, without the full cache."""
         return tuple(dict.fromkeys(entry.series for place in self.places for entry in place.entries))
 
+    @cached_property
+    def styles(self) -> dict[str, Style]:
+        """How each series is drawn, through the whole report."""
+        return styles(self.series, self.baseline_series)
+
+    def style_of(self, entry: VariantEntry) -> Style:
+        """Return how an entry is drawn."""
+        return FULL_CACHE if entry.row.cell.name == REFERENCE else self.styles[entry.series]
+
+    @cached_property
+    def _compared(self) -> frozenset[tuple[str, int]]:
+        metrics = {measure.metric for place in self.places for measure in place.measures}
+        return frozenset((metric, effect.entry.number) for metric in metrics for effect in self.effects(metric))
+
+    def link(self, entry: VariantEntry, metric: str) -> str:
+        """Return a link to where an entry stands problem by problem; empty if it does so nowhere."""
+        return f"#by-problem-{metric}-{entry.number}" if (metric, entry.number) in self._compared else ""
+
     def effects(self, metric: str) -> Iterator[Effect]:
         """Yield all differences of a metric in the study: what Holm's correction is for."""
         for place in self.places:
@@ -179,7 +200,7 @@ class Report:
                         yield from effects
 
 
-def build(results: Results, commands: Commands, asked: Asked | None = None) -> Report:
+def build(results: Recorded, commands: Commands, asked: Asked | None = None) -> Report:
     """Return what a report says about a results file; the study's file, policies and data are not needed.
 
     Args:
@@ -195,7 +216,7 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
     rows = summarise(results, cells=asked.cells, strict=bool(study.get("strict")))
     axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
     made = settings(results, asked)
-    entries = [_entry(row, axis) for row in rows]
+    entries = [_entry(number, row, axis) for number, row in enumerate(rows)]
     wanted = tuple(name for name in study.get("metrics") or METRICS if name in METRICS)
     names = list(dict.fromkeys(row.cell.name for row in rows if row.cell.name != REFERENCE))
     # The only variant there is can still be compared with the full cache.
@@ -222,14 +243,14 @@ def build(results: Results, commands: Commands, asked: Asked | None = None) -> R
     )
 
 
-def _entry(row: VariantSummary, axis: BudgetAxis | None) -> VariantEntry:
+def _entry(number: int, row: VariantSummary, axis: BudgetAxis | None) -> VariantEntry:
     cell = row.cell
     if cell.name == REFERENCE or axis is None:
-        return VariantEntry(row, cell.name, cell.condition, None)
+        return VariantEntry(row, cell.name, cell.condition, None, number)
     budget = budget_of(cell)
     series = without_budget(cell.name, cell) or str(cell.data.get("policy", cell.name))
     index = axis.texts.index(budget) if budget is not None and budget in axis.texts else None
-    return VariantEntry(row, series, without_budget(cell.condition, cell), index)
+    return VariantEntry(row, series, without_budget(cell.condition, cell), index, number)
 
 
 def _qualities(rows: Sequence[VariantSummary], wanted: Sequence[str]) -> tuple[str, ...]:

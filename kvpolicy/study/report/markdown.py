@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvpolicy.study.analysis import Estimate, shown
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
 from kvpolicy.study.report.content import BYTES, SIGNIFICANT, Measure, Place, Report, VariantEntry
-from kvpolicy.study.report.settings import StudySettings
+from kvpolicy.study.report.settings import Measured, StudySettings
 
 _SPECIAL: Final = re.compile(r"([\\`*_\[\]|~#])")
 _DASH: Final = "–"
 
 
-def markdown(report: Report) -> str:
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the Markdown.
+
+    Attributes:
+        path: from the folder of the Markdown.
+        title: what it shows.
+    """
+
+    path: str
+    title: str
+
+
+Pictures = Mapping[tuple[str, str, str], Sequence[Picture]]
+"""(model, dataset, metric) -> pictures."""
+
+
+def markdown(report: Report, pictures: Pictures | None = None, data: str = "") -> str:
     """Return the report as GitHub's Markdown.
 
     Args:
         report: what it says.
+        pictures: what lies beside it.
+        data: name of the file beside it that has all numbers; empty if there is none.
     """
+    told = f"The numbers of all runs are in [{data}]({data}); `kvpolicy study report {data}` makes a page of them."
     lines = [f"# {_text(report.study)}", ""]
     if report.description:
         lines += [_text(report.description), ""]
@@ -30,6 +51,8 @@ def markdown(report: Report) -> str:
         f"{phrases.count(report.runs, 'run')}{_unfinished(report)}; differences are to {_text(report.baseline)}.",
         *([f"{_text(report.older)}."] if report.older else []),
         "Intervals are at 95 % and about problems: Wilson's for shares of right answers, a bootstrap for other means.",
+        *_measured(report.settings.measured),
+        *([told] if data else []),
         "",
     ]
     if report.refusals:
@@ -43,7 +66,8 @@ def markdown(report: Report) -> str:
         lines += [f"## {_text(place.dataset)} · {_text(place.model)}", ""]
         lines += _overview(place)
         for measure in place.measures:
-            lines += _measure(report, place, measure)
+            shown = (pictures or {}).get((place.model, place.dataset, measure.metric), ())
+            lines += _measure(report, place, measure, shown)
     lines += _settings(report)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -54,7 +78,7 @@ def _unfinished(report: Report) -> str:
 
 def _overview(place: Place) -> Iterator[str]:
     """Yield a table for each condition; the full cache begins each, so that it can be read alone."""
-    head = ["variant", "runs", *(METRICS[name].title for name in place.metrics)]
+    head = ["variant", "runs", *(METRICS[name].heading for name in place.metrics)]
     for condition, entries in place.conditions.items():
         if condition:
             yield from (f"**{_text(condition)}**", "")
@@ -72,15 +96,23 @@ def _row(entry: VariantEntry, metrics: Sequence[str]) -> list[str]:
     return [_text(row.cell.name), runs, *(_estimate(row.metrics.get(name), name) for name in metrics)]
 
 
-def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
+def _measured(measured: Measured) -> Iterator[str]:
+    if measured.first:
+        days = measured.first if measured.first == measured.last else f"{measured.first} to {measured.last}"
+        time = f", {phrases.duration(measured.seconds)} of computing" if measured.seconds else ""
+        machines = f" on {_text('; '.join(measured.machines))}" if measured.machines else ""
+        yield f"Measured {days}{machines}{time}."
+
+
+def _measure(report: Report, place: Place, measure: Measure, pictures: Sequence[Picture]) -> Iterator[str]:
     metric = measure.metric
     yield from (f"### {phrases.title(metric)}", "")
+    for picture in pictures:
+        yield from (f"![{_text(picture.title)}]({picture.path})", "")
     for facet, lines in place.facets.items() if report.budgets is not None else ():
         budgets = report.budgets.labels if report.budgets is not None else ()
-        yield from (
-            f"{_text(facet) + '; ' if facet else ''}{_text(report.budgets.title) if report.budgets else ''}",
-            "",
-        )
+        axis = _text(report.budgets.title) if report.budgets is not None else ""
+        yield from (f"{_text(facet) + '; ' if facet else ''}{METRICS[metric].heading}; {axis}", "")
         rows = [[_text(series), *_by_budget(points, len(budgets), metric)] for series, points in lines.items()]
         if place.full is not None and metric in place.full.row.metrics:
             rows.insert(0, ["full cache", *(_estimate(place.full.row.metrics[metric], metric) for _ in budgets)])
@@ -88,7 +120,7 @@ def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
     if len(measure.front) + len(measure.beaten) > 1:
         yield from ("**Pareto front against bytes** (means)", "")
         yield from _table(
-            ["variant", "condition", METRICS[metric].title, "bytes"],
+            ["variant", "condition", METRICS[metric].heading, "bytes"],
             (
                 [
                     *(_text(entry.row.cell.name), _text(entry.row.cell.condition) or _DASH),
@@ -100,11 +132,19 @@ def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
         )
     for condition, effects in measure.effects.items():
         yield from (f"**Difference to {_text(report.baseline)}**{': ' + _text(condition) if condition else ''}", "")
-        head = ["variant", "what differs", "difference", "McNemar", "p", "p, Holm", "wins / losses / ties", "verdict"]
+        head = [
+            "variant",
+            "what differs",
+            METRICS[metric].difference,
+            "p",
+            "p, Holm",
+            "wins / losses / ties",
+            "verdict",
+        ]
         rows = [
             [
                 *(_text(effect.comparison.cell.name), _text(effect.swapped)),
-                *(_estimate(effect.comparison.difference, metric), phrases.bounds(effect.comparison.mcnemar, metric)),
+                _estimate(effect.comparison.difference, metric),
                 *(_text(phrases.probability(p)) for p in (effect.comparison.p, effect.comparison.p_holm)),
                 f"{len(effect.better)} / {len(effect.worse)} / {len(effect.same)}",
                 effect.verdict or _DASH,
@@ -114,6 +154,7 @@ def _measure(report: Report, place: Place, measure: Measure) -> Iterator[str]:
         yield from _table(head, rows, left=2)
     if measure.effects:
         count = phrases.count(len(list(report.effects(metric))), "comparison")
+        yield f"Intervals of differences are {phrases.method_of(measure)}."
         yield from (f"Holm's correction is for all {count} of this metric; the verdict is at {SIGNIFICANT}.", "")
 
 

@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import nan
+from typing import TYPE_CHECKING, Final
 
 from kvpolicy.study.analysis import Estimate, shown
 from kvpolicy.study.metrics import METRICS
 
+if TYPE_CHECKING:
+    from kvpolicy.study.report.content import Measure
+
+_PAIRED: Final = "Tango's, which belongs to McNemar's test, and p is of McNemar's exact test"
+_MEANS: Final = "a paired bootstrap's, and p is of a sign-flip permutation test"
+
 
 def value(estimate: Estimate, metric: str) -> str:
-    """Return the mean alone: ``0.930``."""
+    """Return the mean alone, shares in percent: ``93.0``."""
     return shown(replace(estimate, low=nan, high=nan), metric)
 
 
 def interval(estimate: Estimate, metric: str) -> str:
-    """Return the interval alone, ``[0.863, 0.966]``; empty where there is none, or where it is not of interest."""
+    """Return the interval alone, ``[86.3, 96.6]``; empty where there is none, or where it is not of interest."""
     _, bracket, rest = shown(estimate, metric).partition("[")
     return bracket + rest
-
-
-def bounds(pair: tuple[float, float] | None, metric: str) -> str:
-    """Return two bounds as an interval; empty if there are none."""
-    if pair is None:
-        return ""
-    low, high = (f"{bound:.{METRICS[metric].digits}f}" for bound in pair)
-    return f"[{low}, {high}]"
 
 
 def probability(p: float) -> str:
@@ -52,6 +51,22 @@ def numbers(values: Sequence[int]) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun: ``1 run``, ``2 runs``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in a unit of fitting size."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def method_of(measure: Measure) -> str:
+    """Return whose the intervals and p values of a measure's differences are."""
+    paired = {effect.comparison.paired for effects in measure.effects.values() for effect in effects}
+    if paired == {True}:
+        return _PAIRED
+    return f"{_PAIRED} where all are right or wrong; otherwise {_MEANS}" if True in paired else _MEANS
 
 
 def title(metric: str) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a report."""
+"""The plots of a report, each of them twice: for a screen or a projector, and for a telephone."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from kvpolicy.study.analysis import Estimate
+from kvpolicy.study.analysis import Estimate, shown
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
+from kvpolicy.study.report import phrases
 from kvpolicy.study.report.budgets import BudgetAxis
 from kvpolicy.study.report.content import BYTES, Effect, Measure, Place, Report, VariantEntry
-from kvpolicy.study.report.drawing import BAD, BAND, GOOD, GRID, INK, MUTED, PAPER, SERIES, Plot, figure, plot
+from kvpolicy.study.report.drawing import BAND, GRID, INK, MUTED, PAPER, Canvas, Plot, Tip, colour, figure, plot
+from kvpolicy.study.report.labels import Box, beside_points, spread, wrapped
+from kvpolicy.study.report.styles import BASELINE
 
-_MARKERS: Final = ("s", "^", "D", "v", "P")
-_DASHES: Final = ((0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (8, 2)))
-_LEGEND_WIDTH, _LABEL_WIDTH = 52, 28  # characters
+_TOGETHER: Final = 24
+"""Most variants of one plot: more names than that no side of a plot can hold."""
+_LEGEND_WIDTH, _NAME_WIDTH, _LABEL_WIDTH = 52, 30, 28  # characters
 _LOGARITHMIC: Final = 8  # an axis whose ends are this far apart has equal steps for equal factors
+_AT_A_POINT: Final = 3  # names of variants that stand in one place
 _UNITS: Final = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
-def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> Iterator[list[Plot]]:
-    """Yield the plots of a metric against the budget, facet by facet: at most five variants at a time and the baseline.
+@dataclass(frozen=True)
+class Pair:
+    """The same plot twice: for a wide window, and for a narrow one."""
+
+    wide: Plot
+    narrow: Plot
+
+
+def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> Iterator[Pair]:
+    """Yield the plots of a metric against the budget, facet by facet, all variants together.
 
     Args:
         report: with budgets.
@@ -32,72 +45,125 @@ def budget_plots(report: Report, place: Place, measure: Measure, name: str) -> I
         name: begins the plots' ids.
     """
     assert report.budgets is not None
-    limits = _limits(place, measure.metric)
     others = [series for series in report.series if series != report.baseline_series]
-    groups = [others[i : i + len(SERIES)] for i in range(0, len(others), len(SERIES))] or [[]]
+    groups = [others[i : i + _TOGETHER] for i in range(0, len(others), _TOGETHER)] or [[]]
     for i, (facet, lines) in enumerate(place.facets.items()):
         drawn = {
             series: [entry for entry in points if measure.metric in entry.row.metrics]
             for series, points in lines.items()
         }
         drawn = {series: points for series, points in drawn.items() if points}
-        made = []
         for j, group in enumerate(groups):
-            here = [series for series in group if series in drawn]
-            if not here and not (j == 0 and report.baseline_series in drawn):
+            here = [series for series in (report.baseline_series, *group) if series in drawn]
+            if not here or (j > 0 and here == [report.baseline_series]):
                 continue
             part = f"variants {j + 1} of {len(groups)}" if len(groups) > 1 else ""
             caption = " · ".join(filter(None, (facet, part)))
             title = f"{METRICS[measure.metric].title} against the budget on {place.dataset}"
             title += f" ({caption})" if caption else ""
-            rows = sum(len(_wrapped(series)) for series in (*here, "full", report.baseline_series))
-            with figure(2.6 + 0.17 * rows) as (whole, axes):
-                _budgets(axes, report, place, measure.metric, drawn, here)
-                axes.set_ylim(*limits)
-                whole.legend(loc="outside lower left", ncols=1, handlelength=3.2, labelspacing=0.35)
-                made.append(plot(whole, f"{name}-{i}-{j}", title, caption))
-        if made:
-            yield made
+            chosen = {series: drawn[series] for series in here}
+            wide, narrow = (
+                _budget_plot(report, place, measure.metric, chosen, (f"{name}-{i}-{j}-{size}", title, caption))
+                for size in ("w", "n")
+            )
+            yield Pair(wide, narrow)
+
+
+def _budget_plot(
+    report: Report, place: Place, metric: str, drawn: dict[str, list[VariantEntry]], called: tuple[str, str, str]
+) -> Plot:
+    wide = called[0].endswith("w")
+    rows = sum(len(wrapped(series, _NAME_WIDTH if wide else _LEGEND_WIDTH)) for series in (*drawn, "full cache"))
+    height = max(5.2, 0.9 + 0.21 * rows) if wide else 3.2 + 0.17 * rows
+    with figure(height, wide=wide) as canvas:
+        ends = _budgets(canvas, report, place, metric, drawn)
+        canvas.axes.set_ylim(*_limits(place, metric))
+        if wide:
+            _names_beside(canvas, ends)
+        else:
+            canvas.whole.legend(loc="outside lower left", ncols=1, handlelength=3.2, labelspacing=0.35)
+        return plot(canvas, *called)
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last point of a line, and the name that belongs there; `x` is None for the right edge."""
+
+    x: float | None
+    y: float
+    name: str
+    colour: str
 
 
 def _budgets(
-    axes: Any, report: Report, place: Place, metric: str, drawn: dict[str, list[VariantEntry]], chosen: Sequence[str]
-) -> None:
+    canvas: Canvas, report: Report, place: Place, metric: str, drawn: dict[str, list[VariantEntry]]
+) -> list[_End]:
     assert report.budgets is not None
+    ends = []
+    axes, scale, wide = canvas.axes, METRICS[metric].scale, canvas.wide
     positions = _positions(report.budgets)
-    for series, points in drawn.items():
-        if series not in chosen and series != report.baseline_series:
-            places = [positions[entry.budget or 0] for entry in points]
-            axes.plot(places, [entry.row.metrics[metric].value for entry in points], color=GRID, linewidth=0.9)
     if place.full is not None and metric in place.full.row.metrics:
         whole = place.full.row.metrics[metric]
         if not math.isnan(whole.low) and whole.high > whole.low:
-            axes.axhspan(whole.low, whole.high, color=BAND, linewidth=0, zorder=0.5)
-        axes.axhline(whole.value, color=MUTED, linewidth=1.1, zorder=0.6, label="full cache and its interval")
+            axes.axhspan(scale * whole.low, scale * whole.high, color=BAND, linewidth=0, zorder=0.5)
+        axes.axhline(scale * whole.value, color=MUTED, linewidth=1.1, zorder=0.6, label="full cache and its interval")
+        ends.append(_End(None, scale * whole.value, "full cache", MUTED))
     steps = [b - a for a, b in itertools.pairwise(positions)]
-    aside = 0.035 * min(steps)
-    shown = [series for series in (report.baseline_series, *chosen) if series in drawn]
-    for i, series in enumerate(shown):
-        style: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 1.8, "zorder": 3}
-        if series in chosen:
-            at = chosen.index(series)
-            style = {"color": SERIES[at], "marker": _MARKERS[at], "linestyle": _DASHES[at], "linewidth": 1.5}
-        estimates = [entry.row.metrics[metric] for entry in drawn[series]]
-        places = [positions[entry.budget or 0] + (i - (len(shown) - 1) / 2) * aside for entry in drawn[series]]
-        label = "\n".join(_wrapped(series if series in chosen else f"{series} (baseline)"))
+    aside = min(0.035, 0.3 / len(drawn)) * min(steps)
+    for i, (series, points) in enumerate(drawn.items()):
+        style = report.styles[series]
+        estimates = [entry.row.metrics[metric] for entry in points]
+        places = [positions[entry.budget or 0] + (i - (len(drawn) - 1) / 2) * aside for entry in points]
+        values = [scale * estimate.value for estimate in estimates]
+        order = 3 if style == BASELINE else 2
+        name = f"{series} (baseline)" if series == report.baseline_series else series
+        ends.append(_End(places[-1], values[-1], name, colour(style)))
         axes.errorbar(
             places,
-            [estimate.value for estimate in estimates],
-            yerr=_errors(estimates),
-            label=label,
-            markersize=5,
+            values,
+            yerr=_errors(estimates, scale),
+            label="\n".join(wrapped(name, _LEGEND_WIDTH)),
+            color=colour(style),
+            marker=style.marker,
+            markersize=6 if wide else 5,
+            linestyle=style.line,
+            linewidth=(2.2 if wide else 1.8) if style == BASELINE else (1.8 if wide else 1.5),
             elinewidth=0.9,
-            **style,
+            zorder=order,
         )
+        look = {"marker": style.marker, "markersize": 6 if wide else 5, "color": colour(style), "zorder": order + 0.1}
+        for entry, x, y in zip(points, places, values, strict=True):
+            canvas.point(x, y, look, _tip(report, entry, metric))
     axes.set_xticks(positions, report.budgets.labels)
-    axes.margins(x=0.06)
+    axes.margins(x=0.02 if wide else 0.06)
     axes.set_xlabel(report.budgets.title)
-    axes.set_ylabel("\n".join(textwrap.wrap(METRICS[metric].title, 32)))
+    axes.set_ylabel("\n".join(textwrap.wrap(METRICS[metric].heading, 40 if wide else 32)))
+    return ends
+
+
+def _names_beside(canvas: Canvas, ends: Sequence[_End]) -> None:
+    """Write each variant's name beside its last point, and draw a line from one to the other."""
+    axes = canvas.axes
+    canvas.whole.get_layout_engine().execute(canvas.whole)  # only then is it known how high the axes are
+    height = axes.get_window_extent().height * 72 / canvas.whole.dpi
+    low, high = axes.get_ylim()
+    names = ["\n".join(wrapped(end.name, _NAME_WIDTH)) for end in ends]
+    shares = [(end.y - low) / (high - low) for end in ends]
+    sizes = [1.22 * 12 * (1 + name.count("\n")) / height for name in names]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for end, name, share, at in zip(ends, names, shares, spread(shares, sizes, -0.08, 1.06), strict=True):
+        x = 1.0 if end.x is None else to_axes.transform((end.x, end.y))[0]
+        line = {"transform": axes.transAxes, "color": end.colour, "clip_on": False}
+        axes.plot([x, 1.015, 1.035], [share, at, at], linewidth=0.8, alpha=0.7, zorder=1, **line)
+        axes.text(1.042, at, name, fontsize=12, va="center", linespacing=1.05, **line)
+
+
+def _tip(report: Report, entry: VariantEntry, metric: str) -> Tip:
+    cell = entry.row.cell
+    where = f" ({cell.condition})" if cell.condition else ""
+    unit = " %" if METRICS[metric].percent else ""
+    text = f"{cell.name}{where}: {shown(entry.row.metrics[metric], metric)}{unit}"
+    return Tip(text, report.link(entry, metric))
 
 
 def _positions(budgets: BudgetAxis) -> list[float]:
@@ -109,9 +175,10 @@ def _positions(budgets: BudgetAxis) -> list[float]:
 
 def _limits(place: Place, metric: str) -> tuple[float, float]:
     """Return the same limits for all plots of a metric, so that they can be compared."""
+    scale = METRICS[metric].scale
     entries = [*place.entries, *([place.full] if place.full is not None else [])]
     ends = [
-        end
+        scale * end
         for entry in entries
         if (found := entry.row.metrics.get(metric)) is not None
         for end in (found.value, found.low, found.high)
@@ -121,53 +188,134 @@ def _limits(place: Place, metric: str) -> tuple[float, float]:
     return min(ends) - room, max(ends) + room
 
 
-def front_plot(place: Place, measure: Measure, name: str) -> Plot:
+def front_plot(report: Report, place: Place, measure: Measure, name: str) -> Pair:
     """Return the plot of a metric against bytes, with the front as a line of steps.
 
     Args:
+        report: says how variants are drawn.
         place: a dataset with a model.
         measure: one of its measures, with a front.
         name: begins the plot's ids.
     """
-    metric = measure.metric
-    title = f"{METRICS[metric].title} against bytes of keys and values on {place.dataset}; numbers as in the table"
+    title = f"{METRICS[measure.metric].title} against bytes of keys and values on {place.dataset}"
+    return Pair(
+        _front(report, place, measure, f"{name}-w", title, wide=True),
+        _front(report, place, measure, f"{name}-n", f"{title}; numbers as in the table", wide=False),
+    )
+
+
+def _front(report: Report, place: Place, measure: Measure, name: str, title: str, *, wide: bool) -> Plot:
+    metric, scale = measure.metric, METRICS[measure.metric].scale
     sizes = [entry.row.metrics[BYTES].value for entry in (*measure.front, *measure.beaten)]
     unit, word = next(((unit, word) for unit, word in _UNITS if max(sizes) >= unit), (1, "bytes"))
-    with figure(3.2) as (made, axes):
-        for entry in measure.beaten:
-            full = entry is place.full
-            axes.plot(
-                entry.row.metrics[BYTES].value / unit,
-                entry.row.metrics[metric].value,
-                linestyle="",
-                marker="D" if full else "o",
-                markersize=6 if full else 4,
-                markerfacecolor=INK if full else PAPER,
-                markeredgecolor=INK if full else MUTED,
-                markeredgewidth=0.9,
-            )
-        places = [entry.row.metrics[BYTES].value / unit for entry in measure.front]
-        values = [entry.row.metrics[metric].value for entry in measure.front]
-        errors = _errors([entry.row.metrics[metric] for entry in measure.front])
-        axes.step(places, values, where="post", color=SERIES[0], linewidth=1.6)
-        axes.errorbar(
-            places, values, yerr=errors, linestyle="", marker="o", markersize=6, color=SERIES[0], elinewidth=0.9
-        )
-        for text, x, y in _numbered(places, values):
-            axes.annotate(text, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=9, fontweight="bold")
-        if place.full is not None and BYTES in place.full.row.metrics and metric in place.full.row.metrics:
-            x, y = (place.full.row.metrics[each].value for each in (BYTES, metric))
-            axes.annotate("full", (x / unit, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9)
+
+    def at(entry: VariantEntry) -> tuple[float, float]:
+        return entry.row.metrics[BYTES].value / unit, scale * entry.row.metrics[metric].value
+
+    with figure(5.2 if wide else 3.2, wide=wide) as canvas:
+        axes = canvas.axes
+        places, values = ([at(entry)[i] for entry in measure.front] for i in (0, 1))
+        errors = _errors([entry.row.metrics[metric] for entry in measure.front], scale)
+        axes.step(places, values, where="post", color=INK, linewidth=1.6, zorder=1.5)
+        axes.errorbar(places, values, yerr=errors, linestyle="", color=INK, elinewidth=0.9, zorder=1.6)
+        for entry in (*measure.beaten, *measure.front):
+            style = report.style_of(entry)
+            ahead = entry in measure.front
+            look = {
+                "marker": style.marker,
+                "markersize": (8 if ahead else 5.5) if wide else (7 if ahead else 4.5),
+                "color": colour(style),
+                "markerfacecolor": colour(style) if ahead or entry is place.full else PAPER,
+                "zorder": 3 if ahead else 2,
+            }
+            canvas.point(*at(entry), look, _with_bytes(_tip(report, entry, metric), entry))
         if min(sizes) > 0 and max(sizes) / min(sizes) >= _LOGARITHMIC:
             ticker = library("matplotlib.ticker", "the plots of a report need")
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.margins(x=0.08, y=0.1)
+        axes.margins(x=0.08, y=0.12)
         axes.set_xlabel(f"keys and values of a row, at most, {word}")
-        axes.set_ylabel("\n".join(textwrap.wrap(METRICS[metric].title, 32)))
-        return plot(made, name, title)
+        axes.set_ylabel("\n".join(textwrap.wrap(METRICS[metric].heading, 40 if wide else 32)))
+        if wide:
+            _names_near(canvas, report, place, measure, at)
+        else:
+            for text, x, y in _numbered(places, values):
+                axes.annotate(text, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=9, fontweight="bold")
+            if (
+                (full := place.full) is not None
+                and {BYTES, metric} <= full.row.metrics.keys()
+                and full not in measure.front
+            ):
+                place_of = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+                axes.annotate("full", at(full), **place_of)
+        return plot(canvas, name, title)
+
+
+def _with_bytes(tip: Tip, entry: VariantEntry) -> Tip:
+    return Tip(f"{tip.text}; {phrases.value(entry.row.metrics[BYTES], BYTES)} bytes", tip.link)
+
+
+def _names_near(canvas: Canvas, report: Report, place: Place, measure: Measure, at: Any) -> None:
+    """Write the names of the front's variants, and of the full cache, near their points."""
+    axes, scale, metric = canvas.axes, METRICS[measure.metric].scale, measure.metric
+    canvas.whole.get_layout_engine().execute(canvas.whole)
+    points = 72 / canvas.whole.dpi
+
+    def pixel(spot: tuple[float, float]) -> tuple[float, float]:
+        x, y = axes.transData.transform(spot)
+        return round(x * points), round(y * points)
+
+    named = [*measure.front, *([place.full] if place.full is not None and place.full in measure.beaten else [])]
+    groups: dict[tuple[float, float], list[VariantEntry]] = {}
+    for entry in named:
+        groups.setdefault(pixel(at(entry)), []).append(entry)
+    texts = ["\n".join(_names(report, place, entries)) for entries in groups.values()]
+    sizes = [(6.6 * max(map(len, text.split("\n"))), 14.0 * (1 + text.count("\n"))) for text in texts]
+    extent = axes.get_window_extent()
+    inside = Box(extent.x0 * points, extent.y0 * points, extent.x1 * points, extent.y1 * points)
+    spots = [pixel(at(entry)) for entry in (*measure.front, *measure.beaten)]
+    taken = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    front = [pixel(at(entry)) for entry in measure.front]
+    for (x, y), (following, higher) in itertools.pairwise(front):  # the line of steps
+        taken += [Box(x, y - 2, following, y + 2), Box(following - 2, min(y, higher), following + 2, max(y, higher))]
+    for entry in measure.front:  # the intervals
+        estimate, x = entry.row.metrics[metric], at(entry)[0]
+        if not math.isnan(estimate.low):
+            (left, low), (_, high) = (pixel((x, scale * end)) for end in (estimate.low, estimate.high))
+            taken.append(Box(left - 2, low, left + 2, high))
+    places = beside_points(list(groups), sizes, inside, taken)
+    for entries, text, (x, y) in zip(groups.values(), texts, places, strict=True):
+        axes.annotate(
+            text,
+            at(entries[0]),
+            xytext=tuple(axes.transData.inverted().transform((x / points, y / points))),
+            ha="center",
+            va="center",
+            fontsize=11,
+            linespacing=1.1,
+            color=colour(report.style_of(entries[0])),
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+        ).set_in_layout(False)
+
+
+def _names(report: Report, place: Place, entries: Sequence[VariantEntry]) -> list[str]:
+    """Return the names of variants at one point, each with its budget, and its condition where not all are there."""
+    facets: dict[str, list[str]] = {}
+    for entry in entries:
+        label = report.budgets.labels[entry.budget] if entry.budget is not None and report.budgets else ""
+        name = entry.row.cell.name if entry.budget is None else entry.series
+        facets.setdefault(", ".join(filter(None, ("full cache" if entry is place.full else name, label))), []).append(
+            entry.facet
+        )
+    several = len(place.facets) > 1
+    names = [
+        name if not several or len(of) == len(place.facets) else f"{name} ({', '.join(filter(None, of))})"
+        for name, of in facets.items()
+    ]
+    lines = [line for name in names[:_AT_A_POINT] for line in wrapped(name.replace(" ()", ""), 30)]
+    return lines + ([f"and {len(names) - _AT_A_POINT} more"] if len(names) > _AT_A_POINT else [])
 
 
 def _numbered(places: Sequence[float], values: Sequence[float]) -> Iterator[tuple[str, float, float]]:
@@ -181,37 +329,38 @@ def _numbered(places: Sequence[float], values: Sequence[float]) -> Iterator[tupl
         first = i
 
 
-def forest_plot(effects: Sequence[Effect], name: str, where: str) -> Plot:
+def forest_plot(report: Report, effects: Sequence[Effect], name: str, where: str) -> Plot:
     """Return a forest plot: one line for each difference, below the name of what was swapped.
 
     Args:
+        report: says how variants are drawn.
         effects: of one metric in one condition, grouped; at least one.
         name: begins the plot's ids.
         where: dataset and condition, for the title.
     """
     metric, baseline = effects[0].comparison.metric, effects[0].comparison.baseline
     title = f"{METRICS[metric].title}: difference to {baseline}, with its interval, on {where}"
+    scale = METRICS[metric].scale
     lines: list[tuple[str, Effect | None]] = []
     for effect in effects:
         if effect.swapped not in [text for text, head in lines if head is None]:
             lines.append((effect.swapped, None))
         lines.append((effect.value, effect))
-    labels = ["" if effect is None else "\n".join(_wrapped(text, _LABEL_WIDTH)) for text, effect in lines]
+    labels = ["" if effect is None else "\n".join(wrapped(text, _LABEL_WIDTH)) for text, effect in lines]
     room = 0.27 if any("\n" in label for label in labels) else 0.2
-    with figure(0.75 + room * len(lines)) as (made, axes):
+    with figure(0.75 + room * len(lines)) as canvas:
+        axes = canvas.axes
         for height, effect in ((i, effect) for i, (_, effect) in enumerate(lines) if effect is not None):
-            difference = effect.comparison.difference
-            colour = {"better": GOOD, "worse": BAD}.get(effect.verdict, INK)
-            axes.errorbar(
-                difference.value,
-                height,
-                xerr=_errors([difference]),
-                marker="o" if effect.verdict else "s",
-                markersize=6 if effect.verdict else 4.5,
-                markerfacecolor=colour if effect.verdict else PAPER,
-                color=colour,
-                linewidth=1.6,
-            )
+            difference, style = effect.comparison.difference, report.style_of(effect.entry)
+            value = scale * difference.value
+            axes.errorbar(value, height, xerr=_errors([difference], scale), color=colour(style), linewidth=1.6)
+            look = {
+                "marker": style.marker,
+                "markersize": 6.5,
+                "color": colour(style),
+                "markerfacecolor": colour(style) if effect.verdict else PAPER,
+            }
+            canvas.point(value, height, look, _difference_tip(report, effect))
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(lines)), labels, fontsize=9.5 if room == 0.2 else 8, linespacing=1)
         for height, (text, _) in ((i, line) for i, line in enumerate(lines) if line[1] is None):
@@ -221,11 +370,22 @@ def forest_plot(effects: Sequence[Effect], name: str, where: str) -> Plot:
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
+        axes.grid(visible=True, axis="x", color=GRID)
         axes.spines["left"].set_visible(False)
         _symmetric(axes)
-        axes.set_xlabel("← better · worse →" if METRICS[metric].better == "less" else "← worse · better →")
-        return plot(made, name, title)
+        unit = ", points" if METRICS[metric].percent else ""
+        axes.set_xlabel(
+            f"← better · worse →{unit}" if METRICS[metric].better == "less" else f"← worse · better →{unit}"
+        )
+        return plot(canvas, name, title)
+
+
+def _difference_tip(report: Report, effect: Effect) -> Tip:
+    comparison = effect.comparison
+    metric, unit = comparison.metric, " points" if METRICS[comparison.metric].percent else ""
+    text = f"{comparison.cell.name} against {comparison.baseline}: {shown(comparison.difference, metric)}{unit}"
+    counts = f"{len(effect.better)} better, {len(effect.worse)} worse, {len(effect.same)} equal"
+    return Tip(f"{text}; {counts}", report.link(effect.entry, metric))
 
 
 def _symmetric(axes: Any) -> None:
@@ -235,15 +395,9 @@ def _symmetric(axes: Any) -> None:
     axes.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
 
 
-def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
+def _errors(estimates: Sequence[Estimate], scale: float) -> list[list[float]]:
     """Return the lengths below and above; none where there is no interval."""
     return [
-        [0.0 if math.isnan(e.low) else max(0.0, e.value - e.low) for e in estimates],
-        [0.0 if math.isnan(e.high) else max(0.0, e.high - e.value) for e in estimates],
+        [0.0 if math.isnan(e.low) else scale * max(0.0, e.value - e.low) for e in estimates],
+        [0.0 if math.isnan(e.high) else scale * max(0.0, e.high - e.value) for e in estimates],
     ]
-
-
-def _wrapped(name: str, width: int = _LEGEND_WIDTH) -> list[str]:
-    # A name may be broken after "=" too.
-    lines = textwrap.wrap(name.replace("=", "= "), width, max_lines=2, placeholder=" …")
-    return [line.replace("= ", "=") for line in lines] or [name]

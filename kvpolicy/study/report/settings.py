@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,8 +15,7 @@ import kvpolicy
 from kvpolicy.odd_text import harmless
 from kvpolicy.spec import yaml_text
 from kvpolicy.study.asked import Asked
-from kvpolicy.study.records import CellRecord, RunRecord
-from kvpolicy.study.results import Results
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 
 _EXCERPT: Final = 160
 _FACTS: Final = (
@@ -62,6 +63,22 @@ class ShownProblem:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """When and on what the counted runs were made.
+
+    Attributes:
+        first, last: days of the first and the last one (UTC), such as ``2026-11-30``; empty if they are not known.
+        seconds: computing time of all of them together, whatever ran side by side; None if it was not measured.
+        machines: names of processors, and of accelerators.
+    """
+
+    first: str
+    last: str
+    seconds: float | None
+    machines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """Everything that a study's numbers depend on.
 
@@ -74,6 +91,7 @@ class StudySettings:
         policies: variant -> its policies, one for each budget and condition in which they differ.
         problems: dataset -> its problems.
         version: of the kvpolicy that made the report.
+        measured: when and on what they were made.
     """
 
     study: str
@@ -84,9 +102,15 @@ class StudySettings:
     policies: Mapping[str, tuple[PolicyFile, ...]]
     problems: Mapping[str, tuple[ShownProblem, ...]]
     version: str
+    measured: Measured
+
+    @property
+    def environment_names(self) -> tuple[str, ...]:
+        """What is known of the environments, in order; an older one may lack some of it."""
+        return tuple(dict.fromkeys(name for each in self.environments for name in each))
 
 
-def settings(results: Results, asked: Asked) -> StudySettings:
+def settings(results: Recorded, asked: Asked) -> StudySettings:
     """Return the settings of a study.
 
     Args:
@@ -110,10 +134,25 @@ def settings(results: Results, asked: Asked) -> StudySettings:
         policies=_policies(asked.cells),
         problems=_problems(counted, results),
         version=kvpolicy.__version__,
+        measured=_measured(counted, [versions.get(number, {}) for number in made]),
     )
 
 
-def _problems(counted: Sequence[RunRecord], results: Results) -> dict[str, tuple[ShownProblem, ...]]:
+def _measured(counted: Sequence[RunRecord], versions: Sequence[Mapping[str, str | None]]) -> Measured:
+    times = [record.finished for record in counted if record.finished]
+    first, last = (
+        (datetime.fromtimestamp(end, tz=UTC).date().isoformat() for end in (min(times), max(times)))
+        if times
+        else ("", "")
+    )
+    seconds = [record.metrics["seconds"] for record in counted if "seconds" in record.metrics]
+    machines = dict.fromkeys(
+        machine for each in versions for name in ("processor", "accelerator") if (machine := each.get(name))
+    )
+    return Measured(first, last, math.fsum(seconds) if seconds else None, tuple(machines))
+
+
+def _problems(counted: Sequence[RunRecord], results: Recorded) -> dict[str, tuple[ShownProblem, ...]]:
     """Return what the counted runs were given, dataset by dataset."""
     known = results.problems()
     found: dict[str, dict[int, ShownProblem]] = defaultdict(dict)

@@ -1,0 +1,281 @@
+"""The numbers of a study without its texts: a small file to publish, from which its report is made again.
+
+It is JSON, compressed by gzip, and holds what a study asks for and what each of its runs gave; texts that were
+generated, tokens and the keys of runs are left out. Numbers have seven digits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from kvpolicy.inputs import require_ordinary
+from kvpolicy.odd_text import odd_character
+from kvpolicy.study import records
+from kvpolicy.study.metrics import RunKind
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord
+from kvpolicy.study.results import ResultsError
+
+if TYPE_CHECKING:
+    from kvpolicy.study.asked import Asked
+
+SUFFIX: Final = ".json.gz"
+VERSION: Final = 1
+
+_MOST_BYTES: Final = 1 << 28
+_LONGEST_PROMPT: Final = 4_000  # characters
+_DIGITS: Final = 7
+
+_Text = Annotated[str, Field(max_length=4096)]
+_Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+
+
+class _Cell(TypedDict):
+    name: _Text
+    condition: _Text
+    settings: dict[_Text, _Text]
+    model: _Text
+    dataset: _Text
+    policy: str | None
+    digest: _Text
+    error: str | None
+    data: dict[str, JsonValue]
+    runs: Annotated[int, Field(ge=0, le=1_000_000)]
+    keys: _Text
+
+
+class _Problem(TypedDict):
+    content: _Text
+    prompt: str
+    answer: str
+
+
+class _Group(TypedDict):
+    """Runs of one policy in one place: lists with a value for each run."""
+
+    model: _Text
+    dataset: _Text
+    digest: _Text
+    kind: RunKind
+    problem: list[_Natural]
+    content: list[_Natural]
+    seed: list[_Natural]
+    environment: list[_Natural]
+    prompt_tokens: list[_Natural]
+    finished: list[_Natural]
+    errors: dict[_Text, str]
+    metrics: dict[_Text, list[_Number | None]]
+
+
+class _Document(TypedDict):
+    kvpolicy_results: int
+    study: _Text
+    command: _Text
+    spec: records.StudyData
+    models: list[dict[str, _Text | None]]
+    environments: dict[_Text, dict[str, _Text | None]]
+    problems: list[_Problem]
+    cells: list[_Cell]
+    runs: list[_Group]
+
+
+_DOCUMENT: Final = TypeAdapter(_Document)
+
+
+def published(results: Recorded, asked: Asked, command: str) -> bytes:
+    """Return the file: the runs that a study asks for, as far as they are recorded; the same bytes for the same runs.
+
+    Args:
+        results: what was recorded.
+        asked: what the study asks for.
+        command: the command that ran the study.
+    """
+    counted = results.records(asked.keys, outputs=False)
+    texts = results.problems()
+    contents = list(dict.fromkeys(_content(record) for record in counted))
+    place = {content: i for i, content in enumerate(contents)}
+    used = {record.environment for record in counted}
+    document = {
+        "kvpolicy_results": VERSION,
+        "study": results.meta("study") or "study",
+        "command": command,
+        "spec": asked.study,
+        "models": [dict(model) for model in asked.models],
+        "environments": {str(n): data for n, data in sorted(results.environments().items()) if n in used},
+        "problems": [_problem(content, *texts.get(content, ("", ""))) for content in contents],
+        "cells": [_cell(cell) for cell in asked.cells],
+        "runs": [_group(members, place) for members in _grouped(counted).values()],
+    }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return gzip.compress(text.encode("utf-8", "backslashreplace"), 9, mtime=0)
+
+
+def _content(record: RunRecord) -> str:
+    return str(record.document.get("content"))
+
+
+def _problem(content: str, prompt: str, answer: str) -> dict[str, str]:
+    short = prompt if len(prompt) <= _LONGEST_PROMPT else f"{prompt[: _LONGEST_PROMPT - 1]}…"
+    return {"content": content, "prompt": short, "answer": answer}
+
+
+def _cell(cell: CellRecord) -> dict[str, Any]:
+    fields = ("name", "condition", "settings", "model", "dataset", "policy", "digest", "error", "data")
+    keys = hashlib.sha256("".join(cell.keys).encode()).hexdigest()[:40]
+    return {**{name: getattr(cell, name) for name in fields}, "runs": len(cell.keys), "keys": keys}
+
+
+def _grouped(counted: Sequence[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]:
+    found: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
+    for record in counted:
+        found[record.model, record.dataset, record.digest, record.kind].append(record)
+    return found
+
+
+def _group(members: Sequence[RunRecord], place: dict[str, int]) -> dict[str, Any]:
+    first = members[0]
+    names = sorted({name for record in members for name in record.metrics})
+    return {
+        **{name: getattr(first, name) for name in ("model", "dataset", "digest", "kind")},
+        **{name: [getattr(r, name) for r in members] for name in ("problem", "seed", "environment", "prompt_tokens")},
+        "content": [place[_content(record)] for record in members],
+        "finished": [int(record.finished) for record in members],
+        "errors": {str(i): record.error for i, record in enumerate(members) if record.error is not None},
+        "metrics": {name: [_short(record.metrics.get(name)) for record in members] for name in names},
+    }
+
+
+def _short(value: float | None) -> float | int | None:
+    if value is None:
+        return None
+    rounded = float(f"{value:.{_DIGITS}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1 << 53 else rounded
+
+
+class Published:
+    """A published file, read as results are; it is of the study as it ran then.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ResultsError: there is no such file, or it is another one, of another version, or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._document = self._read()
+        self._records = list(self._runs())
+        self._keys: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for record in self._records:
+            self._keys[record.model, record.dataset, record.digest].append(record.key)
+
+    def _read(self) -> _Document:
+        if not self.path.is_file():
+            raise ResultsError(f"{self.path}: there is no such file; name one that `kvpolicy study report` published.")
+        require_ordinary(self.path, "results file", error=ResultsError)
+        if self.path.stat().st_size > _MOST_BYTES:
+            raise self._wrong(f"it has more than {_MOST_BYTES >> 20} MiB")
+        reader = zlib.decompressobj(wbits=31)
+        try:
+            raw = reader.decompress(self.path.read_bytes(), _MOST_BYTES)
+        except zlib.error:
+            raise self._wrong("it is not compressed by gzip") from None
+        if not reader.eof:
+            raise self._wrong(f"it is cut off, or has more than {_MOST_BYTES >> 20} MiB")
+        try:
+            found: _Document = _DOCUMENT.validate_json(raw, strict=True)
+        except ValidationError as error:
+            detail = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in detail["loc"])[:60] or "at the top"
+            raise self._wrong(f"{where}: {detail['msg']}") from None
+        if found["kvpolicy_results"] != VERSION:
+            raise ResultsError(
+                f"{self.path}: is of version {found['kvpolicy_results']}, and this kvpolicy reads version {VERSION}; "
+                "use the kvpolicy that wrote it."
+            )
+        shown = [found["study"], found["command"]]
+        for cell in found["cells"]:
+            shown += [cell["name"], cell["condition"], cell["model"], cell["dataset"], cell["digest"]]
+            shown += [*cell["settings"], *cell["settings"].values()]
+        if any(odd_character(text) is not None for text in shown):
+            raise self._wrong("a name in it has characters that names cannot have")
+        return found
+
+    def _runs(self) -> Iterator[RunRecord]:
+        contents = [problem["content"] for problem in self._document["problems"]]
+        for g, group in enumerate(self._document["runs"]):
+            columns = ("problem", "content", "seed", "environment", "prompt_tokens", "finished")
+            count = len(group["problem"])
+            lists: list[Sequence[Any]] = [group[name] for name in columns]  # type: ignore[literal-required]
+            if any(len(each) != count for each in (*lists, *group["metrics"].values())):
+                raise self._wrong("the columns of its runs are not of one length")
+            if any(i >= len(contents) for i in group["content"]):
+                raise self._wrong("a run in it is of a problem that is not there")
+            for i, (problem, content, seed, made_with, prompt_tokens, finished) in enumerate(zip(*lists, strict=True)):
+                metrics = {name: values[i] for name, values in group["metrics"].items()}
+                numbers = {name: float(value) for name, value in metrics.items() if value is not None}
+                if (wrong := records.wrong_metric(numbers)) is not None:
+                    raise self._wrong(f"a run in it has numbers that cannot be: {wrong}")
+                yield RunRecord(
+                    *(f"{g}-{i}", group["kind"], group["model"], group["dataset"], problem, seed, group["digest"]),
+                    *(group["errors"].get(str(i)), numbers, prompt_tokens),
+                    document={"content": contents[content]},
+                    environment=made_with,
+                    finished=float(finished),
+                )
+
+    def _wrong(self, reason: str) -> ResultsError:
+        return ResultsError(
+            f"{self.path}: is not a published file of a study ({reason}); take a copy as it was written."
+        )
+
+    def meta(self, name: str) -> str | None:
+        """Return the name of the study, or the command that ran it."""
+        return {"study": self._document["study"], "command": self._document["command"]}.get(name)
+
+    def study(self) -> records.StudyData:
+        """Return the fields of the study."""
+        return self._document["spec"]
+
+    def models(self) -> list[dict[str, str | None]]:
+        """Return its models."""
+        return self._document["models"]
+
+    def cells(self) -> list[CellRecord]:
+        """Return what the study asked for, the full cache first; keys name runs in this file alone."""
+        found = []
+        for cell in self._document["cells"]:
+            place = (cell["model"], cell["dataset"], cell["digest"])
+            keys = self._keys[place][: cell["runs"]]
+            keys = [*keys, *("missing " + " ".join((*place, str(i))) for i in range(cell["runs"] - len(keys)))]
+            fields = {name: value for name, value in cell.items() if name not in ("runs", "keys")}
+            found.append(CellRecord(**fields, keys=tuple(keys)))  # type: ignore[arg-type]
+        return found
+
+    def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[RunRecord]:
+        """Return runs; none has its text.
+
+        Args:
+            keys: of which runs; all if None.
+            outputs: changes nothing.
+        """
+        return [record for record in self._records if keys is None or record.key in keys]
+
+    def problems(self) -> dict[str, tuple[str, str]]:
+        """Return (prompt, answer) by the digest of a problem's content; long prompts are cut."""
+        return {each["content"]: (each["prompt"], each["answer"]) for each in self._document["problems"]}
+
+    def environments(self) -> dict[int, dict[str, str | None]]:
+        """Return versions and machines that runs were made with, by number."""
+        return {int(number): data for number, data in self._document["environments"].items() if number.isdecimal()}

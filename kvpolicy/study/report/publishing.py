@@ -1,0 +1,105 @@
+"""A study for a repository: Markdown with pictures, and the numbers from which its page is made again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.outputs import replace_file
+from kvpolicy.study.asked import Asked
+from kvpolicy.study.published import SUFFIX, Published, published
+from kvpolicy.study.records import Recorded
+from kvpolicy.study.report.content import Commands, Measure, Place, Report, build
+from kvpolicy.study.report.drawing import Plot
+from kvpolicy.study.report.markdown import Picture, markdown
+from kvpolicy.study.report.plots import budget_plots, forest_plot, front_plot
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """What was written.
+
+    Attributes:
+        markdown: tables and pictures.
+        data: the numbers.
+        pictures: SVG files, in a folder of the study's name.
+        report: what the Markdown says.
+    """
+
+    markdown: Path
+    data: Path
+    pictures: tuple[Path, ...]
+    report: Report
+
+
+def publish(results: Recorded, asked: Asked, commands: Commands, folder: Path, option: str = "") -> PublishedFiles:
+    """Write `NAME.md`, `NAME.json.gz` and `NAME/*.svg` into a folder; the Markdown is made of what is in the data.
+
+    Args:
+        results: what was recorded.
+        asked: what the study asks for.
+        commands: how all of this is made again.
+        folder: where to; it is made if it is not there. Pictures of the study that lie there already are replaced.
+        option: what errors begin with.
+
+    Raises:
+        KVPolicyError: the folder cannot be written.
+    """
+    name = results.meta("study") or "study"
+    pictures = folder / name
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        begin = f"{option}: {pictures}" if option else str(pictures)
+        raise KVPolicyError(f"{begin} cannot be made ({error.strerror}); name another folder.") from None
+    data = folder / f"{name}{SUFFIX}"
+    replace_file(data, published(results, asked, commands.run), option)
+    read = Published(data)
+    report = build(read, commands, Asked.last(read))
+    shown: dict[tuple[str, str, str], list[Picture]] = {}
+    written = []
+    for place, measure in _measures(report):
+        for file, plot in _plots(report, place, measure):
+            replace_file(pictures / file, plot.file(), option)
+            key = (place.model, place.dataset, measure.metric)
+            shown.setdefault(key, []).append(Picture(f"{name}/{file}", plot.title))
+            written.append(pictures / file)
+    for old in set(pictures.glob("*.svg")) - set(written):
+        old.unlink()
+    text = folder / f"{name}.md"
+    replace_file(text, markdown(report, shown, data.name), option)
+    return PublishedFiles(text, data, tuple(written), report)
+
+
+def _measures(report: Report) -> Iterator[tuple[Place, Measure]]:
+    for place in report.places:
+        for measure in place.measures:
+            yield place, measure
+
+
+def _plots(report: Report, place: Place, measure: Measure) -> Iterator[tuple[str, Plot]]:
+    """Yield the pictures of a measure with the names of their files.
+
+    They are the plots against the budget, where budgets are compared, and otherwise the differences; for the first
+    measure also the plot against bytes.
+    """
+    where = [place.dataset, *([place.model] if len({each.model for each in report.places}) > 1 else [])]
+
+    def file(*words: str) -> str:
+        return f"{_slug('-'.join((*where, measure.metric, *words)))}.svg"
+
+    if report.budgets is not None and place.facets:
+        for pair in budget_plots(report, place, measure, "plot"):
+            yield file("budget", pair.wide.caption), pair.wide
+    else:
+        for condition, effects in measure.effects.items():
+            yield file("differences", condition), forest_plot(report, effects, "plot", f"{place.dataset}, {condition}")
+    if measure is place.measures[0] and len(measure.front) + len(measure.beaten) > 1:
+        yield file("bytes"), front_plot(report, place, measure, "plot").wide
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -1,0 +1,176 @@
+"""What is published of a study: its report is made again from it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from kvpolicy.cli import main
+from kvpolicy.study.asked import Asked
+from kvpolicy.study.published import Published
+from kvpolicy.study.report.content import Commands, build
+from kvpolicy.study.report.markdown import markdown
+from kvpolicy.study.report.page import html
+from kvpolicy.study.report.publishing import publish
+from kvpolicy.study.results import Results, ResultsError
+from kvpolicy.study.spec import StudySpec
+from kvpolicy.study.work import Outcome
+from kvsupport.scripted import scripted_study
+
+pytest.importorskip("scipy")
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+COMMANDS = Commands("kvpolicy study run small", "kvpolicy study report small --publish docs")
+SPEC = StudySpec(
+    study="small",
+    models=["nowhere"],
+    datasets=[{"use": "needle", "words": 20, "chat": False, "forced": True}],
+    axes={"policy": ["rkv", "random"]},
+    conditions={"budget": [64, {"trace": 0.9}], "trigger.interval": [16]},
+    samples=5,
+    metrics=["exact", "kl", "tokens", "bytes_peak", "seconds"],
+)
+
+
+def script(task, item):
+    """One run fails; the divergence has more digits than are published."""
+    policy, number = task.policy["policy"], item.problem.index
+    if policy == "random" and number == 3 and task.kind == "generate":
+        return Outcome(error="the disk is full.")
+    metrics = {"bytes_peak": 640.0, "seconds": 1.25}
+    if task.kind == "generate":
+        metrics |= {"exact": float((number + len(policy)) % 2), "tokens": 100.0}
+    else:
+        metrics["kl"] = (1 + number) / 7 + len(policy) / 1e3
+    return Outcome(None, metrics, "some text", (1, 2, 3), 28)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    path = tmp_path / "small.sqlite"
+    scripted_study(SPEC, path, script)
+    return path
+
+
+def written(recorded, folder):
+    with Results(recorded) as results:
+        return publish(results, Asked.last(results), COMMANDS, folder)
+
+
+def test_the_report_of_what_is_published_says_the_same(recorded, tmp_path):
+    files = written(recorded, tmp_path / "docs")
+    with Results(recorded) as results:
+        first = build(results, COMMANDS)
+    second = build(Published(files.data), COMMANDS)
+    assert markdown(second) == markdown(first)
+    pages = [html(each) for each in (first, second)]
+    tables = [re.sub(r"<figure.*?</figure>", "", text, flags=re.DOTALL) for text in pages]  # they differ by 0.01 px
+    assert tables[0] == tables[1]
+    points = [re.findall(r"<title[^>]*>(.*?)</title>", text) for text in pages]
+    assert points[0] == points[1]
+    assert len(points[0]) > 10
+    assert (second.runs, second.failed, second.asked) == (first.runs, first.failed, first.asked)
+    assert second.settings.measured == first.settings.measured
+    assert files.data.stat().st_size < 8_000
+    assert b"some text" not in gzip.decompress(files.data.read_bytes())
+
+
+def test_the_same_runs_give_the_same_bytes_and_old_pictures_go(recorded, tmp_path):
+    once = written(recorded, tmp_path / "docs")
+    (tmp_path / "docs" / "small" / "of-another-time.svg").write_text("<svg/>")
+    (tmp_path / "docs" / "small" / "note.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in (once.data, once.markdown, *once.pictures)}
+    again = written(recorded, tmp_path / "docs")
+    assert {path: path.read_bytes() for path in (again.data, again.markdown, *again.pictures)} == before
+    assert {path.name for path in (tmp_path / "docs" / "small").iterdir()} == {
+        "note.txt",
+        *(path.name for path in again.pictures),
+    }
+
+
+def test_the_markdown_shows_pictures_that_stand_alone(recorded, tmp_path):
+    files = written(recorded, tmp_path / "docs")
+    text = files.markdown.read_text()
+    shown = re.findall(r"^!\[.+\]\((small/[a-z0-9.-]+\.svg)\)$", text, flags=re.MULTILINE)
+    assert {tmp_path / "docs" / each for each in shown} == set(files.pictures)
+    assert "(small.json.gz)" in text
+    for path in files.pictures:
+        picture = path.read_text()
+        root = ET.fromstring(picture)
+        assert root.attrib["width"].endswith("pt")
+        assert "var(" not in picture
+        assert "<ns0" not in picture
+        assert not [each for each in root.iter() if each.tag.endswith("}a")], "links lead nowhere outside of the page"
+        assert not re.search(r"#0[1-6]0[1-6]0[1-9a]", picture)
+
+
+def test_runs_that_are_missing_are_missing_there_too(recorded, tmp_path):
+    with Results(recorded, "small") as results:
+        gone = [record.key for record in results.records() if record.problem == 4 and record.kind == "generate"]
+        results.remove(gone)
+        asked = Asked.last(results)
+        files = publish(results, asked, COMMANDS, tmp_path / "docs")
+    report = build(Published(files.data), COMMANDS)
+    assert (report.asked, report.asked - report.runs) == (len(asked.keys), len(gone))
+
+
+def spoilt(files, change):
+    document = json.loads(gzip.decompress(files.data.read_bytes()))
+    change(document)
+    files.data.write_bytes(gzip.compress(json.dumps(document).encode()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(kvpolicy_results=2), "is of version 2, and this kvpolicy reads version 1"),
+        (lambda d: d.pop("cells"), r"not a published file of a study \(cells: Field required\)"),
+        (lambda d: d["runs"][0]["seed"].pop(), "the columns of its runs are not of one length"),
+        (lambda d: d["runs"][0]["content"].__setitem__(0, 99), "a run in it is of a problem that is not there"),
+        (lambda d: d["runs"][0]["metrics"].update(exact=[2, 0, 0, 0, 0]), "numbers that cannot be: exact is 2"),
+        (lambda d: d["cells"][0].update(name="a\x1b[2Jb"), "a name in it has characters that names cannot have"),
+        (lambda d: d["runs"][0].update(environment=["x"] * 5), "environment.0: Input should be a valid integer"),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(recorded, tmp_path, change, message):
+    files = written(recorded, tmp_path / "docs")
+    spoilt(files, change)
+    with pytest.raises(ResultsError, match=message):
+        Published(files.data)
+
+
+def test_a_file_that_is_cut_off_or_another_one_is_refused(recorded, tmp_path):
+    files = written(recorded, tmp_path / "docs")
+    whole = files.data.read_bytes()
+    for data, message in ((whole[:-40], "cut off"), (b"PK nothing", "not compressed by gzip"), (b"", "cut off")):
+        files.data.write_bytes(data)
+        with pytest.raises(ResultsError, match=message):
+            Published(files.data)
+    with pytest.raises(ResultsError, match="there is no such file"):
+        Published(tmp_path / "none.json.gz")
+
+
+def test_the_command_publishes_and_makes_the_page_again(recorded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["study", "report", "small.sqlite", "--publish", "docs"]) == 0
+    out = capsys.readouterr().out
+    assert out == "Written: docs/small.md, docs/small.json.gz and 3 pictures beside them.\n"
+    assert "kvpolicy study report small.sqlite --publish docs" in (tmp_path / "docs/small.md").read_text()
+    assert not (tmp_path / "small.html").exists()
+    text = (tmp_path / "docs/small.md").read_text()
+    assert main(["study", "report", "docs/small.json.gz"]) == 0
+    assert capsys.readouterr().out == "Written: docs/small.html.\n"
+    page = (tmp_path / "docs/small.html").read_text()
+    assert "kvpolicy study run small.yaml --out small.sqlite\nkvpolicy study report docs/small.json.gz" in page
+    assert (tmp_path / "docs/small.md").read_text() == text, "the Markdown with its pictures stays"
+    assert main(["study", "status", "docs/small.json.gz"]) == 1
+    assert "is a published file, which only `report` and `budget` read" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["study", "report", "small.sqlite", "--publish", "file"]) == 1
+    assert capsys.readouterr().err.startswith("error: --publish: file/small cannot be made (")
