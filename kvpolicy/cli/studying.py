@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpolicy.cli.study_budget import budget
 from kvpolicy.cli.study_options import Device, Name, Out, Quick, read_study
 from kvpolicy.cli.study_overrides import Data, Datasets, Models, NewTokens, Overrides, Samples, Seeds
 from kvpolicy.cli.study_pruning import prune
@@ -162,6 +163,7 @@ def status(study: Argument, *, quick: Quick = False, out: Out = None, device: De
 
 
 study.command()(report)
+study.command()(budget)
 study.command()(prune)
 
 

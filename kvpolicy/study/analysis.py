@@ -185,8 +185,15 @@ def compare(
     corrected = holm([p for *_, p in drafts])
     return [
         Comparison(
-            *(cell, baseline, metric, _difference(differences, paired=paired, resamples=resamples)),
-            *(sum(d > 0 for d in differences), sum(d < 0 for d in differences), paired, p, p_holm),
+            cell,
+            baseline,
+            metric,
+            _difference(differences, paired=paired, resamples=resamples),
+            sum(d > 0 for d in differences),
+            sum(d < 0 for d in differences),
+            paired,
+            p,
+            p_holm,
         )
         for (cell, differences, paired, p), p_holm in zip(drafts, corrected, strict=True)
     ]

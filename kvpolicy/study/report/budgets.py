@@ -29,12 +29,14 @@ class BudgetAxis:
         texts: each budget as settings write it, the smallest first.
         labels: each for a tick, such as ``10%``.
         positions: each as a number in the unit of `title`; their ranks if they have no unit in common.
+        ordered: whether they have one.
     """
 
     title: str
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     positions: tuple[float, ...]
+    ordered: bool = True
 
 
 def budget_axis(cells: Sequence[CellRecord]) -> BudgetAxis | None:
@@ -49,7 +51,7 @@ def budget_axis(cells: Sequence[CellRecord]) -> BudgetAxis | None:
         positions = tuple(read[text][1] for text in texts)
         labels = tuple(f"{value:g}" if kind == "tokens" else f"{value:g}%" for value in positions)
         return BudgetAxis(_TITLES[kind], tuple(texts), labels, positions)
-    return BudgetAxis("budget", tuple(texts), tuple(texts), tuple(map(float, range(len(texts)))))
+    return BudgetAxis("budget", tuple(texts), tuple(texts), tuple(map(float, range(len(texts)))), ordered=False)
 
 
 def budget_of(cell: CellRecord) -> str | None:
