@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,13 @@ def test_as_many_as_are_needed_are_enough_and_one_less_is_not(bound, level, bina
     assert p_value([0.0] * count, bound, binary=binary) <= level < p_value([0.0] * (count - 1), bound, binary=binary)
     # No test that is right at this level can do with fewer: so often nothing is lost at the bound itself.
     assert math.log(level) / math.log(1 - bound) <= count < 1.35 * math.log(level) / math.log(1 - bound)
+
+
+def test_the_numbers_that_the_docs_have():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    counted, bet = ([needed(bound, 0.05, binary=binary) for bound in (0.05, 0.02, 0.01)] for binary in (True, False))
+    assert "at 95 % it needs {} problems for 5 points, {} for 2, and\n{} for 1 (".format(*counted) in page
+    assert "({}, {} and {} where a problem has several runs)".format(*bet) in page
 
 
 def test_the_order_of_problems_does_not_matter():

@@ -11,7 +11,8 @@ from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
 from kvpolicy.study.report.content import SIGNIFICANT, Effect, Measure, Place, Report
 from kvpolicy.study.report.drawing import PALETTE, variable
-from kvpolicy.study.report.plots import budget_plots, forest_plot, front_plot
+from kvpolicy.study.report.forest import forest_plot
+from kvpolicy.study.report.plots import budget_plots, front_plot
 
 _OPEN_ROWS: Final = 30  # a longer table is folded
 _PER_LINE: Final = 100

@@ -14,14 +14,14 @@ from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.report import phrases
 from kvpolicy.study.report.budgets import BudgetAxis
-from kvpolicy.study.report.content import BYTES, Effect, Measure, Place, Report, VariantEntry
-from kvpolicy.study.report.drawing import BAND, GRID, INK, MUTED, PAPER, Canvas, Plot, Tip, colour, figure, plot
+from kvpolicy.study.report.content import BYTES, Measure, Place, Report, VariantEntry
+from kvpolicy.study.report.drawing import BAND, INK, MUTED, PAPER, Canvas, Plot, Tip, colour, figure, plot
 from kvpolicy.study.report.labels import Box, beside_points, spread, wrapped
 from kvpolicy.study.report.styles import BASELINE
 
 _TOGETHER: Final = 24
 """Most variants of one plot: more names than that no side of a plot can hold."""
-_LEGEND_WIDTH, _NAME_WIDTH, _LABEL_WIDTH = 52, 30, 28  # characters
+_LEGEND_WIDTH, _NAME_WIDTH = 52, 30  # characters
 _LOGARITHMIC: Final = 8  # an axis whose ends are this far apart has equal steps for equal factors
 _AT_A_POINT: Final = 3  # names of variants that stand in one place
 _UNITS: Final = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -121,7 +121,7 @@ def _budgets(
         axes.errorbar(
             places,
             values,
-            yerr=_errors(estimates, scale),
+            yerr=errors(estimates, scale),
             label="\n".join(wrapped(name, _LEGEND_WIDTH)),
             color=colour(style),
             marker=style.marker,
@@ -215,9 +215,9 @@ def _front(report: Report, place: Place, measure: Measure, name: str, title: str
     with figure(5.2 if wide else 3.2, wide=wide) as canvas:
         axes = canvas.axes
         places, values = ([at(entry)[i] for entry in measure.front] for i in (0, 1))
-        errors = _errors([entry.row.metrics[metric] for entry in measure.front], scale)
+        intervals = errors([entry.row.metrics[metric] for entry in measure.front], scale)
         axes.step(places, values, where="post", color=INK, linewidth=1.6, zorder=1.5)
-        axes.errorbar(places, values, yerr=errors, linestyle="", color=INK, elinewidth=0.9, zorder=1.6)
+        axes.errorbar(places, values, yerr=intervals, linestyle="", color=INK, elinewidth=0.9, zorder=1.6)
         for entry in (*measure.beaten, *measure.front):
             style = report.style_of(entry)
             ahead = entry in measure.front
@@ -329,73 +329,7 @@ def _numbered(places: Sequence[float], values: Sequence[float]) -> Iterator[tupl
         first = i
 
 
-def forest_plot(report: Report, effects: Sequence[Effect], name: str, where: str) -> Plot:
-    """Return a forest plot: one line for each difference, below the name of what was swapped.
-
-    Args:
-        report: says how variants are drawn.
-        effects: of one metric in one condition, grouped; at least one.
-        name: begins the plot's ids.
-        where: dataset and condition, for the title.
-    """
-    metric, baseline = effects[0].comparison.metric, effects[0].comparison.baseline
-    title = f"{METRICS[metric].title}: difference to {baseline}, with its interval, on {where}"
-    scale = METRICS[metric].scale
-    lines: list[tuple[str, Effect | None]] = []
-    for effect in effects:
-        if effect.swapped not in [text for text, head in lines if head is None]:
-            lines.append((effect.swapped, None))
-        lines.append((effect.value, effect))
-    labels = ["" if effect is None else "\n".join(wrapped(text, _LABEL_WIDTH)) for text, effect in lines]
-    room = 0.27 if any("\n" in label for label in labels) else 0.2
-    with figure(0.75 + room * len(lines)) as canvas:
-        axes = canvas.axes
-        for height, effect in ((i, effect) for i, (_, effect) in enumerate(lines) if effect is not None):
-            difference, style = effect.comparison.difference, report.style_of(effect.entry)
-            value = scale * difference.value
-            axes.errorbar(value, height, xerr=_errors([difference], scale), color=colour(style), linewidth=1.6)
-            look = {
-                "marker": style.marker,
-                "markersize": 6.5,
-                "color": colour(style),
-                "markerfacecolor": colour(style) if effect.verdict else PAPER,
-            }
-            canvas.point(value, height, look, _difference_tip(report, effect))
-        axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_yticks(range(len(lines)), labels, fontsize=9.5 if room == 0.2 else 8, linespacing=1)
-        for height, (text, _) in ((i, line) for i, line in enumerate(lines) if line[1] is None):
-            place = {"xycoords": ("figure fraction", "data"), "va": "center", "fontsize": 9.5, "fontweight": "bold"}
-            # Heads may reach into the plot, where nothing else stands on their line.
-            axes.annotate(text, (0.01, height), annotation_clip=False, **place).set_in_layout(False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x", color=GRID)
-        axes.spines["left"].set_visible(False)
-        _symmetric(axes)
-        unit = ", points" if METRICS[metric].percent else ""
-        axes.set_xlabel(
-            f"← better · worse →{unit}" if METRICS[metric].better == "less" else f"← worse · better →{unit}"
-        )
-        return plot(canvas, name, title)
-
-
-def _difference_tip(report: Report, effect: Effect) -> Tip:
-    comparison = effect.comparison
-    metric, unit = comparison.metric, " points" if METRICS[comparison.metric].percent else ""
-    text = f"{comparison.cell.name} against {comparison.baseline}: {shown(comparison.difference, metric)}{unit}"
-    counts = f"{len(effect.better)} better, {len(effect.worse)} worse, {len(effect.same)} equal"
-    return Tip(f"{text}; {counts}", report.link(effect.entry, metric))
-
-
-def _symmetric(axes: Any) -> None:
-    """Keep zero well inside, whatever side the differences are on."""
-    low, high = axes.get_xlim()
-    reach = max(abs(low), abs(high))
-    axes.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
-
-
-def _errors(estimates: Sequence[Estimate], scale: float) -> list[list[float]]:
+def errors(estimates: Sequence[Estimate], scale: float) -> list[list[float]]:
     """Return the lengths below and above; none where there is no interval."""
     return [
         [0.0 if math.isnan(e.low) else scale * max(0.0, e.value - e.low) for e in estimates],

@@ -14,8 +14,9 @@ from kvpolicy.study.published import SUFFIX, Published, published
 from kvpolicy.study.records import Recorded
 from kvpolicy.study.report.content import Commands, Measure, Place, Report, build
 from kvpolicy.study.report.drawing import Plot
+from kvpolicy.study.report.forest import forest_plot
 from kvpolicy.study.report.markdown import Picture, markdown
-from kvpolicy.study.report.plots import budget_plots, forest_plot, front_plot
+from kvpolicy.study.report.plots import budget_plots, front_plot
 
 
 @dataclass(frozen=True)
