@@ -25,7 +25,7 @@ def budget(
         float, typer.Option(help="Largest loss against the full cache that is good enough: 0.02 is 2 points.")
     ] = 0.02,
     confidence: Annotated[float, typer.Option(help="With which each answer holds.")] = 0.95,
-    metric: Annotated[str | None, typer.Option(help="exact or progress; the study's first if left out.")] = None,
+    metric: Annotated[str | None, typer.Option(help="exact, score or progress; the study's first if left out.")] = None,
     together: Annotated[
         bool, typer.Option("--together", help="All answers hold together with the confidence, not each by itself.")
     ] = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.report.budgets import BudgetAxis, budget_axis, budget_of, without_budget
 from kvpolicy.study.runs import REFERENCE
 
-METRICS_OF_LOSS: Final = ("exact", "progress")
+METRICS_OF_LOSS: Final = ("exact", "score", "progress")
 """Metrics between 0 and 1 that the full cache has too: their differences have bounds, which a mean needs."""
 
 EVERYWHERE: Final = "all datasets"
@@ -83,8 +83,8 @@ def sufficient(
             budget to be good enough: then it says how many are needed.
     """
     axis = _axis(asked)
-    chosen = _metric(asked, metric)
     found = {record.key: record for record in results.records(asked.keys, outputs=False)}
+    chosen = _metric(asked, metric, {name for record in found.values() for name in record.metrics})
     missing = len(asked.keys - found.keys())
     if missing:
         raise KVPolicyError(
@@ -131,10 +131,11 @@ def _axis(asked: Asked) -> BudgetAxis:
     return axis
 
 
-def _metric(asked: Asked, metric: str | None) -> str:
+def _metric(asked: Asked, metric: str | None, measured: Collection[str]) -> str:
     wanted = asked.study.get("metrics") or METRICS_OF_LOSS
     if metric is None:
-        metric = next((name for name in wanted if name in METRICS_OF_LOSS), None)
+        able = [name for name in wanted if name in METRICS_OF_LOSS]
+        metric = next((name for name in able if name in measured), next(iter(able), None))
         if metric is None:
             raise KVPolicyError(
                 f"budget: the study measures none of {', '.join(METRICS_OF_LOSS)}; add one to `metrics`."
