@@ -40,7 +40,7 @@ _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
-class _Cell(TypedDict):
+class _PublishedCell(TypedDict):
     name: _Text
     condition: _Text
     settings: dict[_Text, _Text]
@@ -54,13 +54,13 @@ class _Cell(TypedDict):
     keys: _Text
 
 
-class _Problem(TypedDict):
+class _PublishedProblem(TypedDict):
     content: _Text
     prompt: str
     answer: str
 
 
-class _Group(TypedDict):
+class _PublishedRuns(TypedDict):
     """Runs of one policy in one place: lists with a value for each run."""
 
     model: _Text
@@ -77,19 +77,19 @@ class _Group(TypedDict):
     metrics: dict[_Text, list[_Number | None]]
 
 
-class _Document(TypedDict):
+class _PublishedStudy(TypedDict):
     kvpolicy_results: int
     study: _Text
     command: _Text
     spec: records.StudyData
     models: list[dict[str, _Text | None]]
     environments: dict[_Text, dict[str, _Text | None]]
-    problems: list[_Problem]
-    cells: list[_Cell]
-    runs: list[_Group]
+    problems: list[_PublishedProblem]
+    cells: list[_PublishedCell]
+    runs: list[_PublishedRuns]
 
 
-_DOCUMENT: Final = TypeAdapter(_Document)
+_DOCUMENT: Final = TypeAdapter(_PublishedStudy)
 
 
 def published(results: Recorded, asked: Asked, command: str) -> bytes:
@@ -180,7 +180,7 @@ class Published:
         for record in self._records:
             self._keys[record.model, record.dataset, record.digest].append(record.key)
 
-    def _read(self) -> _Document:
+    def _read(self) -> _PublishedStudy:
         if not self.path.is_file():
             raise ResultsError(f"{self.path}: there is no such file; name one that `kvpolicy study report` published.")
         require_ordinary(self.path, "results file", error=ResultsError)
@@ -194,7 +194,7 @@ class Published:
         if not reader.eof:
             raise self._wrong(f"it is cut off, or has more than {_MOST_BYTES >> 20} MiB")
         try:
-            found: _Document = _DOCUMENT.validate_json(raw, strict=True)
+            found: _PublishedStudy = _DOCUMENT.validate_json(raw, strict=True)
         except ValidationError as error:
             detail = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in detail["loc"])[:60] or "at the top"
