@@ -1,12 +1,19 @@
-"""Draw the pictures of the documentation: `python -P scripts/pictures.py pipeline`.
+"""Draw the pictures of the documentation: `python -P scripts/pictures.py NAME`.
 
 pipeline  docs/pictures/pipeline.svg and pipeline-dark.svg: the stages of a policy, and what they do to one head
+accuracy  docs/pictures/accuracy.svg and accuracy-dark.svg: right answers against budget, from the tables of
+          docs/results/methods-at-10-percent.md
+trace     docs/pictures/trace.png: one frame of the page that `kvpolicy trace` writes; needs Chromium and SmolLM2
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -139,14 +146,125 @@ def _arrow(x: float, y: float, to_x: float, to_y: float, colours: Colours) -> st
     )
 
 
+STUDY = PICTURES.parent / "results" / "methods-at-10-percent.md"
+LINES = {
+    "full cache": ("#7d848c", "2 4"),
+    "rkv-density": ("#0072b2", ""),
+    "rkv": ("#d55e00", ""),
+    "g-kv": ("#009e73", ""),
+    "snapkv": ("#cc79a7", ""),
+    "random": ("#e69f00", "6 3"),
+    "sinks-recent": ("#56b4e9", "6 3"),
+}
+"""Policies that are drawn, with colour (of Okabe and Ito's palette) and dashes; the study's tables have all."""
+
+
+_TABLE = re.compile(r"^### Right answers\n\nprotect.prompt=false[^\n]*\n\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+def measured(text: str) -> dict[str, dict[str, list[tuple[str, float, float, float]]]]:
+    """Return dataset -> policy -> (budget, share of right answers, lower and upper bound), prompt not pinned."""
+    found: dict[str, dict[str, list[tuple[str, float, float, float]]]] = {}
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        head = part.splitlines()[0]
+        table = _TABLE.search(part)
+        if table is None:
+            continue
+        rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table[1].splitlines()]
+        budgets = rows[0][1:]
+        for name, *cells in rows[2:]:
+            numbers = [[float(n) for n in re.findall(r"\d+\.\d+", cell)] for cell in cells]
+            points = [(b, n[0], n[1], n[2]) for b, n in zip(budgets, numbers, strict=True)]
+            found.setdefault(head.partition(" · ")[0], {})[name] = points
+    return found
+
+
+def accuracy(colours: Colours) -> str:
+    """Return the picture of right answers against budget as SVG, one panel for each dataset."""
+    panels = measured(STUDY.read_text(encoding="utf-8"))
+    width, top, high, foot = 640, 34, 210, 96
+    wide = (width - 44 - 14 * (len(panels) - 1)) / len(panels)
+    parts = []
+    for number, (dataset, lines) in enumerate(panels.items()):
+        left = 40 + number * (wide + 14)
+        parts.append(_text(left, top - 12, dataset.removesuffix("-medium").replace("-", " "), colours.ink, 14, "600"))
+        for share in (0, 25, 50, 75, 100):
+            y = top + high * (1 - share / 100)
+            parts.append(f'<path d="M{left:.1f} {y:.1f}H{left + wide:.1f}" stroke="{colours.edge}" stroke-width=".6"/>')
+            if not number:
+                parts.append(_text(8, y + 4, f"{share}", colours.soft, 12))
+        for name, (colour, dashes) in LINES.items():
+            if name in lines:
+                parts += _line(lines[name], (left, top, wide, high), colour, dashes)
+        budgets = [budget for budget, *_ in next(iter(lines.values()))]
+        for place, budget in enumerate(budgets):
+            x = left + wide * (place + 0.5) / len(budgets)
+            parts.append(f'<g text-anchor="middle">{_text(x, top + high + 17, budget, colours.soft, 12)}</g>')
+    words = "right answers in %, with 95 % intervals; budget as a share of the full cache's trace"
+    parts.append(_text(40, top + high + 38, words, colours.soft, 12))
+    for number, (name, (colour, dashes)) in enumerate(LINES.items()):
+        x, y = 40 + number % 4 * 150, top + high + 60 + number // 4 * 20
+        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+        parts.append(f'<path d="M{x} {y - 4}H{x + 22}" stroke="{colour}" stroke-width="2.4"{dash}/>')
+        parts.append(_text(x + 28, y, name, colours.ink, 13))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + high + foot}" role="img" '
+        f'font-family="system-ui, sans-serif"><title>Right answers against budget</title>'
+        f'<rect width="100%" height="100%" rx="10" fill="{colours.page}"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _line(
+    points: list[tuple[str, float, float, float]], frame: tuple[float, float, float, float], colour: str, dashes: str
+) -> Iterator[str]:
+    left, top, wide, high = frame
+    xs = [left + wide * (place + 0.5) / len(points) for place in range(len(points))]
+    ys = [[top + high * (1 - value) for value in point[1:]] for point in points]
+    for x, (_, low, up) in zip(xs, ys, strict=True):
+        yield f'<path d="M{x:.1f} {low:.1f}V{up:.1f}" stroke="{colour}" stroke-width="1" opacity=".55"/>'
+    path = "L".join(f"{x:.1f} {y[0]:.1f}" for x, y in zip(xs, ys, strict=True))
+    dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+    yield f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>'
+    for x, y in zip(xs, ys, strict=True):
+        yield f'<circle cx="{x:.1f}" cy="{y[0]:.1f}" r="2.8" fill="{colour}"/>'
+
+
+def trace() -> None:
+    """Write one frame of the trace page, in the middle of the text."""
+    from playwright.sync_api import sync_playwright
+
+    from kvpolicy.cli import main as kvpolicy
+
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+        page = Path(folder) / "trace.html"
+        arguments = ["--model", "smollm2", "--policy", "rkv", "--budget", "128", "--max-new-tokens", "420"]
+        code = kvpolicy(["trace", *arguments, "--out", str(page), "Write a guide to growing vegetables."])
+        if code != 0:
+            raise SystemExit(code)
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        shown = browser.new_page(viewport={"width": 1000, "height": 560}, color_scheme="light")
+        shown.goto(page.as_uri())
+        shown.wait_for_timeout(500)
+        shown.mouse.click(260, 476)  # a token of the answer, whose card is pinned
+        shown.wait_for_timeout(300)
+        shown.screenshot(path=PICTURES / "trace.png")
+        browser.close()
+
+
 def main(arguments: list[str]) -> int:
     """Draw what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["pipeline"])
-    parser.parse_args(arguments)
+    parser.add_argument("picture", choices=["pipeline", "accuracy", "trace"])
+    asked = parser.parse_args(arguments).picture
     PICTURES.mkdir(exist_ok=True)
-    for name, colours in (("pipeline", LIGHT), ("pipeline-dark", DARK)):
-        (PICTURES / f"{name}.svg").write_text(pipeline(colours), encoding="utf-8")
+    if asked == "trace":
+        trace()
+        return 0
+    draw = {"pipeline": pipeline, "accuracy": accuracy}[asked]
+    for suffix, colours in (("", LIGHT), ("-dark", DARK)):
+        (PICTURES / f"{asked}{suffix}.svg").write_text(draw(colours), encoding="utf-8")
     return 0
 
 

@@ -68,7 +68,7 @@ def _page(spec: PolicySpec, kernels: str) -> str:
     parts += ["## Parameters", _parameters(spec)]
     parts += ["## The file", _file(spec)]
     parts += ["In full, with every parameter:", f"```yaml\n{_short(spec)}```"]
-    parts += ["## Use it", _use(spec, policy, served=served == "served")]
+    parts += ["## Use it", use(spec, policy, served=served == "served")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,7 +177,8 @@ def _short(spec: PolicySpec) -> str:
     return spec.model_copy(update={"description": "", "departures": (), "paper": ""}).to_yaml()
 
 
-def _use(spec: PolicySpec, policy: Policy, *, served: bool) -> str:
+def use(spec: PolicySpec, policy: Policy, *, served: bool) -> str:
+    """Return how a policy is loaded, tried and served."""
     budget = "" if policy.budget.fraction == 1 else (", budget=0.3" if policy.phase == "prefill" else ", budget=512")
     option = budget.replace(", budget=", " --budget ")
     lines = [f"```python\nspec = kvpolicy.load({spec.policy!r}{budget})\n```".replace("'", '"')]

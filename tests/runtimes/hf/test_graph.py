@@ -1,6 +1,7 @@
 """Decode steps as one graph: the same tokens and entries as without, traced once, with nothing read back.
 
 What is compiled here goes through dynamo and runs the traced graph as it is; inductor has a slow test of its own.
+The loop that docs/transformers.md shows is the one of these tests.
 """
 
 from __future__ import annotations

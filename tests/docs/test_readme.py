@@ -1,0 +1,87 @@
+"""The README: its links lead somewhere, its pictures are what is drawn, and it promises no release."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from kvsupport.pages import ROOT, blocks
+
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the names of the headings of a page, as forges make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head)) for head in heads)
+    return {head.strip().lower().replace(" ", "-") for head in plain}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    spec = importlib.util.spec_from_file_location("pictures_of_docs", ROOT / "scripts" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_lead_to_files_and_places():
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXT) + re.findall(r"(?:src|srcset)=\"([^\"]+)\"", TEXT)
+    inside = [link for link in links if not link.startswith("http")]
+    assert len(inside) > 25
+    for link in inside:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).is_file(), link
+        if anchor:
+            assert anchor in slugs(ROOT / path), link
+
+
+@pytest.mark.parametrize(
+    "task", ["declare a policy", "plug a scorer in", "run an ablation", "serve in vLLM", "check a policy", "move over"]
+)
+def test_each_task_is_one_click_away(task):
+    (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {task} |")]
+    assert re.search(r"\(docs/[\w/-]+\.md\)", row)
+
+
+def test_examples_are_short():
+    found = {block.language: [line for line in block.text.splitlines() if line.strip()] for block in blocks(README)}
+    assert len(found["python"]) <= 12
+    assert len([line for line in found["yaml"] if not line.startswith("#")]) <= 10
+
+
+def test_no_release_is_promised():
+    assert not re.search(r"pip install[^\n]*[\"' ]kvpolicy", TEXT)
+    assert "no release on PyPI" in TEXT
+
+
+@pytest.mark.parametrize("name", ["pipeline", "accuracy"])
+def test_pictures_are_what_is_drawn(name, pictures):
+    draw = getattr(pictures, name)
+    for suffix, colours in (("", pictures.LIGHT), ("-dark", pictures.DARK)):
+        drawn = (pictures.PICTURES / f"{name}{suffix}.svg").read_text(encoding="utf-8")
+        assert drawn == draw(colours), f"run python -P scripts/pictures.py {name}"
+
+
+def test_the_strip_of_the_pipeline_is_a_compaction(pictures):
+    stay = pictures.kept()
+    assert len(stay) == pictures.BUDGET
+    assert stay == sorted(stay)
+    lowest = min(pictures.SCORES[slot] for slot in stay[pictures.SINKS : -pictures.RECENT])
+    gone = [score for slot, score in enumerate(pictures.SCORES) if slot not in stay]
+    assert max(gone) <= lowest
+
+
+def test_the_numbers_of_a_picture_are_those_of_the_table(pictures):
+    table = "## one · m\n\n### Right answers\n\nprotect.prompt=false; budget\n\n"
+    table += "| variant | 10% | 20% |\n| --- | --- | --- |\n"
+    table += "| rkv | 0.210 \\[0.142, 0.300\\] | 0.900 \\[0.826, 0.945\\] |\n\n## two · m\n\nnothing\n"
+    assert pictures.measured(table) == {"one": {"rkv": [("10%", 0.21, 0.142, 0.3), ("20%", 0.9, 0.826, 0.945)]}}
