@@ -17,7 +17,7 @@ from kvpolicy.testing.tables import stand_in_tables
 from kvsupport.pages import REASONS, ROOT, Reader, blocks, check_names, pages
 
 NOT_RUN = {
-    "README.md": ["installs", "installs", "vLLM"],
+    "README.md": ["installs", "vLLM"],
     "docs/benchmarks.md": ["minutes"] * 6,
     "docs/bridges.md": ["kvpress", "hub", "hub"],
     "docs/development.md": ["installs", "minutes", "minutes"],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import kvpolicy
 import kvpolicy.ops
+import kvpolicy.runtimes.hf
 import kvpolicy.testing
 
 
@@ -70,7 +71,7 @@ def parts() -> list[Part]:
         Part(
             "kvpolicy.runtimes.hf",
             "Policies in transformers.",
-            _of("kvpolicy.runtimes.hf", "PolicyCache", "generate", "CacheStats", "LayerStats"),
+            _of("kvpolicy.runtimes.hf", *kvpolicy.runtimes.hf.__all__),
         ),
         Part(
             "kvpolicy.runtimes.vllm",
