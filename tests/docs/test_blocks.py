@@ -14,7 +14,7 @@ import kvpolicy
 from kvpolicy import ops
 from kvpolicy.study.spec import StudySpec
 from kvpolicy.testing.tables import stand_in_tables
-from kvsupport.pages import REASONS, ROOT, Reader, blocks, check_names, pages
+from kvsupport.pages import REASONS, ROOT, PageReader, blocks, check_names, pages
 
 NOT_RUN = {
     "README.md": ["installs", "vLLM"],
@@ -92,7 +92,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, model_fo
         (tmp_path / name).write_text("One word after the other makes a text. " * 60, encoding="utf-8")
     (tmp_path / "my_plugin").mkdir()
     (tmp_path / "my_plugin" / "policies").symlink_to(tmp_path)
-    reader = Reader(tmp_path, model_folder, {**known, "__name__": "page"})
+    reader = PageReader(tmp_path, model_folder, {**known, "__name__": "page"})
     for block in PAGES[page]:
         if block.mark is None:
             reader.run(block)
@@ -133,7 +133,7 @@ def test_a_page_that_is_wrong_is_noticed(tmp_path, model_folder, monkeypatch, ca
     from kvsupport.pages import Block
 
     monkeypatch.chdir(tmp_path)
-    reader = Reader(tmp_path, model_folder, {})
+    reader = PageReader(tmp_path, model_folder, {})
     wrong = [
         ("python", "assert 1 == 2\n"),
         ("python", "import kvpolicy\nkvpolicy.load('rkv', budged=3)\n"),

@@ -114,7 +114,7 @@ def check_names(block: Block) -> None:
             assert option in known, f"{block.page}:{block.line}: {script} does not know {option}"
 
 
-class Reader:
+class PageReader:
     """Runs the blocks of one page, in a folder of its own."""
 
     def __init__(self, folder: Path, model: Path, scope: dict[str, Any]) -> None:
