@@ -55,4 +55,5 @@ def _version() -> str:
         return "0+unknown"
 
 
-__getattr__, __dir__, __all__ = attach(__name__, {"__version__": _version})
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+    __getattr__, __dir__, __all__ = attach(__name__, {"__version__": _version})

@@ -56,7 +56,7 @@ def built(place: str, dtype: str) -> Built | None:
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
-        config: Any = transformers.AutoConfig.from_pretrained(place)
+        config: Any = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
         config.quantization_config = None  # weights are counted, not loaded
         with torch.device("meta"):
             model: Any = _class(config)(config, dtype=_BUILT).eval()

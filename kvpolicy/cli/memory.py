@@ -267,7 +267,9 @@ def _through_transformers(place: str, path: Path | None, plain: dict[str, Any] |
     if path is None:
         announce_hub(f"--model-config: there is no file or folder {place!r}", messages().print)
     try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(path or place).get_text_config(decoder=True).to_dict()
+        found: dict[str, Any] = (
+            AutoConfig.from_pretrained(path or place, trust_remote_code=False).get_text_config(decoder=True).to_dict()
+        )
     except Exception as error:  # whatever a configuration class makes of a broken file
         if plain is not None and "num_hidden_layers" in plain:
             return plain

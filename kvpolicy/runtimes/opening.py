@@ -95,8 +95,8 @@ def open_tokenizer(
         announce_hub(f"{option}: there is no folder {name!r}", say)
     try:
         # What is no model at all fails here with the clearest words.
-        transformers.AutoConfig.from_pretrained(place, revision=revision)
-        return transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+        transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except _UNREADABLE as error:
         # A folder that is mistyped is taken for an id of the hub, whose answer alone would mislead.
         here = Path(place).is_dir()
@@ -114,7 +114,9 @@ def window_of(place: Path | str, revision: str | None = None) -> int | None:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(place, revision=revision).get_text_config()
+    config = transformers.AutoConfig.from_pretrained(
+        place, revision=revision, trust_remote_code=False
+    ).get_text_config()
     window = getattr(config, "max_position_embeddings", None)
     return window if isinstance(window, int) else None
 
@@ -138,7 +140,9 @@ def open_model(
     import transformers
 
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, revision=revision)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, revision=revision, trust_remote_code=False
+        )
     except _UNREADABLE as error:
         raise KVPolicyError(f"{option}: {name!r} cannot be loaded: {first_line(error)}.") from error
     try:

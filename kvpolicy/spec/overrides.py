@@ -44,6 +44,9 @@ class KnownOverrides(TypedDict, total=False):
     importance__lag: int
     importance__ranked: bool
     importance__share: float
+    importance__gate: str
+    importance__ahead: int
+    importance__lookahead: int
     importance__sketch: int
     importance__seed: int
     importance__chunk: int

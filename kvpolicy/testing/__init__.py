@@ -32,4 +32,5 @@ if TYPE_CHECKING:
     from kvpolicy.testing.strategies import scores as scores
     from kvpolicy.testing.study_specs import studies as studies
 
-__getattr__, __dir__, __all__ = attach(__name__)
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvpolicy.errors import CacheStateError, KVPolicyError
+from kvpolicy.errors import CacheStateError
 from kvpolicy.html_text import facts, size
+from kvpolicy.pictures import new_figure
 from kvpolicy.runtimes.hf.stats import collect
 
 if TYPE_CHECKING:
@@ -71,12 +72,8 @@ class ShownCache:
             CacheStateError: nothing has been cached, or there is no such row.
             KVPolicyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise KVPolicyError("plot: needs matplotlib; install it with: pip install 'kvpolicy[notebook]'.") from None
         share = self._shares(row)
-        figure = Figure(figsize=(8, max(1.6, min(0.16 * share.shape[0] + 1.0, 6.0))), layout="constrained")
+        figure = new_figure(8, max(1.6, min(0.16 * share.shape[0] + 1.0, 6.0)))
         axes: Any = figure.add_subplot()
         image = axes.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0, vmax=1.0)
         figure.colorbar(image, ax=axes, label="KV heads that hold it")

@@ -14,7 +14,7 @@ import kvpolicy
 import torch
 from kvpolicy import CacheView, ImportanceScorer, Policy, PolicySpec, hookimpl
 from kvpolicy.loading.hookspecs import RegisterComponent
-from kvpolicy.runtimes.hf import CacheStats, PolicyCache
+from kvpolicy.runtimes.hf import CacheStats, PolicyCache, generate
 from kvpolicy.types import Scores
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ def run(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, list[int]]:
     policy: Policy = spec.build()
     bound: int | None = policy.bound
     with PolicyCache(policy, model) as cache:
-        model.generate(ids, past_key_values=cache)
+        generate(model, {"input_ids": ids}, cache, max_new_tokens=8)
         stats: CacheStats = cache.stats()
         kept: list[int] = cache.kept(layer=0, head=0)
     return stats.resident + (bound or 0), kept
