@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["prompt-recall", "trace-recall"])
     parser.add_argument("--level", default="medium")
+    parser.add_argument("--redundancy", type=int, help="of restated-recall: 1, 2, 4 or 8")
     parser.add_argument("--policy", default="rkv")
     parser.add_argument("--share", type=float, default=0.15)
     parser.add_argument("--count", type=int, default=100)
@@ -102,7 +103,8 @@ def main() -> None:
     print("| family | budget | transformers | vLLM | same tokens | seconds |", flush=True)
     print("|---|---|---|---|---|---|", flush=True)
     for family in asked.families:
-        chosen = list(problems(family, asked.level, "test", asked.count))
+        times = asked.redundancy if family == "restated-recall" else None
+        chosen = list(problems(family, asked.level, "test", asked.count, redundancy=times))
         tokens = statistics.mean(len(each.prompt.split()) + len(each.solution.split()) + 2 for each in chosen)
         budget = round(asked.share * tokens / BLOCK) * BLOCK
         said = {"policy": asked.policy, "budget": budget, "set": {"trigger": {"every": INTERVAL}}}

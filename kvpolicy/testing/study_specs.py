@@ -50,6 +50,7 @@ def _datasets() -> SearchStrategy[Any]:
         [
             {"use": "generator", "family": "prompt-recall", "level": "short"},
             {"use": "generator", "family": "trace-recall", "level": "long", "split": "development", "forced": True},
+            {"use": "generator", "family": "restated-recall", "level": "medium", "redundancy": 4},
             {"use": "needle", "words": 60, "name": "haystack"},
             {"use": "jsonl", "path": "problems.jsonl", "question": "problem", "grade": "number"},
             {"use": "hub", "id": "someone/something", "template": "Q: {question} A:"},
