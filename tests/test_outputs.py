@@ -10,8 +10,9 @@ import torch
 
 from kvpolicy import KVPolicyError, outputs
 from kvpolicy.cli import main
+from kvpolicy.errors import TableError
 from kvpolicy.outputs import replace_file
-from kvpolicy.tables import Table, TableError, save_table
+from kvpolicy.tables import Table, save_table
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):

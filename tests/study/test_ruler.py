@@ -64,7 +64,11 @@ def found(prompt):
 
 
 @pytest.mark.parametrize("task", FORMS)
-@pytest.mark.parametrize(("measure", "tokens"), [(WORDS, 2048), (WORDS, 6000), (CHARACTERS, 12000)], ids=str)
+@pytest.mark.parametrize(
+    ("measure", "tokens"),
+    [(WORDS, 2048), (WORDS, 6000), (CHARACTERS, 12000)],
+    ids=["words-2048", "words-6000", "characters-12000"],
+)
 def test_rules_that_read_the_prompt_answer_every_problem(task, measure, tokens):
     made = ruler(tasks=[task], tokens=tokens)
     problems = [*made.problems(5, 0, measure), *made.problems(5, 1, measure)]
