@@ -124,7 +124,7 @@ class Engine:
         counts = [columns] * batch if host is None else [int(n) for n in host.sum(1).tolist()]
         step = {b: Incoming(count, kind) for b, count in enumerate(counts)}
         if self.ledger.rows:
-            self._compact_due(step)
+            self._compact(self.ledger.due(step), max(counts))
         else:
             self.ledger.enter(step)
             self._used = [0] * batch
@@ -197,14 +197,14 @@ class Engine:
 
     # -- compaction ---------------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Run the compactions that are due now, as the next decode step would."""
+    def settle(self, *, every: bool = False) -> None:
+        """Run the compactions that are due now, as the next decode step would; with `every`, of all above budget."""
         if self.forward is not None and not self.forward.pending:
-            self._compact_due(dict.fromkeys(self.ledger.rows, Incoming(1)))
+            step = dict.fromkeys(self.ledger.rows, Incoming(1))
+            self._compact(self.ledger.above() if every else self.ledger.due(step))
 
-    def _compact_due(self, step: Mapping[int, Incoming]) -> None:
-        """Compact every row that is due before these tokens."""
-        due = self.ledger.due(step)
+    def _compact(self, due: Sequence[int], incoming: int = 1) -> None:
+        """Compact the rows that are due before so many tokens."""
         if not due:
             return
         left = self.log.left_after(0, len(self._used))
@@ -212,7 +212,7 @@ class Engine:
         if self.observation.active:
             self.observe()
         self._compactor.run(due)
-        self.stores.shrink(max(self._used), max(incoming.tokens for incoming in step.values()))
+        self.stores.shrink(max(self._used), incoming)
 
     def together(self, rows: Sequence[int]) -> list[list[list[int]]]:
         """Return all rows in one part if all are due, else one by one: a part of a batch is a slice without a copy.

@@ -144,6 +144,12 @@ class Ledger(Generic[AnyRow]):
             Counters(counts.resident, entries, incoming, counts.seen, counts.prompt)
         )
 
+    def above(self) -> list[AnyRow]:
+        """Return the rows that hold more than their budget, whatever trigger and phase say; they are due now."""
+        found = [row for row, counts in self.rows.items() if counts.resident > self.entries(row)]
+        self._owed = set(found)
+        return found
+
     def entries(self, row: AnyRow) -> int:
         """Return the entries per head that a compaction of the row now aims at: what its budget says."""
         counts = self.rows[row]

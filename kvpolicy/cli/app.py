@@ -189,8 +189,19 @@ def schema(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")],
+    prompt: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT", help="The prompt, or questions about a --context; - reads one from standard input."
+        ),
+    ],
     *,
+    context: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read and compress this text once; each PROMPT asks about it.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the context that are read, and compressed, at once.")
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A model folder, an id on the Hugging Face hub, smollm2 (the demo model) or reasoner.")
     ] = "smollm2",
@@ -201,7 +212,9 @@ def generate(
     compare: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="Generate again under this policy and its own budget.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many tokens; 256 by default.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. Without these three: greedy.")] = None,
@@ -213,21 +226,29 @@ def generate(
 ) -> None:
     """Generate text under a policy, and show what the cache held and how fast it was."""
     from kvpolicy.cli.generating import GenerationRequest, run
+    from kvpolicy.errors import KVPolicyError
 
+    if context is None and (len(prompt) != 1 or chunk is not None):
+        what = f"{len(prompt)} prompts" if len(prompt) != 1 else "--chunk"
+        raise KVPolicyError(f"generate: {what} without a context; give one PROMPT, or name a text with --context FILE.")
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    run(
-        GenerationRequest(
-            prompt=prompt,
-            model=model,
-            policies=(policy, *([compare] if compare is not None else [])),
-            budget=budget,
-            max_new_tokens=max_new_tokens,
-            sampling={name: value for name, value in sampling.items() if value is not None},
-            chat=chat,
-            device=device,
-            dtype=dtype,
-        )
+    request = GenerationRequest(
+        prompt=prompt[0],
+        model=model,
+        policies=(policy, *([compare] if compare is not None else [])),
+        budget=budget,
+        max_new_tokens=max_new_tokens or 256,
+        sampling={name: value for name, value in sampling.items() if value is not None},
+        chat=chat,
+        device=device,
+        dtype=dtype,
     )
+    if context is None:
+        run(request)
+        return
+    from kvpolicy.cli import asking
+
+    asking.run(request, context, prompt, chunk=chunk, most=max_new_tokens)
 
 
 app.command()(calibrate)

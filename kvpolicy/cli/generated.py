@@ -35,6 +35,7 @@ _ROWS: list[tuple[str, Callable[[Generation], float], Callable[[float], str]]] =
     ("KV entries per head, peak", lambda r: r.stats.peak_resident, lambda v: f"{v:,.0f}"),
     ("KV entries per head, evicted", lambda r: r.stats.evicted, lambda v: f"{v:,.0f}"),
     ("KV bytes resident", lambda r: r.stats.bytes_resident, lambda v: f"{v / 2**20:,.2f} MiB"),
+    ("KV bytes peak", lambda r: r.stats.bytes_peak, lambda v: f"{v / 2**20:,.2f} MiB"),
     ("KV bytes allocated", lambda r: r.stats.bytes_allocated, lambda v: f"{v / 2**20:,.2f} MiB"),
     ("compactions", lambda r: r.stats.compactions, lambda v: f"{v:,.0f}"),
 ]

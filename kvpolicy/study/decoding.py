@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.study.choosing import choose
+from kvpolicy.study.problem import Compress
 from kvpolicy.study.sampling import Sampling
 
 _DROP_SHARE = 4  # finished rows leave the batch when they are a quarter of it
@@ -27,11 +29,13 @@ class PromptRow:
         prompt: token ids.
         seed: seed of the noise.
         key: what stands for the problem in the noise.
+        context: how many of the first tokens are the context that is compressed, where a context is.
     """
 
     prompt: list[int]
     seed: int = 0
     key: int = 0
+    context: int = 0
 
 
 @dataclass
@@ -81,26 +85,57 @@ class Answer:
 
 
 class Prompts:
-    """Prompts of different lengths as one left-padded batch.
+    """Prompts of different lengths as one left-padded batch; contexts and what follows them are padded apart.
+
+    Args:
+        prompts: token ids of each row.
+        device: where they go.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
+        contexts: how many tokens of each prompt are its context, where contexts are compressed.
 
     Attributes:
         ids: int64 `[B, P]`.
         mask: int64 `[B, P]`, 0 for padding; None when there is none.
         positions: int64 `[B, P]`.
+        gaps: some row has padding behind its context.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], device: Any) -> None:
-        width = max(map(len, prompts))
-        ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self.ids = torch.tensor(ids, device=device)
-        filled = torch.tensor(mask, device=device)
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        device: Any,
+        compress: Compress | None = None,
+        contexts: Sequence[int] = (),
+    ) -> None:
+        self.compress = compress
+        cuts = contexts if compress == "context" else [0] * len(prompts)
+        parts = [(p[:cut], p[cut:]) for p, cut in zip(prompts, cuts, strict=True)]
+        self.context, rest = (max(len(part[i]) for part in parts) for i in (0, 1))
+        self.gaps = self.context > 0 and any(len(after) < rest for _, after in parts)
+
+        def row(first: Sequence[int], after: Sequence[int], pad: list[int]) -> list[int]:
+            return [*pad * (self.context - len(first)), *first, *pad * (rest - len(after)), *after]
+
+        self.ids = torch.tensor([row(*part, [0]) for part in parts], device=device)
+        filled = torch.tensor([row([1] * len(a), [1] * len(b), [0]) for a, b in parts], device=device)
         self.mask = None if bool(filled.all()) else filled
         self.positions = (filled.cumsum(-1) - 1).clamp(min=0)
 
-    def run(self, model: Any, cache: PolicyCache) -> Tensor:
-        """Run the prompts, in chunks if the policy says so; return the last logits `[B, V]`."""
-        cache.prefill_chunks(self.ids, self.mask)
+    def run(self, model: Any, cache: PolicyCache, *, compress: bool = True) -> Tensor:
+        """Run the prompts, in chunks if the policy says so; return the last logits `[B, V]`.
+
+        Args:
+            model: a decoder of transformers.
+            cache: its cache.
+            compress: whether what is to be compressed is.
+        """
+        if self.compress == "prompt" and compress:
+            return cache.read(self.ids, self.mask)
+        if self.compress == "context" and compress:
+            cache.read(self.ids[:, : self.context], None if self.mask is None else self.mask[:, : self.context])
+            cache.expect("decode")  # the question is not part of what is compressed
+        else:
+            cache.prefill_chunks(self.ids, self.mask)
         start = cache.engine.columns
         return forward(model, cache, self.ids[:, start:], self.positions[:, start:], self.mask)[:, -1]
 
@@ -124,7 +159,12 @@ def bytes_per_entry(cache: PolicyCache) -> int:
 
 
 def generate_batch(
-    model: Any, policy: Policy, rows: Sequence[PromptRow], sampling: Sampling, ends: Collection[int]
+    model: Any,
+    policy: Policy,
+    rows: Sequence[PromptRow],
+    sampling: Sampling,
+    ends: Collection[int],
+    compress: Compress | None = None,
 ) -> list[Answer]:
     """Generate until an end token or `sampling.max_new_tokens`; return one answer per row.
 
@@ -134,6 +174,7 @@ def generate_batch(
         rows: prompts; different lengths are allowed.
         sampling: how tokens are chosen.
         ends: tokens that end an answer.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
 
     Raises:
         KVPolicyError: the policy does not fit the model or the prompts.
@@ -141,7 +182,9 @@ def generate_batch(
     answers = [Answer() for _ in rows]
     with torch.inference_mode(), PolicyCache(policy, model) as cache:
         start = time.perf_counter()
-        prompts = Prompts([row.prompt for row in rows], model.device)
+        prompts = Prompts([row.prompt for row in rows], model.device, compress, [row.context for row in rows])
+        if prompts.gaps and has_other_layers(cache):
+            return [generate_batch(model, policy, [row], sampling, ends, compress)[0] for row in rows]
         logits = prompts.run(model, cache)
         mask, active, done = prompts.mask, list(range(len(rows))), [False] * len(rows)
         lengths = torch.tensor([len(row.prompt) for row in rows], device=model.device)

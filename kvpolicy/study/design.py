@@ -12,12 +12,15 @@ from kvpolicy.errors import SpecError
 from kvpolicy.spec import PolicySpec
 from kvpolicy.spec.problems import FieldError, Problems, shown
 from kvpolicy.spec.yaml_text import KeyPath
+from kvpolicy.study.problem import Compress
 
 Design = Literal["grid", "one-at-a-time", "paired"]
 
 POLICY: Final = "policy"
 """The axis whose values are whole policies."""
 BUDGET: Final = "budget"
+COMPRESS: Final = "compress"
+"""The axis whose values say what is compressed once: it is no part of a policy."""
 FULL: Final = "full"
 """Name of the full cache, the reference of every study."""
 MOST_VARIANTS: Final = 2_000
@@ -72,6 +75,7 @@ class Variant:
         condition: what distinguishes it on the conditions; empty if there are none.
         policy: the policy; its budget stands for nothing if `trace` is given.
         trace: the budget as a share of the full cache's trace.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
         settings: path -> value as text, for axes and conditions.
     """
 
@@ -80,6 +84,7 @@ class Variant:
     policy: PolicySpec
     trace: TraceBudget | None = None
     settings: tuple[tuple[str, str], ...] = ()
+    compress: Compress | None = None
 
     @property
     def label(self) -> str:
@@ -114,6 +119,7 @@ def expand(
     conditions: Sequence[Axis],
     design: Design,
     exclude: Sequence[Mapping[str, Any]] = (),
+    compress: Compress | None = None,
 ) -> list[Variant]:
     """Return all variants, in the order of the file; raises FieldError, located at the value that is wrong.
 
@@ -124,6 +130,7 @@ def expand(
         design: grid: all combinations of the axes; one-at-a-time: the base, and each other value of each axis alone;
             paired: the first values of all axes, the second values of all axes, and so on.
         exclude: combinations that are left out, as path -> value.
+        compress: what is compressed once, where no axis says it.
 
     The full cache is left out, whatever its budget: every study measures it once, as the reference.
     """
@@ -143,7 +150,7 @@ def expand(
         if _excluded(assignment, exclude) or any((axis.place, axis.path, i) in blamed for axis, i in assignment):
             continue
         try:
-            variant = _variant(base, choice, condition, design)
+            variant = _variant(base, choice, condition, design, compress)
         except FieldError as error:
             blamed |= {problem.path for problem in error}
             said = {(problem.path[:-1], problem.message) for problem in problems.found}
@@ -154,7 +161,7 @@ def expand(
             continue
         if variant is None:
             continue
-        what = json.dumps([identity(variant.policy), str(variant.trace)])
+        what = json.dumps([identity(variant.policy), str(variant.trace), variant.compress])
         if (variant.condition, what) in known:
             if design == "one-at-a-time":  # a value that the base has
                 continue
@@ -196,10 +203,12 @@ def _excluded(assignment: Assignment, exclude: Sequence[Mapping[str, Any]]) -> b
     return any(all(values.get(path) == _short(value) for path, value in each.items()) for each in exclude)
 
 
-def _variant(base: PolicySpec | None, choice: Assignment, condition: Assignment, design: Design) -> Variant | None:
+def _variant(
+    base: PolicySpec | None, choice: Assignment, condition: Assignment, design: Design, compress: Compress | None
+) -> Variant | None:
     """Return one policy that is measured, or None when it is the full cache."""
     chosen = {axis.path: axis.values[i] for axis, i in (*condition, *choice)}
-    start = chosen.pop(POLICY, base)
+    start, compress = chosen.pop(POLICY, base), chosen.pop(COMPRESS, compress)
     trace = chosen.get(BUDGET)
     changes = {path: value for path, value in chosen.items() if not isinstance(value, TraceBudget)}
     if isinstance(trace, TraceBudget):
@@ -217,6 +226,7 @@ def _variant(base: PolicySpec | None, choice: Assignment, condition: Assignment,
         policy,
         trace if isinstance(trace, TraceBudget) else None,
         tuple((axis.path, _short(axis.values[i])) for axis, i in (*choice, *condition)),
+        compress,
     )
 
 
@@ -236,7 +246,7 @@ def _blamed(start: PolicySpec, assignment: Assignment, error: SpecError) -> Fiel
     """Find the value that is wrong on its own; otherwise it is the combination."""
     for axis, i in assignment:
         value = axis.values[i]
-        if axis.path == POLICY or isinstance(value, TraceBudget):
+        if axis.path in (POLICY, COMPRESS) or isinstance(value, TraceBudget):
             continue
         try:
             start.replace(axis.path, value)

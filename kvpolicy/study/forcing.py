@@ -18,9 +18,11 @@ from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
+from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.passes import ordinary_tensors
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward
+from kvpolicy.study.problem import Compress
 from kvpolicy.types import Scores
 
 BLOCK = 64
@@ -32,10 +34,11 @@ _QUERIES = 16  # queries whose weights over the whole text are in memory at once
 
 @dataclass
 class ForcedText:
-    """A row: token ids, and how many of them are given as a prompt."""
+    """A row: token ids, how many of them are given as a prompt, and how many of these are its context."""
 
     tokens: list[int]
     prompt: int
+    context: int = 0
 
 
 @dataclass
@@ -89,7 +92,14 @@ def full_policy(*, watch: bool = False) -> Policy:
     return Policy(name="full", budget=Budget(fraction=1.0), importance=_Watch(), **parts)
 
 
-def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, attention: bool = False) -> list[Divergence]:
+def force_batch(
+    model: Any,
+    policy: Policy,
+    rows: Sequence[ForcedText],
+    *,
+    attention: bool = False,
+    compress: Compress | None = None,
+) -> list[Divergence]:
     """Read texts under a policy and compare every next-token distribution with the full cache's.
 
     The text is read in blocks that end where the policy's trigger may fire, so that every compaction happens between
@@ -100,6 +110,7 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, atten
         policy: what to do with the cache.
         rows: texts with at least 2 tokens behind their prompt; different lengths are allowed.
         attention: also measure the attention mass kept.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
 
     Raises:
         KVPolicyError: the policy does not fit the model or the texts.
@@ -112,8 +123,11 @@ def force_batch(model: Any, policy: Policy, rows: Sequence[ForcedText], *, atten
         PolicyCache(policy, model) as cache,
     ):
         start = time.perf_counter()
-        prompts = Prompts([rows[i].tokens[: rows[i].prompt] for i in order], model.device)
-        vocabulary = prompts.run(model, reference).shape[-1]
+        given = [rows[i].tokens[: rows[i].prompt] for i in order]
+        prompts = Prompts(given, model.device, compress, [rows[i].context for i in order])
+        if prompts.gaps and has_other_layers(cache):
+            return [force_batch(model, policy, [row], attention=attention, compress=compress)[0] for row in rows]
+        vocabulary = prompts.run(model, reference, compress=False).shape[-1]
         prompts.run(model, cache)
         mask, offset = prompts.mask, 0
         while True:

@@ -25,7 +25,7 @@ from kvpolicy.spec import PolicySpec, forms
 from kvpolicy.spec.reference import ComponentRef
 from kvpolicy.study.grading import named
 from kvpolicy.study.models import ModelRef
-from kvpolicy.study.problem import Problem
+from kvpolicy.study.problem import Compress, Problem
 from kvpolicy.study.sampling import Sampling
 
 EPOCH: Final = 2
@@ -57,6 +57,8 @@ WORDS: Final[Mapping[str, str]] = {
     "seed": "other seeds",
     "attention": "with or without attention mass",
     "teacher": "other answer that was read",
+    "compress": "other part of the prompt that is compressed",
+    "context": "other length of the context",
 }
 """The fields of a key's document, and what is said of runs that differ in them; the first one that differs is named."""
 
@@ -75,7 +77,13 @@ def written(document: Document) -> str:
 
 
 def common(
-    model: ModelRef, problem: Problem, seed: int | None, policy: PolicySpec, digest: str, code: str
+    model: ModelRef,
+    problem: Problem,
+    seed: int | None,
+    policy: PolicySpec,
+    digest: str,
+    code: str,
+    compress: Compress | None = None,
 ) -> dict[str, Any]:
     """Return what a run of either kind depends on.
 
@@ -86,8 +94,13 @@ def common(
         policy: the policy.
         digest: names the policy.
         code: of `Codes.of`.
+        compress: what is compressed once; None leaves that to the policy.
     """
+    part: dict[str, Any] = {} if compress is None else {"compress": compress}
+    if compress == "context":
+        part["context"] = problem.question_at
     return {
+        **part,
         "epoch": EPOCH,
         "model": model.name,
         "weights": model.fingerprint.removesuffix(f"-{model.dtype}"),

@@ -36,8 +36,8 @@ _ENDS: Final = (
 )
 
 
-def needle(seed: int, words: int, needles: int) -> tuple[str, str]:
-    """Return a question about a text with hidden facts, and its answer.
+def needle(seed: int, words: int, needles: int) -> tuple[str, str, str]:
+    """Return a text with hidden facts, a question about it, and its answer.
 
     Args:
         seed: the only source of randomness.
@@ -45,7 +45,7 @@ def needle(seed: int, words: int, needles: int) -> tuple[str, str]:
         needles: how many facts of the same form it hides; one of them is asked for. At most 24.
 
     Returns:
-        (prompt, answer); the answer is a number of four digits.
+        (text, question, answer); the answer is a number of four digits. The prompt is text and question.
     """
     rng = random.Random(f"needle/{words}/{needles}/{seed}")  # noqa: S311 - not a secret
     sentences, length = [], 0
@@ -59,5 +59,5 @@ def needle(seed: int, words: int, needles: int) -> tuple[str, str]:
     for slot, place, number in zip(slots, places, numbers, strict=True):
         sentences.insert(slot, f"The secret number of {place} is {number}.")
     asked = rng.randrange(needles)
-    question = f"What is the secret number of {places[asked]}? Answer with the number only."
-    return f"{' '.join(sentences)}\n\n{question}", str(numbers[asked])
+    question = f"\n\nWhat is the secret number of {places[asked]}? Answer with the number only."
+    return " ".join(sentences), question, str(numbers[asked])

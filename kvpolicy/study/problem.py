@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import astuple, dataclass, fields
-from typing import Final
+from typing import Final, Literal
 
 from kvpolicy.study.wording import Family
+
+Compress = Literal["prompt", "context"]
+"""What is compressed to the budget, once: the whole prompt, or the context before the question is seen."""
 
 _FIRST: Final = 10
 """Fields that are always part of `Problem.digest`; later ones are where they say something, so that old runs stay."""

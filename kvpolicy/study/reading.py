@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -14,7 +14,8 @@ from kvpolicy.loading import installed
 from kvpolicy.spec import PolicySpec, files
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import Document, KeyPath, Mark
-from kvpolicy.study.design import BUDGET, POLICY, Axis, read_trace
+from kvpolicy.study.design import BUDGET, COMPRESS, POLICY, Axis, read_trace
+from kvpolicy.study.problem import Compress
 from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.source import Source
 from kvpolicy.study.sources import read_source
@@ -92,6 +93,8 @@ class Reader:
                     read.append(self.policy(value, (*at, i)))
                 elif path == BUDGET and isinstance(value, Mapping) and "trace" in value:
                     read.append(read_trace(value, (*at, i)))
+                elif path == COMPRESS and value not in get_args(Compress):
+                    raise FieldError((*at, i), f"should be one of {', '.join(get_args(Compress))}, got {shown(value)}.")
                 else:
                     read.append(value)
                 if read[-1] in read[:-1]:

@@ -16,7 +16,7 @@ from kvpolicy.study import keys
 from kvpolicy.study.design import FULL, Variant, identity
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.models import ModelRef, measure_of
-from kvpolicy.study.problem import Problem
+from kvpolicy.study.problem import Compress, Problem
 from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.source import Source
 from kvpolicy.study.spec import StudySpec
@@ -42,6 +42,7 @@ class Run:
         sampling: how tokens are chosen.
         teacher: the answer that is read under teacher forcing.
         attention: also measure the attention mass kept.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
     """
 
     document: keys.Document
@@ -55,6 +56,7 @@ class Run:
     sampling: Sampling
     teacher: tuple[int, ...] = ()
     attention: bool = False
+    compress: Compress | None = None
 
     @cached_property
     def key(self) -> str:
@@ -129,6 +131,8 @@ class Plan:
         found = {seed: source.problems(count, seed, measure) for seed in (seeds if source.fresh_by_seed else seeds[:1])}
         if not any(found.values()):
             raise KVPolicyError(f"datasets: {source.label} has no problem in it; name another file or split.")
+        if any(variant.compress == "context" for variant in self.variants):
+            _check_contexts(source, [problem for problems in found.values() for problem in problems])
         return found
 
     def problems(self, model: ModelRef, source: Source) -> dict[int, list[Problem]]:
@@ -217,7 +221,9 @@ class Plan:
                 else [
                     run
                     for kind in wanted
-                    for run in self._runs(kind, models[cell.model], source, cell.policy, cell.digest, teachers)
+                    for run in self._runs(
+                        kind, models[cell.model], source, cell.policy, cell.digest, teachers, cell.variant.compress
+                    )
                 ]
             )
         return asked
@@ -239,6 +245,7 @@ class Plan:
         policy: PolicySpec,
         digest: str,
         teachers: Mapping[str, tuple[int, ...]],
+        compress: Compress | None = None,
     ) -> Iterator[Run]:
         sampling = self.sampling(source)
         samples = source.generates and not sampling.greedy
@@ -254,7 +261,7 @@ class Plan:
                 chosen = sampling
                 if problem.most_tokens is not None and source.max_new_tokens is None:
                     chosen = sampling.model_copy(update={"max_new_tokens": problem.most_tokens})
-                shared = keys.common(model, problem, seed if varies else None, policy, digest, code)
+                shared = keys.common(model, problem, seed if varies else None, policy, digest, code, compress)
                 teacher: tuple[int, ...] = ()
                 if kind == "force" and source.generates:
                     read = keys.common(model, problem, seed if samples else None, full, reference, full_code)
@@ -266,12 +273,23 @@ class Plan:
                 made_of = (
                     keys.generated(shared, chosen) if generates else keys.forced(shared, teacher, attention=attention)
                 )
-                yield Run(made_of, kind, model, source.label, problem, seed, digest, seeded, chosen, teacher, attention)
+                yield Run(
+                    made_of, kind, model, source.label, problem, seed, digest, seeded, chosen, teacher, attention,
+                    compress,
+                )  # fmt: skip
 
     def _code(self, policy: PolicySpec, digest: str) -> str:
         if digest not in self._code_of:
             self._code_of[digest] = self._codes.of(policy)
         return self._code_of[digest]
+
+
+def _check_contexts(source: Source, problems: Sequence[Problem]) -> None:
+    if not all(problem.context for problem in problems):
+        raise KVPolicyError(
+            f"datasets: {source.label} has no context apart from its questions, so that `compress: context` cannot be "
+            "done; write `compress: prompt`, or give another dataset."
+        )
 
 
 def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple[Task, list[Run]]]:
@@ -285,7 +303,8 @@ def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         # A policy that the seed changes is another object for each seed.
-        groups[run.kind, run.model, run.dataset, run.digest, id(run.policy), run.attention, run.sampling].append(run)
+        alike = run.attention, run.compress, run.sampling
+        groups[run.kind, run.model, run.dataset, run.digest, id(run.policy), *alike].append(run)
     made: list[tuple[int, Task, list[Run]]] = []
     for members in groups.values():
         members.sort(key=lambda run: (run.seed, run.problem.index))
@@ -294,7 +313,7 @@ def tasks_of(runs: Iterable[Run], batch: int, threads: int | None) -> list[tuple
             first = part[0]
             items = tuple(Item(run.problem, run.seed, run.teacher) for run in part)
             data = first.policy.to_data()
-            task = Task(first.kind, first.model, data, items, first.sampling, first.attention, threads)
+            task = Task(first.kind, first.model, data, items, first.sampling, first.attention, threads, first.compress)
             made.append((number, task, part))
     # Models do not alternate, for a worker keeps one in memory.
     order = list(dict.fromkeys(task.model for _, task, _ in made))

@@ -80,7 +80,10 @@ class NeedleSource(Source):
     def problems(self, count: int, seed: int, measure: TextMeasure | None = None) -> list[Problem]:
         """Return the problems ``seed * count`` to ``(seed + 1) * count - 1``."""
         drawn = [(i, *needle(i, self.words, self.needles)) for i in range(seed * count, (seed + 1) * count)]
-        return [Problem(self.label, i, prompt, answer, "number", chat=self.chat) for i, prompt, answer in drawn]
+        return [
+            Problem(self.label, i, text + question, answer, "number", chat=self.chat, question_at=len(text))
+            for i, text, question, answer in drawn
+        ]
 
 
 class TextSource(Source):

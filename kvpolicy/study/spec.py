@@ -25,8 +25,9 @@ from kvpolicy.spec import PolicySpec, files, forms, yaml_text
 from kvpolicy.spec.model import checked_name
 from kvpolicy.spec.problems import FieldError, Problems, from_pydantic, shown
 from kvpolicy.spec.yaml_text import KeyPath, Mark
-from kvpolicy.study.design import BUDGET, FULL, POLICY, Axis, Design, Variant, expand
+from kvpolicy.study.design import BUDGET, COMPRESS, FULL, POLICY, Axis, Design, Variant, expand
 from kvpolicy.study.metrics import DEFAULT_METRICS, METRICS
+from kvpolicy.study.problem import Compress
 from kvpolicy.study.reading import Reader
 from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.source import MOST_SAMPLES, Source
@@ -36,15 +37,15 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 FIELDS: Final = (
     *("schema_version", "kind", "study", "description", "base", "design", "axes", "conditions", "exclude"),
-    *("compare_to", "models", "datasets", "samples", "seeds", "sampling", "metrics", "batch", "dtype", "strict"),
-    "quick",
+    *("compare_to", "models", "datasets", "samples", "seeds", "sampling", "compress", "metrics", "batch", "dtype"),
+    *("strict", "quick"),
 )
 """All fields, in the order in which they are written."""
 
 QUICK_FIELDS: Final = ("axes", "conditions", "datasets", "models", "samples", "seeds", "sampling")
 
 _Tuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-_AXES: Final = ("base", "axes", "conditions", "design")
+_AXES: Final = ("base", "axes", "conditions", "design", "compress")
 
 
 class StudySpec(BaseModel):
@@ -86,6 +87,8 @@ class StudySpec(BaseModel):
     """Seeds of sampling, of random components, and of generated problems."""
     sampling: InstanceOf[Sampling] = Sampling()
     """temperature, top_p, max_new_tokens."""
+    compress: Compress | None = None
+    """What is compressed to the budget once: context, before the question is seen, or the whole prompt."""
     metrics: Annotated[tuple[str, ...], _Tuple] = DEFAULT_METRICS
     """What is measured."""
     batch: int = Field(default=16, ge=1, le=MOST_SAMPLES)
@@ -116,7 +119,7 @@ class StudySpec(BaseModel):
         for field, value in data.items():
             with problems:
                 forms.check_field(field, value, FIELDS, problems)
-                if value is None and field not in ("base", "compare_to", "quick"):
+                if value is None and field not in ("base", "compare_to", "compress", "quick"):
                     raise FieldError((field,), "is empty; write a value or remove the line.")
                 fields[field] = readers[field](value) if field in readers and value is not None else value
         for field in ("study", "models", "datasets"):
@@ -154,6 +157,8 @@ class StudySpec(BaseModel):
         for path in paths:
             if paths.count(path) > 1:
                 raise FieldError(("conditions", path), "is among the axes too; write it once.")
+        if self.compress is not None and COMPRESS in paths:
+            raise FieldError((COMPRESS,), "is among the axes or conditions too; write it once.")
         if self.base is None and POLICY not in paths:
             raise FieldError(
                 ("base",), "is missing; name the policy that is varied, or whole policies as `axes.policy`."
@@ -303,7 +308,7 @@ class StudySpec(BaseModel):
 
     def variants(self) -> list[Variant]:
         """Return the policies that are measured, condition by condition, in the order of the file."""
-        return expand(self.base, self.axes, self.conditions, self.design, self.exclude)
+        return expand(self.base, self.axes, self.conditions, self.design, self.exclude, self.compress)
 
     def quickened(self) -> Self:
         """Return what `--quick` runs: the changes of `quick`, or 8 problems and one seed if there are none."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.runtimes.opening import encode, first_line
+from kvpolicy.runtimes.splitting import Splitter
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.grading import grade
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.models import ModelRef, end_tokens, load
-from kvpolicy.study.problem import Problem
+from kvpolicy.study.problem import Compress, Problem
 from kvpolicy.study.sampling import Sampling
 
 
@@ -43,6 +44,7 @@ class Task:
         sampling: how tokens are chosen.
         attention: also measure the attention mass kept (force).
         threads: threads of torch; None leaves them alone.
+        compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
     """
 
     kind: RunKind
@@ -52,6 +54,7 @@ class Task:
     sampling: Sampling
     attention: bool = False
     threads: int | None = None
+    compress: Compress | None = None
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,13 @@ def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> 
     from kvpolicy.study.choosing import row_key
     from kvpolicy.study.decoding import PromptRow, generate_batch
 
-    rows = [PromptRow(_prompt(tokenizer, item.problem), item.seed, row_key(item.problem.digest)) for item in items]
+    rows = []
+    for item in items:
+        prompt = _prompt(tokenizer, item.problem)
+        context = _context(task, tokenizer, item.problem, prompt)
+        rows.append(PromptRow(prompt, item.seed, row_key(item.problem.digest), context))
     policy = PolicySpec(**task.policy).build()
-    answers = generate_batch(model, policy, rows, task.sampling, end_tokens(model, tokenizer))
+    answers = generate_batch(model, policy, rows, task.sampling, end_tokens(model, tokenizer), task.compress)
     outcomes = []
     for item, row, answer in zip(items, rows, answers, strict=True):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
@@ -119,9 +126,9 @@ def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> 
 def _force(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
     from kvpolicy.study.forcing import force_batch
 
-    texts = [_text(tokenizer, item) for item in items]
+    texts = [_text(task, tokenizer, item) for item in items]
     policy = PolicySpec(**task.policy).build()
-    compared = force_batch(model, policy, texts, attention=task.attention)
+    compared = force_batch(model, policy, texts, attention=task.attention, compress=task.compress)
     return [
         Outcome(
             None, {"forced_tokens": float(found.count), **found.metrics(attention=task.attention)}, "", (), text.prompt
@@ -140,7 +147,15 @@ def _prompt(tokenizer: Any, problem: Problem) -> list[int]:
     return ids
 
 
-def _text(tokenizer: Any, item: Item) -> Any:
+def _context(task: Task, tokenizer: Any, problem: Problem, prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt are its context, where that is what is compressed."""
+    if task.compress != "context":
+        return 0
+    splitter = Splitter(tokenizer, chat=problem.chat)
+    return splitter.length_in(prompt, problem.context, problem.prompt)
+
+
+def _text(task: Task, tokenizer: Any, item: Item) -> Any:
     from kvpolicy.study.forcing import ForcedText
 
     problem = item.problem
@@ -148,7 +163,7 @@ def _text(tokenizer: Any, item: Item) -> Any:
         prompt = _prompt(tokenizer, problem)
         if len(item.teacher) < 2:
             raise KVPolicyError(f"the full cache's answer has {len(item.teacher)} tokens; at least 2 are needed.")
-        return ForcedText([*prompt, *item.teacher], len(prompt))
+        return ForcedText([*prompt, *item.teacher], len(prompt), _context(task, tokenizer, problem, prompt))
     prompt_tokens, wanted = problem.cut
     tokens = tokenizer(problem.text)["input_ids"][:wanted]
     if len(tokens) < wanted:

@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy  # noqa: E402
 
 from kvpolicy.errors import SpecError  # noqa: E402
 from kvpolicy.odd_text import odd_character  # noqa: E402
-from kvpolicy.study.design import BUDGET, POLICY  # noqa: E402
+from kvpolicy.study.design import BUDGET, COMPRESS, POLICY  # noqa: E402
 from kvpolicy.study.metrics import METRICS  # noqa: E402
 from kvpolicy.study.spec import StudySpec  # noqa: E402
 from kvpolicy.testing.strategies import policy_specs  # noqa: E402
@@ -36,6 +36,7 @@ def _axes() -> dict[str, SearchStrategy[Any]]:
             st.integers(_ROOM, 4096),
             st.sampled_from([{"trace": 0.1}, {"trace": 0.25}, {"fraction": 0.5}, {"tokens": 300}]),
         ),
+        COMPRESS: st.sampled_from(["prompt", "context"]),
         "trigger": st.builds(lambda n: {"every": n}, st.integers(1, 256)),
         "protect.prompt": st.booleans(),
         "protect.sinks": st.integers(0, 8),

@@ -318,7 +318,14 @@ class Screen:
 
 def test_table_of_one_run_has_no_ratio():
     stats = SimpleNamespace(
-        seen=10, resident=8, peak_resident=9, evicted=2, bytes_resident=2**20, bytes_allocated=2**21, compactions=1
+        seen=10,
+        resident=8,
+        peak_resident=9,
+        evicted=2,
+        bytes_resident=2**20,
+        bytes_peak=2**20,
+        bytes_allocated=2**21,
+        compactions=1,
     )
     out = io.StringIO()
     Console(file=out, width=80).print(table([Generation("p", 5, 2.0, stats)]))

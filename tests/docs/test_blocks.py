@@ -21,7 +21,7 @@ NOT_RUN = {
     "docs/benchmarks.md": ["minutes"] * 6,
     "docs/bridges.md": ["kvpress", "hub", "hub"],
     "docs/development.md": ["installs", "minutes", "minutes"],
-    "docs/from-kvpress.md": ["kvpress"],
+    "docs/from-kvpress.md": ["kvpress", "kvpress"],
     "docs/from-rkv.md": ["R-KV", "hub"],
     "docs/gpu.md": ["GPU", "installs"],
     "docs/kvpress.md": ["kvpress"],

@@ -113,10 +113,10 @@ def test_redundancy_that_there_is_not(given, said):
 
 
 def test_needles():
-    text, answer = needle(3, 200, 5)
-    assert (text, answer) == needle(3, 200, 5)
+    text, question, answer = needle(3, 200, 5)
+    assert (text, question, answer) == needle(3, 200, 5)
     assert text.count("The secret number of ") == 5
-    place = text.rpartition("secret number of ")[2].partition("?")[0]
+    place = question.rpartition("secret number of ")[2].partition("?")[0]
     assert f"The secret number of {place} is {answer}." in text
     assert 150 < len(text.split()) < 260
     assert len({needle(i, 50, 1)[0] for i in range(50)}) == 50

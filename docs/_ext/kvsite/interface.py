@@ -71,7 +71,8 @@ def parts() -> list[Part]:
         Part(
             "kvpolicy.runtimes.hf",
             "Policies in transformers.",
-            _of("kvpolicy.runtimes.hf", *kvpolicy.runtimes.hf.__all__),
+            _of("kvpolicy.runtimes.hf", *kvpolicy.runtimes.hf.__all__)
+            + _of("kvpolicy.runtimes.hf.pipeline", "ContextPipeline"),
         ),
         Part(
             "kvpolicy.runtimes.vllm",

@@ -8,6 +8,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "write-a-policy",
         "spec",
         "transformers",
+        "context",
         "studies",
         "results/README",
         "trace",

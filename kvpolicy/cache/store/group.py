@@ -88,6 +88,12 @@ class Stores(dict[int, ArenaStore]):
             if bound is not None and store.capacity > bound >= used + incoming:
                 store.resize(bound, used)
 
+    def fit(self, used: int) -> None:
+        """Give back what lies behind the `used` slots, where no number of slots has been asked for."""
+        for store in self.distinct():
+            if self.slots is None and store.capacity > used:
+                store.resize(used, used)
+
     def keep(self, rows: Rows, kept: Mapping[int, KeepIndices], counts: Mapping[int, Tensor] | None = None) -> Kept:
         """Let go of everything but the kept slots of these rows, in all layers; see `Store.keep`."""
         read = counted(kept, counts)

@@ -22,19 +22,19 @@ from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
+from kvpolicy.runtimes.hf.feeding import FedCache
 from kvpolicy.runtimes.hf.graph import GraphLayer, GraphPasses
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.hidden import leave_hidden_states
-from kvpolicy.runtimes.hf.layer import EvictingLayer
+from kvpolicy.runtimes.hf.layer import EvictingLayer, crop_others
 from kvpolicy.runtimes.hf.model_facts import head_shapes, hidden_size, image_tokens
 from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
-from kvpolicy.runtimes.hf.prompts import feed_prompt
 from kvpolicy.runtimes.hf.resolve import resolve
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.showing import ShownCache
-from kvpolicy.runtimes.hf.stats import CacheStats, collect
+from kvpolicy.runtimes.hf.stats import CacheStats, collect, positions_of
 from kvpolicy.runtimes.hf.steps import open_before_forward, refuse_in_a_graph, slots_of
 from kvpolicy.runtimes.hf.trial import alike, refuse_implementation, survey, try_attention
 from kvpolicy.tables import check_fit
@@ -46,7 +46,7 @@ SERVED = frozenset({"queries", "attention", "query_stream", "query_statistics", 
 """The needs of components that this runtime can serve."""
 
 
-class PolicyCache(ShownCache, Cache):
+class PolicyCache(ShownCache, FedCache, Cache):
     """A cache for ``model.generate(..., past_key_values=cache)`` that follows a policy; from 5.24 on, ``cache=cache``.
 
     Making one attaches it to the model; leaving its ``with`` block, `close()`, or its collection detaches it. Other
@@ -260,16 +260,7 @@ class PolicyCache(ShownCache, Cache):
                     layer.crop(0)
             return
         self.engine.check_crop(columns)
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, EvictingLayer):
-                continue
-            try:
-                layer.crop(tokens)
-            except (ValueError, RuntimeError) as error:
-                raise CacheStateError(
-                    f"crop: layer {i}, a {type(layer).__name__}, keeps no more than its window or state and cannot "
-                    f"take back {columns} tokens; fork() the cache before tokens that may have to be taken back."
-                ) from error
+        crop_others(self.layers, tokens, columns)
         self._passes.crop(columns)
 
     def _take_rows(self, index: Tensor) -> None:
@@ -280,33 +271,6 @@ class PolicyCache(ShownCache, Cache):
                 layer.reorder_cache(index)
 
     # -- what people call ---------------------------------------------------------------------------------------------
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk: int | None = None) -> None:
-        """Run a prompt through the model, all but its end, which is left to ``model.generate``.
-
-        Without chunks that is one forward pass, and the last token is left. With chunks the last chunk is; boundaries
-        are counted from the prompt's end, so that a padded row is cut like the row alone. Compactions take place in
-        between as the policy says.
-
-        Args:
-            input_ids: int64 `[B, P]`, the prompt, left-padded where rows differ.
-            attention_mask: `[B, P]`, 0 for padding.
-            chunk: tokens per forward pass; the policy's `prefill_chunk` by default.
-
-        Raises:
-            CacheStateError: the chunk is no size, or the cache has seen as many tokens.
-            UnsupportedError: the policy needs the prompt in one piece.
-        """
-        size = self.policy.prefill_chunk if chunk is None else chunk
-        feed_prompt(self.model, self, self._passes, input_ids, attention_mask, size)
-
-    def prefill_chunks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Run a prompt in the chunks that the policy declares, all but the last one; nothing if it declares none.
-
-        For callers that run the rest of the prompt themselves; arguments and exceptions are those of `prefill`.
-        """
-        if self.policy.prefill_chunk is not None:
-            self.prefill(input_ids, attention_mask)
 
     def expect(self, kind: Kind) -> None:
         """Say what the tokens of the next forward pass are, where the cache cannot know.
@@ -383,15 +347,7 @@ class PolicyCache(ShownCache, Cache):
             CacheStateError: that layer is not one the policy works on, or nothing has been cached.
         """
         self._passes.settle()
-        store = self.engine.stores.get(layer)
-        if store is None or not 0 <= row < len(self.engine.rows) or not 0 <= head < store.layout.heads:
-            raise CacheStateError(
-                f"kept: there is no layer {layer}, head {head}, row {row}; the policy works on layers "
-                f"{self.engine.layers} and the cache holds {len(self.engine.rows)} rows."
-            )
-        slots = store.read(layer, self.engine.held(slice(row, row + 1)))
-        positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
-        return positions
+        return positions_of(self.engine, layer, head, row)
 
 
 def _call_all(functions: list[Callable[[], None]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpolicy import ops
 from kvpolicy.cache.entering import NEED, enter
@@ -240,3 +241,31 @@ def _check_ragged(module: nn.Module, kwargs: dict[str, Any]) -> None:
             f"{type(module).__name__} drops attention weights at random in training mode, which attention over heads "
             "with different numbers of entries does not; call model.eval() first."
         )
+
+
+def crop_others(layers: Sequence[Any], tokens: int, columns: int) -> None:
+    """Take tokens back from the layers of a cache that are not ours; see `PolicyCache.crop`.
+
+    Args:
+        layers: all layers of the cache.
+        tokens: as `crop` was called with.
+        columns: how many tokens that is.
+    """
+    for i, layer in enumerate(layers):
+        if isinstance(layer, EvictingLayer):
+            continue
+        try:
+            layer.crop(tokens)
+        except (ValueError, RuntimeError) as error:
+            raise CacheStateError(
+                f"crop: layer {i}, a {type(layer).__name__}, keeps no more than its window or state and cannot take "
+                f"back {columns} tokens; fork() the cache before tokens that may have to be taken back."
+            ) from error
+
+
+def has_other_layers(cache: Cache) -> bool:
+    """Whether some layers of a cache are not ours: a window of columns, or a linear state.
+
+    To these, padding inside a row is a gap in time, so that the row is not what it is alone.
+    """
+    return not all(isinstance(layer, EvictingLayer) for layer in cache.layers)

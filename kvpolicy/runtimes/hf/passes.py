@@ -294,6 +294,14 @@ class Passes:
         with ordinary_tensors():
             self.engine.settle()
 
+    def compact(self, *, fit: bool = True) -> None:
+        """Compact every row above its budget, whatever trigger and phase say; `fit` also gives back unused memory."""
+        self.check()
+        with ordinary_tensors():
+            self.engine.settle(every=True)
+            if fit and self.engine.rows:
+                self.engine.stores.fit(self.engine.held(slice(None)).longest)
+
     def take_rows(self, index: Tensor) -> None:
         """Reorder, repeat or select rows; `index` int64 `[B']`. Nothing happens to a cache that is empty."""
         if self.engine.rows:

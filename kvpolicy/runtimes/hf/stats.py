@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpolicy.cache.engine import Engine
+from kvpolicy.errors import CacheStateError
 from kvpolicy.html_text import facts, size
 
 
@@ -23,6 +24,7 @@ class LayerStats:
         evicted: entries dropped.
         compactions: how often the row was compacted.
         bytes_resident: bytes of all rows' and heads' keys and values that are held.
+        bytes_peak: bytes of the most that each row ever held; a row that was read alone and repeated counts repeated.
         bytes_allocated: bytes of the tensors that hold them.
         bytes_metadata: bytes of positions and slot state, as allocated.
     """
@@ -34,6 +36,7 @@ class LayerStats:
     evicted: int
     compactions: int
     bytes_resident: int
+    bytes_peak: int
     bytes_allocated: int
     bytes_metadata: int
 
@@ -101,6 +104,11 @@ class CacheStats:
         return self._sum("bytes_resident")
 
     @property
+    def bytes_peak(self) -> int:
+        """Bytes of keys and values of the most that each row ever held."""
+        return self._sum("bytes_peak")
+
+    @property
     def bytes_allocated(self) -> int:
         """Bytes of the key and value tensors."""
         return self._sum("bytes_allocated")
@@ -117,9 +125,10 @@ def collect(engine: Engine) -> CacheStats:
     for layer in engine.layers:
         store = engine.stores.get(layer)
         rows = engine.rows
-        held, data, metadata = 0, 0, 0
+        held, most, data, metadata = 0, 0, 0, 0
         if store is not None:
             held = store.layout.bytes_per_entry * sum(store.entries(layer, engine.held(slice(None)).lengths))
+            most = store.layout.bytes_per_entry * store.layout.heads * sum(row.peak for row in rows)
             data, metadata = store.bytes_allocated(layer)
         layers.append(
             LayerStats(
@@ -130,8 +139,22 @@ def collect(engine: Engine) -> CacheStats:
                 evicted=max((r.seen - r.resident for r in rows), default=0),
                 compactions=max((r.compactions for r in rows), default=0),
                 bytes_resident=held,
+                bytes_peak=most,
                 bytes_allocated=data,
                 bytes_metadata=metadata,
             )
         )
     return CacheStats(layers)
+
+
+def positions_of(engine: Engine, layer: int, head: int, row: int) -> list[int]:
+    """Return the original positions that a head holds; see `PolicyCache.kept`."""
+    store = engine.stores.get(layer)
+    if store is None or not 0 <= row < len(engine.rows) or not 0 <= head < store.layout.heads:
+        raise CacheStateError(
+            f"kept: there is no layer {layer}, head {head}, row {row}; the policy works on layers {engine.layers} and "
+            f"the cache holds {len(engine.rows)} rows."
+        )
+    slots = store.read(layer, engine.held(slice(row, row + 1)))
+    positions: list[int] = slots.positions[0, head][slots.valid[0, head]].tolist()
+    return positions

@@ -96,3 +96,23 @@ def padded() -> Callable[[list[list[int]]], dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Return a tokenizer of one token per character for the tiny models."""
+    from transformers import AutoTokenizer
+
+    from kvpolicy.testing.tiny import tiny_folder
+
+    return AutoTokenizer.from_pretrained(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def chat(tokenizer):
+    """Return the same tokenizer with a chat template."""
+    from kvsupport.contexts import CHATML
+
+    tokenizer.chat_template = CHATML
+    yield tokenizer
+    tokenizer.chat_template = None

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy.cache.store import BLOCK
-from kvpolicy.runtimes.hf import PolicyCache, generate
+from kvpolicy.runtimes.hf import ContextCache, PolicyCache, generate
+from kvpolicy.study.needles import needle
 from kvpolicy.tables import load_table, supplying
 from kvsupport.alone import as_if_alone
 from kvsupport.audit import audit
@@ -251,3 +252,25 @@ def test_rkv_over_1100_tokens(smollm2, prompts):
     print(report)
     assert report.ok, report
     assert report.decisions == 90 * ((len(prompts[2]) + 1099 - 256) // 128)
+
+
+def test_one_context_and_many_questions(smollm2):
+    """With everything kept it is plain generation; otherwise half is kept, and questions do not touch each other."""
+    model, tokenizer = smollm2
+    text, question, answer = needle(1, 120, 1)
+    question = question.strip()
+    with ContextCache("full", model, tokenizer, text) as context:
+        reply = context.reply(question, max_new_tokens=16)
+        messages = [{"role": "user", "content": f"{text}\n\n{question}"}]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        whole = tokenizer.apply_chat_template(messages, **options)
+        plain = model.generate(**whole, do_sample=False, max_new_tokens=16)
+        assert plain[0].tolist() == [*whole["input_ids"][0].tolist(), *reply.tokens]
+        assert reply.prompt_tokens == whole["input_ids"].shape[1]
+    assert answer in reply.text
+    with ContextCache(kvpolicy.load("snapkv-prefill", 0.5), model, tokenizer, text, chunk=64) as context:
+        first = context.ask([question, "What is this text about?"], max_new_tokens=8)
+        assert context.ask(question, max_new_tokens=8) == first[0] != first[1]
+        stats = context.stats()
+    assert stats.resident == -(-stats.seen // 2)
+    assert stats.peak_resident < stats.seen
