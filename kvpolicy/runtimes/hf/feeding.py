@@ -53,7 +53,7 @@ class FedCache:
         """Read a context to its end and compress it to the policy's budget; return its last logits `[B, V]`.
 
         Whatever trigger and phase say, rows above their budget are compacted when the context has been read and, with
-        chunks, after each, so that no more than budget and chunk are ever held. A question that is not to be part of the
+        chunks, after each, so that no more than budget and chunk are held. A question that is not to be part of the
         prompt comes after `expect("decode")`.
 
         Args:
