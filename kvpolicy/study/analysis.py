@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError, did_you_mean
@@ -47,6 +47,7 @@ class VariantSummary:
         failed: failed runs.
         error: why some failed, or why the variant is not possible.
         refused: why it is not graded, in a study that is `strict`; it has no metrics then.
+        tasks: the task of each problem, of a dataset that has several.
         metrics: estimates by metric, as far as there are runs.
         values: mean over seeds by metric and problem.
     """
@@ -58,6 +59,18 @@ class VariantSummary:
     metrics: dict[str, Estimate]
     values: dict[str, ByProblem]
     refused: str | None = None
+    tasks: Mapping[int, str] = field(default_factory=dict)
+
+    def by_task(self, metric: str) -> dict[str, Estimate]:
+        """Return the mean over the problems of each task, without an interval; empty for a dataset without tasks."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for problem, value in self.values.get(metric, {}).items():
+            if problem in self.tasks:
+                found[self.tasks[problem]].append(value)
+        return {
+            task: Estimate(math.fsum(values) / len(values), math.nan, math.nan, len(values))
+            for task, values in sorted(found.items())
+        }
 
     @property
     def missing(self) -> int:
@@ -130,7 +143,8 @@ def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str],
         for name, of_problem in values.items()
     }
     error = cell.error or next(iter(failures), None)
-    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused)
+    tasks = {record.problem: str(task) for record in good if (task := record.document.get("task"))}
+    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused, tasks)
 
 
 def _values(records: Sequence[RunRecord], metric: str) -> ByProblem:

@@ -96,3 +96,25 @@ def test_runs_of_other_versions_are_refused(study, tmp_path):
     assert sentence.startswith("full on needle-20")
     assert sentence.endswith("it is mixed: its runs were made with 2 different sets of versions or kinds of machine.")
     assert sqlite3.connect(path).execute("select count(distinct environment) from runs").fetchone() == (2,)
+
+
+def test_a_report_has_the_score_of_each_task(study, tmp_path):
+    from kvpolicy.study.report.page import html
+
+    path = tmp_path / "r.sqlite"
+    made = study.make(
+        datasets=[{"use": "ruler", "tokens": 2000, "tasks": ["niah_single_1", "vt"], "max_new_tokens": 4}],
+        conditions={"budget": [0.5], "phase": ["prefill"], "trigger": [{"every": 32}]},
+        samples=4,
+    )
+    study.run(made, path)
+    with Results(path) as results:
+        rows = summarise(results)
+        assert [set(row.by_task("score")) for row in rows] == [{"niah_single_1", "vt"}] * 3
+        assert {found.problems for row in rows for found in row.by_task("score").values()} == {2}
+        report = build(results, Commands("run", "report"))
+    text = markdown(report)
+    assert ", by task" in text
+    assert "| variant | condition | niah\\_single\\_1 | vt |" in text
+    page = html(report)
+    assert "by task</summary>" in page

@@ -125,6 +125,15 @@ class Place:
         }
 
     @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of a dataset that has several, as far as there are numbers."""
+        if not self.measures:
+            return ()
+        entries = [*self.entries, *([] if self.full is None else [self.full])]
+        found = {task for entry in entries for task in entry.row.by_task(self.measures[0].metric)}
+        return tuple(sorted(found)) if len(found) > 1 else ()
+
+    @cached_property
     def conditions(self) -> dict[str, tuple[VariantEntry, ...]]:
         """Condition -> its entries, in the order of the study."""
         found: dict[str, list[VariantEntry]] = {}

@@ -65,6 +65,7 @@ def markdown(report: Report, pictures: Pictures | None = None, data: str = "") -
     for place in report.places:
         lines += [f"## {_text(place.dataset)} · {_text(place.model)}", ""]
         lines += _overview(place)
+        lines += _by_task(place)
         for measure in place.measures:
             shown = (pictures or {}).get((place.model, place.dataset, measure.metric), ())
             lines += _measure(report, place, measure, shown)
@@ -84,6 +85,21 @@ def _overview(place: Place) -> Iterator[str]:
             yield from (f"**{_text(condition)}**", "")
         chosen = ([place.full] if place.full is not None else []) + list(entries)
         yield from _table(head, (_row(entry, place.metrics) for entry in chosen), left=1)
+
+
+def _by_task(place: Place) -> Iterator[str]:
+    """Yield a table of the first metric of quality for each task, of a dataset that has several."""
+    if not place.tasks:
+        return
+    metric = place.measures[0].metric
+    entries = [*([] if place.full is None else [place.full]), *place.entries]
+    yield from (f"### {phrases.title(metric)}, by task", "")
+    rows = []
+    for entry in entries:
+        means = entry.row.by_task(metric)
+        cells = [phrases.value(means[task], metric) if task in means else _DASH for task in place.tasks]
+        rows.append([_text(entry.row.cell.name), _text(entry.row.cell.condition) or _DASH, *cells])
+    yield from _table(["variant", "condition", *map(_text, place.tasks)], rows, left=2)
 
 
 def _row(entry: VariantEntry, metrics: Sequence[str]) -> list[str]:
