@@ -62,6 +62,11 @@ def test_the_numbers_are_those_of_a_run(name, prompt, model, run, tables):
             model(ids[:, :1], past_key_values=cache)
         stats = cache.stats()
     course = simulate(policy, length, prompt)
+    if not policy.selector.exact:  # the numbers are upper limits, and how many entries pass hangs on the text
+        assert stats.seen == course.seen
+        assert stats.resident <= course.resident
+        assert stats.peak_resident <= course.peak
+        return
     assert course == Course(stats.seen, stats.resident, stats.peak_resident, stats.compactions)
     shape = ModelShape(3, 2, 16, "float32")
     assert stats.bytes_resident == course.resident * shape.bytes_per_token * batch
