@@ -53,6 +53,19 @@ def test_a_document_beyond_the_trained_length(example, tiny, tmp_path):
     assert turned[-1] != pytest.approx(stays[-1], abs=1e-4)
 
 
+def test_the_order_of_questions_does_not_matter(example, tiny, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the boat is red, and it goes far away in the morning. " * 4)
+    options = ["--model", str(tiny), "--text", str(text), "--budget", "64", "--max-new-tokens", "12"]
+    asked = ["where is it", "what is red", "and when"]
+    script = example("many_questions")
+    answers = script.main([*options, *(f"--question={each}" for each in asked)])
+    assert "64 of 2" in capsys.readouterr().out
+    other = script.main([*options, *(f"--question={each}" for each in reversed(asked))])
+    assert len(answers) == 3
+    assert other == answers[::-1]
+
+
 def test_a_batch_scores_each_row_as_if_it_were_alone(example, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n## ".join(["the boat is red and goes far away " * n for n in (2, 3, 5)]))
