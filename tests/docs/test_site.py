@@ -25,7 +25,6 @@ def adapted(tmp_path):
     root = tmp_path / "docs"
     (root / "results").mkdir(parents=True)
     (root / "results" / "scope.md").write_text("# scope")
-    (root / "results" / "scope.html").write_text("<p>scope</p>")
 
     def adapt(text, name="page"):
         (root / f"{name}.md").write_text(text)
@@ -39,13 +38,12 @@ def adapted(tmp_path):
 
 def test_links_out_of_the_folder_lead_to_pages_that_show_the_file(adapted):
     assert adapted("[a](../LICENSE) and [b](other.md#x)") == "[a](/reference/files/LICENSE.md) and [b](other.md#x)"
-    assert adapted("[a](../../scripts/x.py)", "results/README") == "[a](/reference/files/scripts/x-py.md)"
+    assert adapted("[a](../../scripts/x.py)", "results/scope") == "[a](/reference/files/scripts/x-py.md)"
     assert adapted("[a](https://example.org/../x)") == "[a](https://example.org/../x)"
 
 
-def test_links_to_reports_lead_to_the_report(adapted):
-    assert adapted("[s](results/scope.md#a)") == "[s](beside:results/scope.html#a)"
-    assert adapted("[s](scope.html)", "results/README") == "[s](beside:scope.html)"
+def test_published_studies_are_listed_on_the_page_of_results(adapted):
+    assert adapted("# Results\n", "results/README").endswith("```{toctree}\n:maxdepth: 1\n\nscope\n```\n")
 
 
 def test_blocks_are_left_alone_and_comments_go(adapted):

@@ -16,7 +16,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-from kvsite import inspection, plain, reference, reports, roles, sources
+from kvsite import inspection, plain, reference, roles, sources
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -41,6 +41,5 @@ def _generate(app: Sphinx) -> None:
 
 def _finish(app: Sphinx, exception: Exception | None) -> None:
     if exception is None and app.builder.name == "html":
-        reports.copy(Path(app.srcdir), Path(app.outdir))
         plain.write(app)
         inspection.report(Path(app.outdir))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import kvpolicy
 import kvpolicy.ops
-import kvpolicy.runtimes.hf
 import kvpolicy.testing
 
 
@@ -31,6 +30,8 @@ def _of(package: str, *names: str) -> tuple[str, ...]:
 
 def parts() -> list[Part]:
     """Return the pages, in order."""
+    from kvpolicy.runtimes import hf  # loads transformers, which reading the configuration must not
+
     public = [name for name in kvpolicy.__all__ if not name.startswith("__")]
     return [
         Part("kvpolicy", "Everything that most programs need.", _of("kvpolicy", *public)),
@@ -71,8 +72,7 @@ def parts() -> list[Part]:
         Part(
             "kvpolicy.runtimes.hf",
             "Policies in transformers.",
-            _of("kvpolicy.runtimes.hf", *kvpolicy.runtimes.hf.__all__)
-            + _of("kvpolicy.runtimes.hf.pipeline", "ContextPipeline"),
+            _of("kvpolicy.runtimes.hf", *hf.__all__) + _of("kvpolicy.runtimes.hf.pipeline", "ContextPipeline"),
         ),
         Part(
             "kvpolicy.runtimes.vllm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("quick-start", "concepts", "faq", "glossary"),
     "Use": (
@@ -40,3 +42,9 @@ def toctrees() -> str:
     for caption, pages in SECTIONS.items():
         parts.append("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]))
     return "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def results(folder: Path) -> str:
+    """Return a list of all published studies, which stands at the end of the page of results."""
+    names = sorted(path.stem for path in folder.glob("*.md") if path.stem != "README")
+    return "\n\n## All tables\n\n" + "\n".join(["```{toctree}", ":maxdepth: 1", "", *names, "```"]) + "\n"

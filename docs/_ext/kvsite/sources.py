@@ -29,12 +29,12 @@ def adapt(app: Sphinx, docname: str, content: list[str]) -> None:
     text = content[0]
     if docname == app.config.root_doc:
         text += navigation.toctrees()
+    if docname == "results/README":
+        text += navigation.results(path.parent)
     if docname == "methods":
         more = r"\1\n[All its parameters](reference/policies/\2.md)\n"
         text = re.sub(r"^(### ([\w.-]+)\n)", more, text, flags=re.MULTILINE)
-    content[0] = "".join(
-        part if fenced else _prose(part, docname, Path(app.srcdir)) for fenced, part in split_fences(text)
-    )
+    content[0] = "".join(part if fenced else _prose(part, docname) for fenced, part in split_fences(text))
 
 
 def split_fences(text: str) -> Iterator[tuple[bool, str]]:
@@ -47,10 +47,10 @@ def split_fences(text: str) -> Iterator[tuple[bool, str]]:
     yield False, text[end:]
 
 
-def _prose(text: str, docname: str, root: Path) -> str:
+def _prose(text: str, docname: str) -> str:
     text = _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text)
     text = _PICTURE.sub(_both, text)
-    return LINK.sub(lambda found: _link(found, docname, root), text)
+    return LINK.sub(lambda found: _link(found, docname), text)
 
 
 def _both(found: re.Match[str]) -> str:
@@ -59,14 +59,8 @@ def _both(found: re.Match[str]) -> str:
     )
 
 
-def _link(found: re.Match[str], docname: str, root: Path) -> str:
-    """Lead a link out of this folder to the page that shows that file, and one to a report to the report."""
+def _link(found: re.Match[str], docname: str) -> str:
+    """Lead a link out of this folder to the page that shows that file."""
     path, anchor = found["path"], found["anchor"] or ""
     target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(docname), path))
-    if not target.startswith("docs/"):
-        return f"](/{page_of(target)}.md{anchor})"
-    inside = Path(target).relative_to("docs")
-    if (root / inside).with_suffix(".html").is_file():  # a report, which is a page of its own
-        here = posixpath.dirname(docname) or "."
-        return f"](beside:{posixpath.relpath(inside.with_suffix('.html').as_posix(), here)}{anchor})"
-    return found[0]
+    return found[0] if target.startswith("docs/") else f"](/{page_of(target)}.md{anchor})"
