@@ -203,7 +203,7 @@ class PageReader:
             words += ["--model", self.model]
         if words[0] == "check":
             words = [*(_CHECKED.get(word, word) for word in words), "--law", "deterministic", "--jobs", "1"]
-        if words[0] == "study" and words[1] in ("run", "plan", "status", "report"):
+        if words[0] == "study" and words[1] in ("run", "plan", "status", "report", "budget"):
             words = [*(word for word in words if word != "--quick"), "--quick"]
             words += ["--workers", "1"] if words[1] == "run" else []
         if words[:2] == ["study", "prune"]:
