@@ -59,6 +59,22 @@ def test_a_picture_becomes_one_for_each_scheme(adapted):
     assert "<picture>" not in found
 
 
+def test_links_of_files_lead_to_pages_of_the_site_or_are_words(tmp_path):
+    from kvsite.files import pages
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("[changes](../CHANGES.md) [a](../examples/a.py)\n")
+    (tmp_path / "CHANGES.md").write_text("[p](docs/page.md#x) [here](#y) [a](examples/a.py) [w](https://example.org)\n")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "a.py").write_text("print('````')\n")
+    made = pages(tmp_path / "docs")
+    assert made["reference/files/CHANGES-md.md"] == "[p](/page.md#x) here a [w](https://example.org)\n"
+    assert made["reference/files/examples/a-py.md"] == "# `examples/a.py`\n\n`````python\nprint('````')\n`````\n"
+    (tmp_path / "docs" / "page.md").write_text("[gone](../nowhere.py)\n")
+    with pytest.raises(FileNotFoundError, match=r"links to nowhere\.py"):
+        pages(tmp_path / "docs")
+
+
 def test_every_page_has_its_place():
     from kvsite.navigation import SECTIONS
 

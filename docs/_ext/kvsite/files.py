@@ -8,6 +8,7 @@ from pathlib import Path
 
 LONGEST = 60_000  # characters; of a longer file its beginning is shown
 _IGNORED = re.compile(r"(__pycache__|\.egg-info|\.pytest_cache|\.hypothesis|\.ruff_cache|/build)(/|$)")
+_RELATIVE = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?!https?:)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 LANGUAGES = {
     ".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json", ".jsonl": "text",
     ".css": "css", ".js": "javascript", ".html": "html", ".txt": "text", ".cff": "yaml",
@@ -58,8 +59,17 @@ def _page(repository: Path, path: str) -> str:
         parts = [f"## `{each.relative_to(place)}`\n\n{_shown(each)}" for each in names]
         return f"# `{path}/`\n\n" + "\n\n".join(parts) + "\n"
     if place.suffix == ".md":
-        return place.read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8")
+        return _RELATIVE.sub(lambda found: _inside(found, posixpath.dirname(path), repository), text)
     return f"# `{path}`\n\n{_shown(place)}\n"
+
+
+def _inside(found: re.Match[str], folder: str, repository: Path) -> str:
+    """Lead a link of a file to the page of the site that it means, and leave the words of any other."""
+    target = posixpath.normpath(posixpath.join(folder, found["path"]))
+    if target.startswith("docs/") and target.endswith(".md") and (repository / target).is_file():
+        return f"[{found['text']}](/{target.removeprefix('docs/')}{found['anchor'] or ''})"
+    return found["text"]
 
 
 def _shown(path: Path) -> str:

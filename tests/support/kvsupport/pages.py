@@ -173,6 +173,8 @@ class PageReader:
             ("[smollm2]", f"[{self.model}]"),
             ("words: 300", "words: 30"),
             ("tokens: 1024", "tokens: 192"),
+            ("[0.03, 0.1, 0.3, 1.0]", "[0.1, 0.3]"),
+            ("{budget: [{trace: 0.2}]}}", "{budget: [{trace: 0.3}, {trace: 0.2}]}}"),  # of which a smallest is asked
         ):
             text = text.replace(long, short)
         return re.sub(r"^(quick: \{samples: )\d+", r"\g<1>1", text, flags=re.MULTILINE)
