@@ -20,7 +20,7 @@ from kvpolicy.cli.showing import parameter_rows
 from kvpolicy.contracts.components import NEEDS
 from kvpolicy.runtimes.vllm.refusals import policy_refusal
 from kvpolicy.spec import ComponentRef, files, yaml_text
-from kvpolicy.testing.tables import stand_in_tables
+from kvpolicy.testing.tables import stand_in_tables, table_fields
 from kvsite.components import anchor
 from kvsite.markdown import code, table, text, tree
 
@@ -75,9 +75,7 @@ def _page(spec: PolicySpec, kernels: str) -> str:
 def _facts(spec: PolicySpec, policy: Policy, served: str, kernels: str) -> list[tuple[str, str]]:
     needs = "; ".join(f"`{need}`: {text(NEEDS[need])}" for need in sorted(policy.needs))
     models = [MODELS[need] for need in sorted(policy.needs) if need in MODELS]
-    tables = sorted(
-        {str(getattr(part, "table")) for part in policy.components if "table" in type(part).model_fields}  # noqa: B009
-    )
+    tables = sorted({str(getattr(part, name)) for part in policy.components for name in table_fields(type(part))})
     if tables:
         models.append(f"the model that the [table](../../tables.md) `{'`, `'.join(tables)}` was measured on")
     on = "all that are [served](../../models.md)" if not models else "; ".join(models)
