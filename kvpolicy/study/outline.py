@@ -20,7 +20,7 @@ class OutlineRow:
         rollouts: answers to each problem where something is random.
         budget: entries per head that every policy gets here; None if each has its own.
         runs: all runs, the full cache's too.
-        tokens: most tokens that they generate; more only where a benchmark's authors let answers be longer.
+        tokens: most tokens that they generate.
     """
 
     dataset: str
@@ -51,5 +51,5 @@ def _row(spec: StudySpec, source: Source) -> OutlineRow:
 
     count = runs(random=False, forced=False)
     count += sum(runs(random=has_seed(variant.policy), forced=True) for variant in spec.variants())
-    longest = source.max_new_tokens or spec.sampling.max_new_tokens
+    longest = source.max_new_tokens or source.longest or spec.sampling.max_new_tokens
     return OutlineRow(source.label, models, problems, seeds, source.budget, count, count * longest)

@@ -66,6 +66,7 @@ class Source(BaseModel):
         fresh_by_seed: each seed of a study gets other problems.
         measured: problems are made to the measure of each model: of a length in its tokens, or cut to its window.
         size: how many problems the published data set has; None if there is no such number.
+        longest: most tokens of any answer, where the authors of a benchmark say it.
         files: fields that name files; relative ones are relative to the study file.
     """
 
@@ -74,6 +75,7 @@ class Source(BaseModel):
     fresh_by_seed: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     size: ClassVar[int | None] = None
+    longest: ClassVar[int | None] = None
     files: ClassVar[tuple[str, ...]] = ("path",)
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

@@ -335,5 +335,13 @@ def test_an_unknown_name_says_what_there_is():
     )
 
 
+def test_the_longest_answer_is_known(tmp_path):
+    assert BENCHMARKS["longbench"].longest == max(map(longest_answer, PROMPTS))
+    assert BENCHMARKS["infinitebench"].longest == max(task.most_tokens for task in TASKS.values())
+    assert {name for name, kind in BENCHMARKS.items() if kind.longest} == {
+        *("ruler", "longbench", "longbench-v2", "infinitebench", "loogle"),
+    }
+
+
 def test_every_grader_is_named_once():
     assert all(named(f"{name}-of-first-line") is GRADERS[name] for name in GRADERS)

@@ -70,6 +70,7 @@ def test_ruler_is_compressed_at_the_prompt_to_four_budgets():
     budgets = {json.dumps(variant.policy.to_data()["budget"]) for variant in study.variants()}
     assert budgets == {json.dumps({"fraction": share}) for share in (0.75, 0.5, 0.25, 0.125)}
     assert {variant.policy.phase for variant in study.variants()} == {"prefill"}
+    assert {variant.compress for variant in study.variants()} == {"context", "prompt"}
     assert sum(len(source.chosen) for source in study.datasets) == 13
     assert study.strict
 

@@ -104,14 +104,14 @@ def test_a_report_has_the_score_of_each_task(study, tmp_path):
     path = tmp_path / "r.sqlite"
     made = study.make(
         datasets=[{"use": "ruler", "tokens": 2000, "tasks": ["niah_single_1", "vt"], "max_new_tokens": 4}],
-        conditions={"budget": [0.5], "phase": ["prefill"], "trigger": [{"every": 32}]},
-        samples=4,
+        conditions={"budget": [0.5], "phase": ["prefill"], "compress": ["context", "prompt"]},
+        samples=2,
     )
     study.run(made, path)
     with Results(path) as results:
         rows = summarise(results)
-        assert [set(row.by_task("score")) for row in rows] == [{"niah_single_1", "vt"}] * 3
-        assert {found.problems for row in rows for found in row.by_task("score").values()} == {2}
+        assert [set(row.by_task("score")) for row in rows] == [{"niah_single_1", "vt"}] * 5
+        assert {found.problems for row in rows for found in row.by_task("score").values()} == {1}
         report = build(results, Commands("run", "report"))
     text = markdown(report)
     assert ", by task" in text

@@ -101,6 +101,7 @@ class LongBench2Source(ChoiceSource):
 
     use: ClassVar[str] = "longbench-v2"
     size: ClassVar[int | None] = 503
+    longest: ClassVar[int | None] = 128
     measured: ClassVar[bool] = True
     columns: ClassVar[Sequence[str]] = (
         *("context", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer"),

@@ -97,6 +97,7 @@ class InfiniteBenchSource(TaskedSource):
 
     use: ClassVar[str] = "infinitebench"
     size: ClassVar[int | None] = 3932
+    longest: ClassVar[int | None] = 30000
     known: ClassVar[Sequence[str]] = tuple(TASKS)
     columns: ClassVar[Sequence[str]] = ("input", "context", "answer", "options")
 

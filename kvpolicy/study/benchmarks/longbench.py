@@ -150,6 +150,7 @@ class LongBenchSource(TaskedSource):
 
     use: ClassVar[str] = "longbench"
     size: ClassVar[int | None] = 4750
+    longest: ClassVar[int | None] = 512
     known: ClassVar[Sequence[str]] = tuple(PROMPTS)
     columns: ClassVar[Sequence[str]] = ("input", "context", "answers", "all_classes")
     archive: ClassVar[str | None] = "data.zip"

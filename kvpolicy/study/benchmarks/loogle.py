@@ -49,6 +49,7 @@ class LooGleSource(TaskedSource):
     """LooGLE, without a chat template as its authors ask open models; too long a text loses its middle."""
 
     use: ClassVar[str] = "loogle"
+    longest: ClassVar[int | None] = 500
     known: ClassVar[Sequence[str]] = tuple(PROMPTS)
     columns: ClassVar[Sequence[str]] = ("input", "qa_pairs", "output")
     folder: ClassVar[str] = "data/"

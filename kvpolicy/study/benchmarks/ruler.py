@@ -30,6 +30,7 @@ class RulerSource(Source):
 
     fresh_by_seed: ClassVar[bool] = True
     measured: ClassVar[bool] = True
+    longest: ClassVar[int | None] = 128
     files: ClassVar[tuple[str, ...]] = ("path", "text")
 
     tokens: int = Field(default=4096, ge=256, le=LONGEST_TEXT)
