@@ -110,13 +110,15 @@ def _layers(model: Any) -> list[Any] | None:
     """Return the layers of a cache behind as many tokens as any window holds, or None."""
     from transformers import DynamicCache
 
+    from kvpolicy.runtimes.hf.naming import passing
+
     text = model.config.get_text_config(decoder=True)
     windows = [size for name in _WINDOWS if isinstance(size := getattr(text, name, None), int)]
     try:
         cache: Any = DynamicCache(config=text)
         with torch.device("meta"):
             ids = torch.zeros(1, max([*windows, 8]) + 1, dtype=torch.long)
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, use_cache=True, **passing(cache, model.forward))
     except Exception:  # noqa: BLE001 - some code asks for numbers, which a tensor without memory has not
         return None
     return list(cache.layers)

@@ -146,8 +146,8 @@ def make_plan(spec: StudySpec, device: str) -> Plan:
 
 
 def _what(study: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a study asks for: how many rows run together is not part of it."""
-    return {name: value for name, value in study.items() if name != "batch"}
+    """Return what a study asks for: how many rows run together is not part of it, nor what it leaves open."""
+    return {name: value for name, value in study.items() if name != "batch" and value is not None}
 
 
 def plain(spec: StudySpec) -> dict[str, Any]:

@@ -19,6 +19,8 @@ def test_every_block_does_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope, errors = {}, 0
     for language, text in BLOCKS:
+        if language == "text":  # what a program prints
+            continue
         if language == "python":
             exec(compile(text, "docs/spec.md", "exec"), scope)
             continue

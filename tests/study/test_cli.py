@@ -55,7 +55,7 @@ def test_plan_run_status(run, tmp_path):
     code, out, err = run("run", "small.yaml")
     assert code == 0
     assert "variants: 8/8 runs" in err
-    assert re.search(r"^ *rkv +4 +0\.000 \[0\.000, 0\.490\]", out, flags=re.MULTILINE)
+    assert re.search(r"^ *rkv +4 +0\.0 \[0\.0, 49\.0\]", out, flags=re.MULTILINE)
     assert re.search(r"p \(Holm\) = 1 *$", out, flags=re.MULTILINE)
     assert out.rstrip().endswith("Recorded in small.sqlite.")
     assert run("status", "small.yaml")[1] == (
@@ -90,14 +90,12 @@ def test_no_number_of_a_table_is_cut_short(run, monkeypatch, columns):
     assert code == 0
     assert "…" not in out
     if columns is None:
-        assert re.search(r"^ *random +4 .* 0\.000 \[0\.000, 0\.000\], p \(Holm\) = 1 *$", out, flags=re.MULTILINE)
+        assert re.search(r"^ *random +4 .* 0\.0 \[-49\.0, 49\.0\], p \(Holm\) = 1 *$", out, flags=re.MULTILINE)
     else:
         assert max(map(len, out.splitlines())) <= 72
         words = " ".join(out.split())
         assert "Not shown for lack of room: tokens, resident_mean, resident_peak, " in words
-        assert re.search(r"^ *random +4 +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", out, flags=re.MULTILINE), (
-            "every digit is there"
-        )
+        assert re.search(r"^ *random +4 +\d\.\d \[\d\.\d, \d+\.\d\]", out, flags=re.MULTILINE), "every digit is there"
 
 
 def test_quick_has_a_file_of_its_own(run, tmp_path):

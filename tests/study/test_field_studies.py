@@ -106,7 +106,7 @@ def test_a_local_copy_and_another_model_take_their_place(run, tmp_path, model_fo
     assert code == 0, err
     assert "math-500 · " in out
     assert "not graded" not in out
-    assert len(re.findall(r"^ *\S+ +4 +0\.000", out, flags=re.MULTILINE)) == 11
+    assert len(re.findall(r"^ *\S+ +4 +0\.0 ", out, flags=re.MULTILINE)) == 11
     code, out, _ = run("report", "reasoning-4x.sqlite")
     assert code == 0
     assert "math-500" in (tmp_path / "reasoning-4x.md").read_text()

@@ -58,7 +58,7 @@ def run(capsys, monkeypatch, tmp_path):
 )
 def test_both_files_lie_beside_the_results_and_say_how_they_were_made(run, tmp_path, arguments, stem, ran, report):
     code, out, err = run(*arguments)
-    assert (code, out) == (0, f"Written: {stem}.html and {stem}.md.\n")
+    assert (code, out) == (0, f"Written: {stem}.html and {stem}.md.\n"), err
     # The model of a study that is named is looked for, to say what it asks for now; a results file needs nothing.
     caution = "small.yaml: is taken as it ran last, for its models or data sets are not here (models: 'nowhere' cannot"
     assert err.startswith(caution) == (arguments[0] == "small.yaml")

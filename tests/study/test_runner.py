@@ -84,7 +84,7 @@ def test_neither_batch_size_nor_order_changes_a_result(study, table, tmp_path, s
     spec = study.make(**fields, samples=5, batch=4, sampling={"max_new_tokens": 30, **settings})
     made = study.plan(spec)
     study.run(spec, tmp_path / "4.sqlite", made=made)
-    for of_seed in made.problems.values():
+    for of_seed in [made.problems(*place) for place in made.places()]:
         for problems in of_seed.values():
             random.Random(3).shuffle(problems)
     made.spec = spec.model_copy(update={"batch": 1})
@@ -113,7 +113,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(study, tmp_path):
 def test_one_bad_run_does_not_take_its_batch_along(study, tmp_path, monkeypatch):
     spec = study.make(samples=8, batch=8)
     made = study.plan(spec)
-    bad = made.problems["needle-20"][0][5]
+    bad = made.problems(*made.places()[0])[0][5]
     generate = work._generate
 
     def fragile(task, items, model, tokenizer):

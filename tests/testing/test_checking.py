@@ -143,14 +143,14 @@ def test_whatever_a_component_raises_is_a_failure():
 
 def test_a_need_that_there_is_not_is_a_failure_that_names_it():
     class Looks(ImportanceScorer):
-        needs: ClassVar = frozenset({"hidden_states"})
+        needs: ClassVar = frozenset({"logits"})
 
         def score(self, view):
             return torch.zeros(view.shape)
 
     [result] = checked(Looks, "row_alone")
     message = result.failure.message
-    assert message.startswith("while an example was drawn: UnsupportedError: needs: there is no hidden_states; known")
+    assert message.startswith("while an example was drawn: UnsupportedError: needs: there is no logits; known")
 
 
 def test_a_law_about_which_too_few_examples_say_anything_is_no_pass(capsys):

@@ -132,8 +132,8 @@ def test_what_needs_bring_is_drawn_and_moves_along():
 
 
 def test_a_need_that_there_is_not_is_named():
-    with pytest.raises(UnsupportedError, match="needs: there is no hidden_states; known are queries"):
-        find(cache_views(needs={"hidden_states"}), lambda v: True)
+    with pytest.raises(UnsupportedError, match="needs: there is no logits; known are"):
+        find(cache_views(needs={"logits"}), lambda v: True)
 
 
 @given(policy_specs())

@@ -76,6 +76,7 @@ def read_context(
     last = input_ids.new_empty(0)
     for logits in _run(model, cache, input_ids, attention_mask, 0, ends):
         passes.compact(fit=False)
+        assert logits is not None, "a context is read for questions, which a model with a head answers"
         last = logits
     passes.compact()
     return last
@@ -124,15 +125,16 @@ def _run(
     attention_mask: Tensor | None,
     seen: int,
     ends: range,
-) -> Iterator[Tensor]:
-    """Feed the tokens from `seen` to each of `ends` in a pass; yield its last logits `[B, V]`."""
+) -> Iterator[Tensor | None]:
+    """Feed the tokens from `seen` to each of `ends` in a pass; yield its last logits `[B, V]`, None without a head."""
     for end in ends:
         mask = None if attention_mask is None else attention_mask[:, :end]
         output = model(
             input_ids[:, seen:end], attention_mask=mask, position_ids=_positions(mask, seen, end),
             use_cache=True, logits_to_keep=1, **passing(cache, model.forward),
         )  # fmt: skip
-        yield output.logits[:, -1]
+        logits = getattr(output, "logits", None)
+        yield None if logits is None else logits[:, -1]
         seen = end
 
 

@@ -25,8 +25,9 @@ def _tables_of_any_model():
 
 
 AUDITED = {
-    "adakv-snapkv", "adaptive-rkv", "cam", "chunkkv", "defensivekv", "duo-attention", "finch", "headkv", "kvcrush",
-    "lu-kv", "nacl", "pyramidkv", "qfilter", "rkv-pyramid", "rkv-regions", "think", "threshold", "triattention", "vase",
+    "adakv-snapkv", "adaptive-rkv", "cam", "chunkkv", "dbtrim-kv", "defensivekv", "duo-attention", "finch", "headkv",
+    "kvcrush", "kvzap", "lu-kv", "nacl", "pyramidkv", "qfilter", "rkv-pyramid", "rkv-regions", "think", "threshold",
+    "triattention", "vase",
 }  # fmt: skip
 
 
