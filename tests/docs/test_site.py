@@ -39,6 +39,7 @@ def adapted(tmp_path):
 def test_links_out_of_the_folder_lead_to_pages_that_show_the_file(adapted):
     assert adapted("[a](../LICENSE) and [b](other.md#x)") == "[a](/reference/files/LICENSE.md) and [b](other.md#x)"
     assert adapted("[a](../../scripts/x.py)", "results/scope") == "[a](/reference/files/scripts/x-py.md)"
+    assert adapted("[a](/spec.md#x)") == "[a](/spec.md#x)"
     assert adapted("[a](https://example.org/../x)") == "[a](https://example.org/../x)"
 
 

@@ -63,4 +63,4 @@ def _link(found: re.Match[str], docname: str) -> str:
     """Lead a link out of this folder to the page that shows that file."""
     path, anchor = found["path"], found["anchor"] or ""
     target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(docname), path))
-    return found[0] if target.startswith("docs/") else f"](/{page_of(target)}.md{anchor})"
+    return found[0] if target.startswith(("docs/", "/")) else f"](/{page_of(target)}.md{anchor})"
