@@ -207,7 +207,8 @@ class PageReader:
             words = [*(_CHECKED.get(word, word) for word in words), "--law", "deterministic", "--jobs", "1"]
         if words[0] == "study" and words[1] in ("run", "plan", "status", "report", "budget"):
             words = [*(word for word in words if word != "--quick"), "--quick"]
-            words += ["--workers", "1"] if words[1] == "run" else []
+            more = {"run": ["--workers", "1"], "budget": ["--loss", "0.9", "--confidence", "0.5"]}  # of one problem
+            words += more.get(words[1], [])
         if words[:2] == ["study", "prune"]:
             words = [*words[:2], words[2].replace(".sqlite", "-quick.sqlite"), "--yes"]
         return [path for word in words for path in (self._matching(word) if "*" in word else [word])]
