@@ -115,6 +115,7 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note, user="trace")
     from kvpolicy.runtimes.opening import encode
+    from kvpolicy.trace.about import details, made
     from kvpolicy.trace.page import Shown, trace_page
     from kvpolicy.trace.pieces import pieces
 
@@ -131,9 +132,14 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
         else:
             tokens, recording = given.tokens, _reading(model, given, spec, note)
         texts, special = pieces(tokenizer, tokens)
-        shown.append(Shown(spec.policy, described(spec), texts, special, recording))
+        shown.append(Shown(spec.policy, described(spec), texts, special, recording, details(spec)))
     name = expanded(request.model)
-    page = trace_page(shown, name.resolve().name if name.is_dir() else request.model, same_text=given is not None)
+    page = trace_page(
+        shown,
+        name.resolve().name if name.is_dir() else request.model,
+        same_text=given is not None,
+        made=made(str(model.dtype).removeprefix("torch.")),
+    )
     replace_file(out, page, "--out")
     for one in shown:
         console.print(f"{one.policy}: {_summary(one.recording)}", soft_wrap=True)

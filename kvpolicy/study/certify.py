@@ -15,6 +15,7 @@ of constant ones, for which the order of the problems does not matter.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -62,15 +63,27 @@ def certify(losses: Sequence[Sequence[float]], bound: float, level: float, *, bi
         level: one less the confidence.
         binary: every loss is -1, 0 or 1, for every possible outcome of the runs.
     """
-    found: list[TestedBudget] = []
-    open_ = True
-    for values in losses:
-        p = p_value(values, bound, binary=binary)
-        passed = open_ and p <= level
-        mean = math.fsum(values) / len(values)
-        found.append(TestedBudget(mean, upper_bound(values, level, binary=binary), p, passed, open_))
-        open_ = passed
-    return found
+    good = passing(losses, bound, level, binary=binary)
+    return [
+        TestedBudget(
+            loss=math.fsum(values) / len(values),
+            at_most=upper_bound(values, level, binary=binary),
+            p=p_value(values, bound, binary=binary),
+            certified=i < good,
+            reached=i <= good,
+        )
+        for i, values in enumerate(losses)
+    ]
+
+
+def passing(losses: Sequence[Sequence[float]], bound: float, level: float, *, binary: bool) -> int:
+    """Return how many budgets are good enough: those before the first one that is not shown to be.
+
+    Args:
+        losses, bound, level, binary: as for `certify`.
+    """
+    tests = (p_value(values, bound, binary=binary) <= level for values in losses)
+    return sum(1 for _ in itertools.takewhile(bool, tests))
 
 
 def p_value(losses: Sequence[float], bound: float, *, binary: bool) -> float:

@@ -56,6 +56,49 @@ class BudgetAnswer:
         return good[-1] if good else None
 
 
+@dataclass(frozen=True)
+class LostMetric:
+    """What policies lose against the full cache.
+
+    Attributes:
+        metric: what is lost.
+        binary: every loss is -1, 0 or 1, for every possible outcome of the runs.
+        budgets: labels of the study's budgets, the largest first.
+        lines: (model, dataset, policy, condition) -> label of the budget, the largest first -> loss by problem.
+    """
+
+    metric: str
+    binary: bool
+    budgets: tuple[str, ...]
+    lines: Mapping[_Where, Mapping[str, _Losses]]
+
+
+def losses_of(results: Recorded, asked: Asked, metric: str | None = None) -> LostMetric:
+    """Return what each policy loses on each problem, as `sufficient` takes it.
+
+    Args:
+        results: what was recorded.
+        asked: what the study asks for.
+        metric: what is lost; the first of the study's metrics that can be if None.
+
+    Raises:
+        KVPolicyError: the study compares no budgets, is not finished, or has no such metric.
+    """
+    axis = _axis(asked)
+    found = {record.key: record for record in results.records(asked.keys, outputs=False)}
+    chosen = _metric(asked, metric, {name for record in found.values() for name in record.metrics})
+    missing = len(asked.keys - found.keys())
+    if missing:
+        raise KVPolicyError(
+            f"budget: {missing:,} of the {len(asked.keys):,} runs that the study asks for are missing; run it first."
+        )
+    binary = METRICS[chosen].binary and not _several_runs(asked, found)
+    lines = _lines(asked, axis, found, chosen)
+    if not lines:
+        raise KVPolicyError(f"budget: no dataset of the study gives {chosen}, so there is no loss of it.")
+    return LostMetric(chosen, binary, axis.labels[::-1], lines)
+
+
 def sufficient(
     results: Recorded,
     asked: Asked,
@@ -82,18 +125,8 @@ def sufficient(
         KVPolicyError: the study compares no budgets, is not finished, has no such metric, or too few problems for any
             budget to be good enough: then it says how many are needed.
     """
-    axis = _axis(asked)
-    found = {record.key: record for record in results.records(asked.keys, outputs=False)}
-    chosen = _metric(asked, metric, {name for record in found.values() for name in record.metrics})
-    missing = len(asked.keys - found.keys())
-    if missing:
-        raise KVPolicyError(
-            f"budget: {missing:,} of the {len(asked.keys):,} runs that the study asks for are missing; run it first."
-        )
-    binary = METRICS[chosen].binary and not _several_runs(asked, found)
-    lines = _lines(asked, axis, found, chosen)
-    if not lines:
-        raise KVPolicyError(f"budget: no dataset of the study gives {chosen}, so there is no loss of it.")
+    lost = losses_of(results, asked, metric)
+    lines, binary = lost.lines, lost.binary
     places = _places(lines)
     level = (1 - confidence) / (len(lines) if together else 1)
     least = needed(loss, level, binary=binary)
@@ -115,8 +148,8 @@ def sufficient(
             made.append(BudgetAnswer(model, dataset, policy, condition, len(values[0]), tuple(line), tested, more))
         answers += made
         if len(made) > 1:
-            answers.append(_everywhere(made, axis.labels[::-1]))
-    return chosen, answers
+            answers.append(_everywhere(made, lost.budgets))
+    return lost.metric, answers
 
 
 def _axis(asked: Asked) -> BudgetAxis:

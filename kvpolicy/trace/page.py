@@ -29,10 +29,11 @@ class Shown:
 
     Attributes:
         policy: name of the policy.
-        about: its budget and the like, in a few words.
+        about: its budget, in a few words.
         texts: one text per token, those that never went into the cache included.
         special: indices of special tokens.
         recording: what was recorded.
+        details: its trigger and what it protects, in a few words.
     """
 
     policy: str
@@ -40,15 +41,17 @@ class Shown:
     texts: list[str]
     special: list[int]
     recording: Recording
+    details: str = ""
 
 
-def trace_page(shown: Sequence[Shown], model: str, *, same_text: bool = False) -> str:
+def trace_page(shown: Sequence[Shown], model: str, *, same_text: bool = False, made: str = "") -> str:
     """Return the page.
 
     Args:
         shown: one recording or two of the same model, which are put side by side.
         model: its name.
         same_text: both recordings are of one text, so that a token is pointed at in both.
+        made: in which dtype, by which version and when, in a few words.
     """
     blob = _Blob()
     sizes = [sum(_bytes(each) for each in one.recording.snapshots) for one in shown]
@@ -58,6 +61,7 @@ def trace_page(shown: Sequence[Shown], model: str, *, same_text: bool = False) -
     data = {
         "model": model,
         "same": same_text,
+        "made": made,
         "traces": [_trace(one, one.recording.snapshots[::thin], blob) for one in shown],
         "blob": base64.b64encode(gzip.compress(bytes(blob.data), 6, mtime=0)).decode("ascii"),
     }
@@ -65,7 +69,7 @@ def trace_page(shown: Sequence[Shown], model: str, *, same_text: bool = False) -
     values = {
         "title": html.escape(f"{names} on {model}: kvpolicy trace"),
         "style": _part("trace.css"),
-        "script": _part("trace.js") + _part("trace_page.js"),
+        "script": "".join(map(_part, ("trace.js", "trace_difference.js", "trace_picture.js", "trace_page.js"))),
         # Inside of a script element only "<" can end it.
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -102,6 +106,7 @@ def _trace(shown: Shown, snapshots: Sequence[Snapshot], blob: _Blob) -> dict[str
     return {
         "policy": shown.policy,
         "about": shown.about,
+        "details": shown.details,
         "texts": shown.texts,
         "special": shown.special,
         "prompt": recording.prompt,

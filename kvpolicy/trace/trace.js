@@ -69,6 +69,7 @@ class Trace {
     this.now = -1;
     this.width = 0; // of the map, noted when it changes: asking would make the browser lay out the page
     this.picked = -1;
+    this.difference = null; // what is shown in place of this recording alone
     this.build();
   }
 
@@ -76,7 +77,9 @@ class Trace {
     this.panel = el("section", "panel");
     this.panel.setAttribute("aria-label", `Text under ${this.data.policy}`);
     this.facts = el("p", "facts");
-    this.panel.append(el("header", "", el("h2", "", `${this.data.policy}, ${this.data.about}`), this.facts));
+    this.title = el("h2", "", `${this.data.policy}, ${this.data.about}`);
+    this.details = el("p", "details", this.data.details);
+    this.panel.append(el("header", "", this.title, this.facts, this.details));
     this.map = el("canvas", "map");
     this.map.trace = this;
     this.map.setAttribute("role", "img");
@@ -152,25 +155,26 @@ class Trace {
     for (const r of this.rows) {
       for (let p = 0, i = r * this.seen; p < seen; p++, i++) if (evicted[i] > done) held[p]++;
     }
+    if (this.difference) this.difference.count();
     const shades = Uint8Array.from({ length: this.rows.length + 1 }, (_, n) => 1 + below(SHARES, n / this.rows.length));
     let total = 0;
     const before = this.now;
     this.now = seen < this.seen ? seen - 1 : -1;
     for (let p = 0; p < this.spans.length; p++) {
       total += this.held[p];
-      const level = p >= seen ? FUTURE : this.held[p] && shades[this.held[p]];
+      const level = p >= seen ? FUTURE : this.held[p] && (this.rows.length === 1 ? 5 : shades[this.held[p]]);
       const changed = level !== this.level[p];
       this.level[p] = level;
       if (changed || repaint || ((p === before) !== (p === this.now))) this.paint(p);
     }
     const each = total / this.rows.length;
-    this.facts.textContent = this.at.length
+    this.facts.textContent = this.difference ? this.difference.facts() : this.at.length
       ? `compaction ${whole(done)} of ${whole(this.at.length)} · ${whole(each)} of ${whole(seen)} entries per head (${percent(each / seen)})`
       : `no compaction · ${whole(seen)} entries per head`;
   }
 
   paint(p) {
-    let name = `k ${HELD[this.level[p]]} t${this.life[p]}`;
+    let name = this.difference ? `k ${this.difference.name(p)}` : `k ${HELD[this.level[p]]} t${this.life[p]}`;
     if (this.special.has(p)) name += " special";
     if (p === this.now) name += " now";
     if (p === this.picked) name += " picked";
@@ -195,18 +199,21 @@ class Trace {
       let held = 0;
       for (let p = from; p < to; p++) held += this.held[p];
       const share = held / (to - from) / this.rows.length;
+      if (this.difference) continue;
       pen.fillStyle = colours.held;
       pen.fillRect(x, bar * (1 - share), 1, bar * share);
       pen.fillStyle = colours.life[this.life[from]];
       pen.fillRect(x, bar + 3 * ratio, 1, height - bar - 3 * ratio);
     }
+    if (this.difference) this.difference.draw(pen, width, bar, colours);
     pen.fillStyle = colours.edge;
     pen.fillRect(0, bar, width, ratio);
     pen.fillStyle = colours.ink;
     pen.fillRect(Math.round((this.data.prompt * width) / count), 0, ratio, bar);
     if (this.now >= 0) pen.fillRect(Math.round(((this.now + 1) * width) / count) - ratio, 0, 2 * ratio, height);
-    this.map.setAttribute("aria-label",
-      `Share of heads that hold each position after ${whole(this.tokens)} tokens, and below it how long they kept it`);
+    this.map.setAttribute("aria-label", this.difference
+      ? `Share of heads that hold each position after ${whole(this.tokens)} tokens: under both policies, and under either only`
+      : `Share of heads that hold each position after ${whole(this.tokens)} tokens, and below it how long they kept it`);
   }
 
   /** The last scores of an entry up to now: values and ranks over the selected heads that held it. */

@@ -6,6 +6,8 @@ class Page {
     this.longest = Math.max(...this.traces.map((trace) => trace.seen));
     this.steps = [...new Set([...this.traces.flatMap((trace) => [...trace.at]), this.longest])].sort((a, b) => a - b);
     this.bounds = this.boundsOfLife();
+    this.difference = this.traces.length > 1 ? new Difference(...this.traces) : null;
+    this.differing = false;
     this.picked = null;
     this.pinned = false;
     this.playing = 0;
@@ -14,10 +16,11 @@ class Page {
     $("about").textContent =
       `${whole(this.longest)} tokens seen, ${first.prompt} of them the prompt · ` +
       `${first.layers.length} layers, ${heads.length} KV heads` + (this.traces.length > 1 && this.same ? " · same text" : "");
+    $("made").textContent = data.made;
+    $("viewing").hidden = !this.difference?.possible;
     $("main").classList.toggle("two", this.traces.length > 1);
     $("main").prepend(...this.traces.map((trace) => trace.panel));
     this.fillChoices(first);
-    this.fillLegend();
     this.listen();
     $("slider").max = this.steps.length - 1;
     $("slider").value = this.steps.length - 1;
@@ -47,8 +50,17 @@ class Page {
   }
 
   fillLegend() {
-    const step = (name, text) => el("span", `k ${name}`, text);
-    $("legend-heads").replaceChildren(...[...SHARES, 1].map((share, i) => step(`h${i + 1}`, i < 4 ? `≤${percent(share)}` : "more")));
+    const step = (name, text) => el("span", `k ${name}`, text), single = this.traces[0].rows.length === 1;
+    const shares = (name) => [...SHARES, 1].map((share, i) => step(`${name}${i + 1}`, i < 4 ? `≤${percent(share)}` : "more"));
+    $("legend").classList.toggle("differing", this.differing);
+    $("legend").classList.toggle("single", single);
+    $("legend-what").textContent = single ? "the head" : "share of heads that hold it";
+    $("legend-heads").replaceChildren(...(single ? [step("h5", "holds it")] : shares("h")));
+    $("legend-gone").textContent = this.differing ? "held under neither" : single ? "evicted" : "evicted by all";
+    const names = this.traces.map((trace) => trace.data.policy);
+    const sides = [`only ${names[0]}`, `only ${names[1]}`, "both"];
+    $("legend-sides").replaceChildren(...sides.map((word, i) => step(`d-${SIDES[i]} d4`, word)));
+    $("legend-shares").replaceChildren(...shares("d-both d"));
     const words = [...this.bounds.map((bound) => `<${whole(bound)}`), `${whole(this.bounds[3])}+`, "to the end"];
     $("legend-life").replaceChildren(...words.map((word, i) => step(`t${i + 1}`, word)));
   }
@@ -61,6 +73,9 @@ class Page {
     });
     $("layer").addEventListener("change", () => this.choose());
     $("head").addEventListener("change", () => this.choose());
+    $("view").addEventListener("change", () => this.view($("view").value === "difference"));
+    $("picture").addEventListener("click", () => savePicture(this));
+    $("example").addEventListener("toggle", () => this.fillExample());
     $("play").addEventListener("click", () => (this.playing ? this.stop() : this.play()));
     $("back").addEventListener("click", () => this.move(-1));
     $("on").addEventListener("click", () => this.move(1));
@@ -168,7 +183,31 @@ class Page {
       trace.select($("layer").value, $("head").value);
       trace.age(this.bounds);
     }
+    this.fillLegend();
     this.render(true);
+  }
+
+  /** Show the difference of the two policies in the first panel, or what each of them holds in its own. */
+  view(differing) {
+    const [first, second] = this.traces;
+    this.differing = differing;
+    first.difference = differing ? this.difference : null;
+    first.title.textContent = differing ? `${first.data.policy} against ${second.data.policy}` : `${first.data.policy}, ${first.data.about}`;
+    first.details.hidden = differing;
+    for (const name of ["two", "differing"]) $("main").classList.toggle(name, differing === (name === "differing"));
+    $("main").classList.add("two");
+    this.choose();
+  }
+
+  fillExample() {
+    if (!$("example").open) return;
+    const found = example(this), [trace] = this.traces;
+    if (!found) {
+      $("example-text").textContent = "Move the slider: nothing has been seen yet.";
+      return;
+    }
+    const token = el("span", trace.spans[found.p].className.replace(/ (picked|now)\b/g, ""), JSON.stringify(trace.data.texts[found.p]).slice(1, -1));
+    $("example-text").replaceChildren(token, ` at position ${whole(found.p)}, after ${whole(trace.tokens)} tokens: ${found.text}`);
   }
 
   update() {
@@ -180,11 +219,14 @@ class Page {
 
   render(repaint = false) {
     const step = $("slider").valueAsNumber, tokens = this.steps[step];
-    for (const trace of this.traces) trace.show(tokens, repaint);
+    const [first, ...others] = this.traces;
+    for (const trace of others) trace.show(tokens, repaint);
+    first.show(tokens, repaint || this.differing); // last: its difference needs the others
     const words = step === this.steps.length - 1 ? `the end, ${whole(tokens)} tokens` : `after ${whole(tokens)} tokens seen`;
     $("moment").textContent = words;
     $("slider").setAttribute("aria-valuetext", words);
     this.redraw();
+    this.fillExample();
     this.fillCard();
   }
 
@@ -193,6 +235,7 @@ class Page {
       const style = getComputedStyle(document.documentElement), value = (name) => style.getPropertyValue(name).trim();
       this.colours = {
         held: `rgb(${value("--held")} / .75)`, edge: value("--edge"), ink: value("--ink"), raised: value("--raised"),
+        sides: ["--d-a", "--d-b", "--d-both"].map((name) => `rgb(${value(name)} / .8)`),
         life: [value("--edge"), ...[1, 2, 3, 4, 5].map((n) => value(`--l${n}`)), value("--accent")],
       };
     }
@@ -217,10 +260,10 @@ class Page {
   // -- the card -----------------------------------------------------------------------------------------------------
 
   fillCard() {
+    $("card").classList.toggle("idle", !this.picked);
     if (!this.picked) {
       $("card").replaceChildren(el("p", "hint",
-        "Point at a token to see who holds it and what it scored; click or tap to pin it. The strip above the text shows " +
-        "all positions: how many heads hold them, and below how long they were kept."));
+        "Point at a token to see who holds it and what it scored; click or tap to pin it."));
       return;
     }
     const { trace, p } = this.picked;
@@ -228,7 +271,7 @@ class Page {
     const what = el("div", "what",
       el("code", "", JSON.stringify(trace.data.texts[p]).slice(1, -1)),
       el("span", "", `position ${whole(p)}`), el("span", "hint", this.pinned ? `${kind} · pinned` : kind));
-    const shown = this.same ? this.traces : [trace];
+    const both = this.same || (this.differing && p < this.difference.same), shown = both ? this.traces : [trace];
     $("card").replaceChildren(what, el("div", "all", ...shown.map((each) => this.fates(each, p))));
   }
 

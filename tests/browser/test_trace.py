@@ -25,11 +25,12 @@ def open_trace(page_at, tmp_path):
 
     def show(*recordings, same_text=False, texts=None, names=("rkv", "snapkv"), width=1280, **context):
         shown = [
-            Shown(name, "budget 16", texts or words(each.seen + 1), [0], each)
+            Shown(name, "budget 16", texts or words(each.seen + 1), [0], each, "every 4 tokens · protects recent 2")
             for name, each in zip(names, recordings, strict=False)
         ]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.html"
-        path.write_text(trace_page(shown, "tiny", same_text=same_text), encoding="utf-8")
+        page = trace_page(shown, "tiny", same_text=same_text, made="float64 · kvpolicy 0.1 · 2026-11-30")
+        path.write_text(page, encoding="utf-8")
         opened = page_at(path, width=width, **context)
         opened.page.locator("main[aria-busy=false]").wait_for()
         return opened

@@ -59,6 +59,7 @@ class Effect:
 
     Attributes:
         entry: the variant.
+        base: the baseline there.
         comparison: the difference, with its intervals and p values.
         swapped: what differs from the baseline: a component, a parameter, or several.
         value: what the variant has there; its name if that says more.
@@ -67,6 +68,7 @@ class Effect:
     """
 
     entry: VariantEntry
+    base: VariantEntry
     comparison: Comparison
     swapped: str
     value: str
@@ -181,6 +183,14 @@ class Report:
     def series(self) -> tuple[str, ...]:
         """All series in the order of the study, without the full cache."""
         return tuple(dict.fromkeys(entry.series for place in self.places for entry in place.entries))
+
+    @property
+    def entries(self) -> Iterator[VariantEntry]:
+        """All entries, those of the full cache too, in the order of the study."""
+        for place in self.places:
+            if place.full is not None:
+                yield place.full
+            yield from place.entries
 
     @cached_property
     def styles(self) -> dict[str, Style]:
@@ -345,6 +355,7 @@ def _effects(entries: Sequence[VariantEntry], metric: str, baseline: str, axes: 
         found.append(
             Effect(
                 entry,
+                base,
                 comparison,
                 *_swapped(entry, base, axes),
                 tuple(number for number, by in change.items() if by > 0),

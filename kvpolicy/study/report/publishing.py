@@ -50,11 +50,11 @@ def publish(results: Recorded, asked: Asked, commands: Commands, folder: Path, o
         KVPolicyError: the folder cannot be written.
     """
     name = results.meta("study") or "study"
-    pictures = folder / name
+    beside = folder / name
     try:
-        pictures.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        begin = f"{option}: {pictures}" if option else str(pictures)
+        begin = f"{option}: {beside}" if option else str(beside)
         raise KVPolicyError(f"{begin} cannot be made ({error.strerror}); name another folder.") from None
     data = folder / f"{name}{SUFFIX}"
     replace_file(data, published(results, asked, commands.run), option)
@@ -62,23 +62,23 @@ def publish(results: Recorded, asked: Asked, commands: Commands, folder: Path, o
     report = build(read, commands, Asked.last(read))
     shown: dict[tuple[str, str, str], list[Picture]] = {}
     written = []
-    for place, measure in _measures(report):
-        for file, plot in _plots(report, place, measure):
-            replace_file(pictures / file, plot.file(), option)
-            key = (place.model, place.dataset, measure.metric)
-            shown.setdefault(key, []).append(Picture(f"{name}/{file}", plot.title))
-            written.append(pictures / file)
-    for old in set(pictures.glob("*.svg")) - set(written):
+    for key, file, plot in pictures(report):
+        replace_file(beside / file, plot.file(), option)
+        shown.setdefault(key, []).append(Picture(f"{name}/{file}", plot.title))
+        written.append(beside / file)
+    for old in set(beside.glob("*.svg")) - set(written):
         old.unlink()
     text = folder / f"{name}.md"
     replace_file(text, markdown(report, shown, data.name), option)
     return PublishedFiles(text, data, tuple(written), report)
 
 
-def _measures(report: Report) -> Iterator[tuple[Place, Measure]]:
+def pictures(report: Report) -> Iterator[tuple[tuple[str, str, str], str, Plot]]:
+    """Yield the pictures of a report: model, dataset and metric, the name of a file, and what is in it."""
     for place in report.places:
         for measure in place.measures:
-            yield place, measure
+            for file, plot in _plots(report, place, measure):
+                yield (place.model, place.dataset, measure.metric), file, plot
 
 
 def _plots(report: Report, place: Place, measure: Measure) -> Iterator[tuple[str, Plot]]:

@@ -1,0 +1,71 @@
+"""Trace pages of a study: what two policies kept of the texts that were recorded for one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvpolicy.runtimes.opening import encode
+from kvpolicy.spec import PolicySpec
+from kvpolicy.study.models import load
+from kvpolicy.study.records import Recorded, RunRecord
+from kvpolicy.study.runs import Plan, with_seed
+from kvpolicy.trace.about import details, made
+from kvpolicy.trace.page import Shown, trace_page
+from kvpolicy.trace.pieces import pieces
+from kvpolicy.trace.running import record_reading
+
+if TYPE_CHECKING:
+    from kvpolicy.study.models import ModelRef
+    from kvpolicy.study.problem import Problem
+    from kvpolicy.study.report.bundle import TraceWanted
+    from kvpolicy.study.report.content import VariantEntry
+
+
+def trace_pages(
+    wanted: Sequence[TraceWanted], plan: Plan, results: Recorded, say: Callable[[str], None]
+) -> dict[TraceWanted, str]:
+    """Return a page for each problem that is wanted: the recorded texts, read again under their policies.
+
+    Args:
+        wanted: which problems, and under which two policies.
+        plan: the study, whose models are here.
+        results: what was recorded, with texts.
+        say: called before each page with what it is.
+
+    Raises:
+        KVPolicyError: a model cannot be loaded.
+    """
+    models = {model.name: model for model in plan.models}
+    keys = {key for each in wanted for entry in (each.effect.entry, each.effect.base) for key in entry.row.cell.keys}
+    found = {record.key: record for record in results.records(keys, outputs=True)}
+    pages = {}
+    for each in wanted:
+        say(f"trace of problem {each.number} of {each.place.dataset}")
+        model = models[each.place.model]
+        problem = _problem(plan, each.place.dataset, each.number)
+        shown = [_shown(entry, model, problem, found) for entry in (each.effect.entry, each.effect.base)]
+        same = shown[0].texts == shown[1].texts
+        title = f"{model.name}, problem {each.number} of {each.place.dataset}"
+        pages[each] = trace_page(shown, title, same_text=same, made=made(model.dtype))
+    return pages
+
+
+def _problem(plan: Plan, dataset: str, number: int) -> Problem:
+    return next(each for problems in plan.problems[dataset].values() for each in problems if each.index == number)
+
+
+def _shown(entry: VariantEntry, model: ModelRef, problem: Problem, found: Mapping[str, RunRecord]) -> Shown:
+    cell = entry.row.cell
+    record = next(
+        run
+        for key in cell.keys
+        if (run := found.get(key)) is not None and (run.kind, run.problem) == ("generate", problem.index)
+    )
+    loaded, tokenizer = load(model)
+    prompt: list[int] = encode(tokenizer, problem.prompt, problem.chat, option="chat")["input_ids"][0].tolist()
+    tokens = prompt + tokenizer(record.output, add_special_tokens=False)["input_ids"]
+    policy = with_seed(PolicySpec(**cell.data), record.seed)
+    recording = record_reading(loaded, tokens, len(prompt), policy.build())
+    texts, special = pieces(tokenizer, tokens)
+    return Shown(cell.name, cell.condition, texts, special, recording, details(policy))
