@@ -155,7 +155,7 @@ def _bundle(
     pages: dict[TraceWanted, str] = {}
     if wanted and source.spec is None:
         note.print("No traces: name the study, not its results file, for its models have to read.", soft_wrap=True)
-    elif wanted:
+    elif wanted and source.spec is not None:
         from kvpolicy.trace.bundled import trace_pages
 
         try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvpolicy.runtimes.opening import encode
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.models import load
 from kvpolicy.study.records import Recorded, RunRecord
 from kvpolicy.study.runs import Plan, with_seed
+from kvpolicy.study.work import prompt_tokens
 from kvpolicy.trace.about import details, made
 from kvpolicy.trace.page import Shown, trace_page
 from kvpolicy.trace.pieces import pieces
@@ -43,7 +43,7 @@ def trace_pages(
     for each in wanted:
         say(f"trace of problem {each.number} of {each.place.dataset}")
         model = models[each.place.model]
-        problem = _problem(plan, each.place.dataset, each.number)
+        problem = _problem(plan, model, each)
         shown = [_shown(entry, model, problem, found) for entry in (each.effect.entry, each.effect.base)]
         same = shown[0].texts == shown[1].texts
         title = f"{model.name}, problem {each.number} of {each.place.dataset}"
@@ -51,8 +51,10 @@ def trace_pages(
     return pages
 
 
-def _problem(plan: Plan, dataset: str, number: int) -> Problem:
-    return next(each for problems in plan.problems[dataset].values() for each in problems if each.index == number)
+def _problem(plan: Plan, model: ModelRef, wanted: TraceWanted) -> Problem:
+    source = next(source for source in plan.spec.datasets if source.label == wanted.place.dataset)
+    of_seed = plan.problems(model, source).values()
+    return next(each for problems in of_seed for each in problems if each.index == wanted.number)
 
 
 def _shown(entry: VariantEntry, model: ModelRef, problem: Problem, found: Mapping[str, RunRecord]) -> Shown:
@@ -63,7 +65,7 @@ def _shown(entry: VariantEntry, model: ModelRef, problem: Problem, found: Mappin
         if (run := found.get(key)) is not None and (run.kind, run.problem) == ("generate", problem.index)
     )
     loaded, tokenizer = load(model)
-    prompt: list[int] = encode(tokenizer, problem.prompt, problem.chat, option="chat")["input_ids"][0].tolist()
+    prompt = prompt_tokens(tokenizer, problem)
     tokens = prompt + tokenizer(record.output, add_special_tokens=False)["input_ids"]
     policy = with_seed(PolicySpec(**cell.data), record.seed)
     recording = record_reading(loaded, tokens, len(prompt), policy.build())

@@ -160,6 +160,8 @@ def _strip(effect: Effect, place: Place, links: ProblemLinks) -> dict[str, objec
         {
             "kind": kind,
             "path": path(number, start, line),
+            "x": _STEP * spots[number][1],
+            "y": _HEIGHT * spots[number][0],
             "link": links.to(place, number, effect),
             "text": f"problem {number}: {_SAID[kind]}",
         }
