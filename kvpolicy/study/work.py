@@ -110,7 +110,7 @@ def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> 
 
     rows = []
     for item in items:
-        prompt = prompt_tokens(tokenizer, item.problem)
+        prompt = prompt_ids(tokenizer, item.problem)
         context = _context(task, tokenizer, item.problem, prompt)
         rows.append(PromptRow(prompt, item.seed, row_key(item.problem.digest), context))
     policy = PolicySpec(**task.policy).build()
@@ -137,7 +137,7 @@ def _force(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> lis
     ]
 
 
-def prompt_tokens(tokenizer: Any, problem: Problem) -> list[int]:
+def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
     """Return the tokens that a model is given of a problem, behind its chat template where it has one."""
     templated = problem.chat is not False and getattr(tokenizer, "chat_template", None) is not None
     # Behind a template the beginning of the answer stands on its own; without one it is part of the text.
@@ -161,7 +161,7 @@ def _text(task: Task, tokenizer: Any, item: Item) -> Any:
 
     problem = item.problem
     if not problem.text:
-        prompt = prompt_tokens(tokenizer, problem)
+        prompt = prompt_ids(tokenizer, problem)
         if len(item.teacher) < 2:
             raise KVPolicyError(f"the full cache's answer has {len(item.teacher)} tokens; at least 2 are needed.")
         return ForcedText([*prompt, *item.teacher], len(prompt), _context(task, tokenizer, problem, prompt))

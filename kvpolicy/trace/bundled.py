@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.models import load
 from kvpolicy.study.records import Recorded, RunRecord
 from kvpolicy.study.runs import Plan, with_seed
-from kvpolicy.study.work import prompt_tokens
+from kvpolicy.study.work import prompt_ids
 from kvpolicy.trace.about import details, made
 from kvpolicy.trace.page import Shown, trace_page
 from kvpolicy.trace.pieces import pieces
@@ -34,8 +35,11 @@ def trace_pages(
         say: called before each page with what it is.
 
     Raises:
-        KVPolicyError: a model cannot be loaded.
+        KVPolicyError: a model cannot be loaded, or the study compresses once, which a text that is read again does not
+            show.
     """
+    if any(variant.compress is not None for variant in plan.variants):
+        raise KVPolicyError("with `compress` a prompt is compressed once, outside of what a trace reads.")
     models = {model.name: model for model in plan.models}
     keys = {key for each in wanted for entry in (each.effect.entry, each.effect.base) for key in entry.row.cell.keys}
     found = {record.key: record for record in results.records(keys, outputs=True)}
@@ -65,7 +69,7 @@ def _shown(entry: VariantEntry, model: ModelRef, problem: Problem, found: Mappin
         if (run := found.get(key)) is not None and (run.kind, run.problem) == ("generate", problem.index)
     )
     loaded, tokenizer = load(model)
-    prompt = prompt_tokens(tokenizer, problem)
+    prompt = prompt_ids(tokenizer, problem)
     tokens = prompt + tokenizer(record.output, add_special_tokens=False)["input_ids"]
     policy = with_seed(PolicySpec(**cell.data), record.seed)
     recording = record_reading(loaded, tokens, len(prompt), policy.build())
