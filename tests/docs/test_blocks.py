@@ -28,6 +28,7 @@ NOT_RUN = {
     "docs/quick-start.md": ["installs", "installs"],
     "docs/results/README.md": ["minutes"],
     "docs/serving.md": ["vLLM", "vLLM", "vLLM", "installs", "vLLM"],
+    "docs/studies.md": ["minutes"],
     "docs/tables.md": ["hub", "minutes"],
 }
 """Page -> why each of its blocks that do not run does not, in order."""

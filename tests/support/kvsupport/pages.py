@@ -205,13 +205,19 @@ class PageReader:
             words += ["--model", self.model]
         if words[0] == "check":
             words = [*(_CHECKED.get(word, word) for word in words), "--law", "deterministic", "--jobs", "1"]
-        if words[0] == "study" and words[1] in ("run", "plan", "status", "report", "budget"):
-            words = [*(word for word in words if word != "--quick"), "--quick"]
-            more = {"run": ["--workers", "1"], "budget": ["--loss", "0.9", "--confidence", "0.5"]}  # of one problem
-            words += more.get(words[1], [])
-        if words[:2] == ["study", "prune"]:
-            words = [*words[:2], words[2].replace(".sqlite", "-quick.sqlite"), "--yes"]
+        if words[0] == "study":
+            words = self._quick(words)
         return [path for word in words for path in (self._matching(word) if "*" in word else [word])]
+
+    def _quick(self, words: list[str]) -> list[str]:
+        """Return a command about the quick version of a study, or about the file of its results."""
+        if words[2].endswith((".sqlite", ".json.gz")):
+            name = words[2].replace(".", "-quick.", 1)
+            words[2] = name if (self.folder / name).is_file() else words[2]
+        else:
+            words = [*(word for word in words if word != "--quick"), "--quick"]
+        few = ["--loss", "0.9", "--confidence", "0.5"]  # one problem shows no less
+        return [*words, *{"run": ["--workers", "1"], "budget": few, "prune": ["--yes"]}.get(words[1], [])]
 
     def _matching(self, pattern: str) -> list[str]:
         found = sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(pattern))
