@@ -74,7 +74,7 @@ def _look_at_scores(
         findings_of.of_scores(findings, ranked.scores, ranked.allowed, run.layers, who, parts.name)
         protected = ranked.protected.sum(-1)
         each = rows.to(protected.device).repeat(len(run.layers))[:, None]
-        findings_of.of_protections(findings, protected, each, budget, parts.name)
+        findings_of.of_protections(findings, protected, each, budget, parts.name, parts.selector.scope)
 
 
 # -- score ------------------------------------------------------------------------------------------------------------

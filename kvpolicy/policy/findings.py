@@ -79,13 +79,19 @@ def of_scores(
     findings.wrong(~clean.all(), why)
 
 
-def of_protections(findings: Findings, protected: Counts, rows: Tensor, budget: Sequence[int], name: str) -> None:
-    """Refuse budgets that hold less than is protected; int64 `[l * B, H]` and `[l * B, 1]`."""
+def of_protections(
+    findings: Findings, protected: Counts, rows: Tensor, budget: Sequence[int], name: str, scope: str = "head"
+) -> None:
+    """Refuse budgets that hold less than is protected; int64 `[l * B, H]` and `[l * B, 1]`.
+
+    Heads that share a kept set (`scope` is not ``head``) hold what any of them protects, more than one does.
+    """
+    together = {"head": "", "layer": " in all heads together", "model": " in all heads and layers together"}[scope]
 
     def why() -> KVPolicyError:
         return BudgetError(
             f"budget: {min(budget)} entries per head are fewer than the {int(protected.max())} that policy {name!r} "
-            "protects; raise the budget or protect less (a pinned prompt counts inside the budget)."
+            f"protects{together}; raise the budget or protect less (a pinned prompt counts inside the budget)."
         )
 
     findings.wrong((protected > rows).any(), why)

@@ -38,6 +38,8 @@ MAX_SLOTS = 16
 """Most slots that are drawn, the one size cap."""
 MODEL_DIM = 6
 """Output dimensions of the drawn output projection."""
+_SHARING = 4
+"""Heads in all layers of the model that the laws of the engine drive."""
 
 
 def _checked_needs(needs: Collection[str]) -> frozenset[str]:
@@ -213,7 +215,9 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
         fields["prefill_chunk"] = draw(st.integers(1, 6))
     fields["budget"] = {"fraction": draw(st.sampled_from([0.5, 1.0]))} if draw(st.integers(0, 4)) == 4 else None
     if fields["budget"] is None:
-        reserved = sum(MAX_SLOTS // 3 for _ in fields.get("protect", ()))
+        # Where heads or layers share a kept set, it holds what any of them protects, and they may differ in that.
+        sharing = 1 if selector.scope == "head" else _SHARING
+        reserved = sum(sharing * MAX_SLOTS // 3 for _ in fields.get("protect", ()))
         fields["budget"] = {"tokens": reserved + draw(st.integers(1, MAX_SLOTS // 2))}
     try:
         with stand_in_tables():

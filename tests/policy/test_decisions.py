@@ -244,6 +244,14 @@ def test_who_stumbles_over_a_wrong_score_or_budget_is_not_blamed():
         decide({"protections": (everything,), "allocator": allocator(stumbles)})
 
 
+@pytest.mark.parametrize(("scope", "words"), [("layer", "in all heads together"), ("model", "in all heads and layers")])
+def test_a_shared_set_that_cannot_hold_what_any_head_protects_says_so(scope, words):
+    spec = kvpolicy.load("knorm", budget=10).replace("selector.scope", scope)
+    shared = spec.replace("protect", {"large_values": {"count": 8, "newest": 0}}).build()
+    with pytest.raises(BudgetError, match=rf"fewer than the \d+ that policy 'knorm' protects {words}"):
+        shared.decide(views(), BUDGET)
+
+
 def test_inference_tensors_have_no_version_and_are_left_to_the_law():
     class Writes(ImportanceScorer):
         """Writes to the keys behind their version counter."""
