@@ -41,7 +41,10 @@ def check(
     *,
     all_: Annotated[bool, typer.Option("--all", help="Everything that is registered.")] = False,
     profile: Annotated[
-        str, typer.Option(metavar="quick|thorough", help="20 examples per law, always the same; or 1000 new ones.")
+        str,
+        typer.Option(
+            metavar="brief|quick|thorough", help="5 or 20 examples per law, always the same; or 1000 new ones."
+        ),
     ] = "quick",
     law: Annotated[list[str] | None, typer.Option(help="Only this law; may be given several times.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; one per core, at most 8, by default.")] = _JOBS,
@@ -70,11 +73,11 @@ def _require_laws() -> None:
 
 
 def _profile(name: str) -> ProfileName:
-    known: tuple[Literal["quick"], Literal["thorough"]] = ("quick", "thorough")
+    known: tuple[Literal["brief"], Literal["quick"], Literal["thorough"]] = ("brief", "quick", "thorough")
     for profile in known:
         if name == profile:
             return profile
-    raise typer.BadParameter(f"{name!r} is not a profile; write quick or thorough.", param_hint="--profile")
+    raise typer.BadParameter(f"{name!r} is not a profile; write brief, quick or thorough.", param_hint="--profile")
 
 
 def _subjects(target: str) -> list[Subject]:

@@ -32,11 +32,11 @@ from kvpolicy.testing.scaling import small_policy  # noqa: E402
 from kvpolicy.testing.source import pasteable_test, tensors_of  # noqa: E402
 from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
 
-ProfileName = Literal["quick", "thorough"]
-PROFILES: Final[Mapping[str, int]] = {"quick": 20, "thorough": 1000}
-"""Profile -> examples per law and subject. `quick` draws the same examples every time, `thorough` others every time."""
+ProfileName = Literal["brief", "quick", "thorough"]
+PROFILES: Final[Mapping[str, int]] = {"brief": 5, "quick": 20, "thorough": 1000}
+"""Profile -> examples per law and subject. `thorough` draws others every time, the rest the same every time."""
 
-_STEPS = {"quick": 12, "thorough": 50}  # of the state machine
+_STEPS = {"brief": 12, "quick": 12, "thorough": 50}  # of the state machine
 _DECIDED_LEAST = 0.25  # share of the examples that must have said something
 
 Status = Literal["passed", "failed", "undecided", "not applicable"]
@@ -255,12 +255,11 @@ class _Trial:
         self.silent: Counter[str] = Counter()
         self.decided = 0
         self.failing: tuple[Any, dict[str, Any], Exception] | None = None
-        quick = profile == "quick"
         examples = max(1, round(PROFILES[profile] * law.effort)) if law.effort else 1
         self.settings = settings(
             max_examples=examples,
             stateful_step_count=_STEPS[profile],
-            derandomize=quick,
+            derandomize=profile != "thorough",
             database=None,
             deadline=None,
             report_multiple_bugs=False,

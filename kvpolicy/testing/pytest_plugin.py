@@ -17,9 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --kvpolicy-profile."""
     parser.getgroup("kvpolicy").addoption(
         "--kvpolicy-profile",
-        choices=("quick", "thorough"),
+        choices=("brief", "quick", "thorough"),
         default="quick",
-        help="examples per law of kvpolicy: quick (some, always the same) or thorough (a thousand, never the same)",
+        help="examples per law of kvpolicy: brief (5) or quick (20), always the same; thorough (1000, other ones)",
     )
 
 
@@ -43,7 +43,7 @@ def laws_of(*subjects: Any, profile: str | None = None) -> Callable[..., None]:
 
     Args:
         subjects: component classes or instances, policies, specifications, or policies' names or files.
-        profile: ``quick`` or ``thorough``; what --kvpolicy-profile says if None.
+        profile: ``brief``, ``quick`` or ``thorough``; what --kvpolicy-profile says if None.
     """
     from kvpolicy.testing.checking import BAD, Subject, check, subject_of
     from kvpolicy.testing.laws import Law
