@@ -1,4 +1,4 @@
-"""One job in vLLM on a CPU: full, or with a policy through the plugin.
+"""One job in vLLM on a CPU: full, or with a policy through the plugin; the model is compiled, as vLLM does by itself.
 
 Engine and worker share this process, so that its CPU time is all that is spent and the scheduler can be watched.
 """
@@ -60,7 +60,6 @@ def run(job: Job) -> Answer:
         job.model,
         dtype="float32",
         max_model_len=-(-job.most // BLOCK) * BLOCK + BLOCK,
-        enforce_eager=True,
         max_num_seqs=max(2, len(job.prompts)),
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,

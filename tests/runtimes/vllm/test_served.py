@@ -102,6 +102,13 @@ def test_policies_keep_what_transformers_keeps(reasoner, served, name):
     assert compactions >= (1 if settings(POLICIES[name]).spec.phase == "prefill" else 3)
 
 
+def test_a_compiled_model_keeps_what_transformers_keeps(reasoner):
+    """vLLM compiles models unless it is told not to; what it compiles must read lengths and tables as they are now."""
+    asked, policy = prompts(3, 40), small("rkv", interval=32)
+    (made,) = run(job(REASONER, asked, 180, policy=policy, enforce_eager=False))
+    assert same_as_transformers(reasoner, policy, asked, made) == 3 * 4
+
+
 def test_below_the_budget_nothing_changes():
     asked = prompts(3, 40)
     plain, served, unset = run(
