@@ -14,6 +14,7 @@ from typing import Any, Final, Union, cast, get_args, get_origin
 from kvpolicy.contracts.backend import Backend
 from kvpolicy.contracts.components import KINDS, Component, kind_of
 from kvpolicy.errors import PluginError, UnknownComponentError, nearest
+from kvpolicy.loading.presses import lead
 
 COMPONENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 POLICY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -42,6 +43,12 @@ class Origin:
 THIS_PROCESS: Final = Origin("this process")
 KINDS_OF_ENTRIES: Final = ("policy", *KINDS, "study", "table", "backend")
 """All that can be registered."""
+_EXTRAS: Final = {
+    "importance": {
+        "kvpress": "runs scorers of kvpress, which is not installed; install it with: pip install 'kvpolicy[kvpress]'."
+    }
+}
+"""Bundled components that are registered only where an extra is installed, and how to get it."""
 BUNDLED: Final = "kvpolicy"
 """The distribution of the bundled plugins."""
 
@@ -202,6 +209,10 @@ class Catalog:
     def unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownComponentError:
         """Return the error for a name that is not among the known ones, with the plugins that could have brought it."""
         known = sorted(known)
+        if kind == "policy" and (instead := lead(name)):  # a definite answer, which a list of names would bury
+            return UnknownComponentError(f"unknown policy {shown(name)}. {instead}")
+        if name in _EXTRAS.get(kind, {}):
+            return UnknownComponentError(f"{name!r} {_EXTRAS[kind][name]}")
         there = f" Known: {', '.join(known)}." if known else f" No {kind} is registered."
         others = {other: self.names(other) for other in KINDS_OF_ENTRIES if other != kind}
         meant = led(name, {kind: known, **others})
@@ -220,12 +231,25 @@ def led(name: str, known: Mapping[str, Collection[str]]) -> str:
     kinds = [with_article(kind) for kind, names in known.items() if name in names]
     if kinds:
         return f" That is the name of {' and '.join(kinds)}."
-    near = nearest(name, [each for names in known.values() for each in names])
+    every = [each for names in known.values() for each in names]
+    near = _spelt_alike(name, next(iter(known.values()))) or _spelt_alike(name, every) or nearest(name, every)
     found = [kind for kind, names in known.items() if near in [*names]]
     if not found:
         return ""
     of_kind = "" if found[0] == next(iter(known)) else f"the {found[0]} "
     return f" Did you mean {of_kind}{near!r}?"
+
+
+def _spelt_alike(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that differs in case and separators only, or has the whole of a longer word as a part."""
+    bare = _bare(name)
+    same = [each for each in known if _bare(each) == bare]
+    parts = [each for each in known if len(bare) > 3 and bare in map(_bare, each.split("-"))]
+    return next(iter(same or parts), None)
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def with_article(word: str) -> str:

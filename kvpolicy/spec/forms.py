@@ -219,7 +219,7 @@ def check_field(field: str, value: Any, fields: Sequence[str], problems: Problem
     """Refuse a field that is none, and values that no specification can have; raises FieldError."""
     check_values({field: value})
     if field in HABITS:
-        problems.leave_out("budget")
+        problems.leave_out(_MEANT.get(field, field))  # do not complain that what is meant is missing
         raise FieldError((field,), f"there is no such field. {HABITS[field](value)}")
     if field not in fields:
         near = nearest(field, fields)
@@ -240,8 +240,24 @@ def _compression_ratio(ratio: Any) -> str:
     )
 
 
-HABITS: Final[Mapping[str, Callable[[Any], str]]] = {"compression_ratio": _compression_ratio}
+HABITS: Final[Mapping[str, Callable[[Any], str]]] = {
+    "compression_ratio": _compression_ratio,
+    "compression_interval": lambda value: (
+        f"kvpress's compression_interval is `trigger: {{every: {shown(value)}}}` here."
+    ),
+    "kernel_size": lambda value: (
+        f"kvpress's kernel_size is `importance: {{use: window_attention, smooth: {shown(value)}}}` here."
+    ),
+    "n_sink": lambda value: f"kvpress's n_sink is `protect: {{sinks: {shown(value)}}}` here.",
+    "press": lambda _: "A press is a policy here: name one in `extends` or in `kvpolicy.load`.",
+    "target_size": lambda value: f"kvpress's target_size is `budget: {{tokens: {shown(value)}}}` here.",
+    "window_size": lambda value: (
+        f"kvpress's window_size is `importance: {{use: window_attention, observe: {shown(value)}}}` and, for what it "
+        f"keeps of the end, `protect: {{recent: {shown(value)}}}` here."
+    ),
+}
 """What users of other projects write, and what is written here instead."""
+_MEANT: Final = {"compression_ratio": "budget", "target_size": "budget", "compression_interval": "trigger"}
 
 
 def budget_form(value: Any) -> dict[str, Any]:

@@ -334,8 +334,11 @@ def _changed(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     parts, overlay = forms.nested(where, value)
     parts[0] = former.FIELDS.get(parts[0], parts[0])
     if parts[0] not in forms.FIELDS:
-        instead = forms.HABITS[parts[0]](value) if parts[0] in forms.HABITS else did_you_mean(parts[0], forms.FIELDS)
-        raise FieldError(tuple(parts), f"there is no field {parts[0]!r}. {instead.strip()}".rstrip())
+        if parts[0] in forms.HABITS:
+            instead = forms.HABITS[parts[0]](value)
+        else:
+            instead = f"{did_you_mean(parts[0], forms.FIELDS)} Fields: {', '.join(forms.FIELDS)}.".strip()
+        raise FieldError(tuple(parts), f"there is no field {parts[0]!r}. {instead}")
     catalog = installed.catalog()
     canonical = forms.Canonical(overlay, catalog, beneath=data).present(data).data
     merged, _ = forms.merge(_without(data, parts), canonical, {}, {})

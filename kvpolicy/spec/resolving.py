@@ -93,7 +93,9 @@ def _resolved(kind: str, reference: Mapping[str, Any], path: KeyPath, catalog: C
 
 
 def _part_of_policy(kind: str, name: Any, catalog: Catalog) -> str:
-    """Say which component a policy has, for those who write the policy's name for it."""
+    """Say which component a policy has, for those who write the policy's name for it, and where a phase stands."""
+    if kind == "trigger" and name in ("prefill", "decode", "both"):
+        return f" When compactions may happen is `phase: {name}`, beside a trigger such as `each_step`."
     if name not in catalog.names("policy") or kind not in forms.REFERENCES:
         return ""
     found = files.Found.of_entry(catalog.policy(name))
