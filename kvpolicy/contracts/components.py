@@ -213,10 +213,13 @@ class Protection(Component):
         effect: ``keep`` or ``drop``.
         only_padding: a promise of a protection that drops: it marks no slot with a token, so that every head still
             holds its share of the budget. False is always right.
+        same_for_heads: a promise that heads and layers which hold the same positions protect the same ones, so that a
+            kept set that they share holds no more than `reserved`. False is always right.
     """
 
     effect: ClassVar[Literal["keep", "drop"]] = "keep"
     only_padding: ClassVar[bool] = False
+    same_for_heads: ClassVar[bool] = False
 
     @abstractmethod
     def mask(self, view: CacheView) -> Mask:

@@ -29,6 +29,7 @@ from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.spec.reference import ComponentRef, resolve  # noqa: E402
 from kvpolicy.testing import poison  # noqa: E402
 from kvpolicy.testing.parameters import components  # noqa: E402
+from kvpolicy.testing.scaling import SHARERS  # noqa: E402
 from kvpolicy.testing.tables import stand_in_tables  # noqa: E402
 from kvpolicy.testing.tensors import HEAD_DIM, codes, positions_of, scores, valid_slots, vectors  # noqa: E402
 
@@ -38,8 +39,6 @@ MAX_SLOTS = 16
 """Most slots that are drawn, the one size cap."""
 MODEL_DIM = 6
 """Output dimensions of the drawn output projection."""
-_SHARING = 4
-"""Heads in all layers of the model that the laws of the engine drive."""
 
 
 def _checked_needs(needs: Collection[str]) -> frozenset[str]:
@@ -203,9 +202,11 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
     scorers = [fields[k].component for k in ("importance", "redundancy") if fields[k] != "none"]
     if "allocator" not in fixed and not _may_pool(fields["allocator"].component, mixer, scorers, selector.scope):
         fields["allocator"] = "uniform"
+    protections: list[Any] = []
     if "protect" not in fixed:
         drawn = draw(st.lists(_references("protection", phase), max_size=3, unique_by=lambda ref: ref.use))
         fields["protect"] = {ref.use: ref.params for ref in drawn}
+        protections = [ref.component for ref in drawn]
     even = fields["allocator"] == "uniform" or fields["allocator"].component.counts == "equal"
     if "post" not in fixed:
         drawn = draw(st.lists(_references("post", phase), max_size=1))
@@ -215,9 +216,9 @@ def policy_specs(draw: DrawFn, /, **fixed: Any) -> PolicySpec:
         fields["prefill_chunk"] = draw(st.integers(1, 6))
     fields["budget"] = {"fraction": draw(st.sampled_from([0.5, 1.0]))} if draw(st.integers(0, 4)) == 4 else None
     if fields["budget"] is None:
-        # Where heads or layers share a kept set, it holds what any of them protects, and they may differ in that.
-        sharing = 1 if selector.scope == "head" else _SHARING
-        reserved = sum(sharing * MAX_SLOTS // 3 for _ in fields.get("protect", ()))
+        shared = selector.scope != "head"
+        many = [SHARERS if shared and not p.same_for_heads else 1 for p in protections]
+        reserved = sum(n * MAX_SLOTS // 3 for n in many)
         fields["budget"] = {"tokens": reserved + draw(st.integers(1, MAX_SLOTS // 2))}
     try:
         with stand_in_tables():

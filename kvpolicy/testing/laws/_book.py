@@ -20,6 +20,7 @@ from kvpolicy.contracts.view import CacheView, Rope
 from kvpolicy.errors import CacheStateError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.testing.laws._base import broken
+from kvpolicy.testing.scaling import protected
 from kvpolicy.types import Weights
 
 _LAYERS, _HEADS, _GROUP = 2, 2, 2
@@ -124,7 +125,7 @@ class Book:
         """
         policy, tokens = self.given, self.given.budget.tokens
         if tokens is not None:
-            tokens = max(tokens, policy.reserved(longest_prompt(policy)) + 2) + room
+            tokens = max(tokens, protected(policy, longest_prompt(policy)) + 2) + room
             policy = replace(policy, budget=policy.budget.model_copy(update={"tokens": tokens}))
         self.tagged = tagged
         self.policy = replace(policy, trigger=Tagged(inner=policy.trigger)) if tagged else policy

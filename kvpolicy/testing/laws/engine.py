@@ -15,6 +15,7 @@ from kvpolicy.testing.cases import Case, Layer
 from kvpolicy.testing.laws._base import UndecidedError, broken, decided, law
 from kvpolicy.testing.laws._drive import Drive, Held, Text, difference
 from kvpolicy.testing.laws._outcome import rounding_decides
+from kvpolicy.testing.scaling import protected
 
 _EFFORT = 0.4  # an engine run is some twenty forward passes
 _TOO_FEW = "too few compactions"
@@ -37,7 +38,7 @@ def _roomy(policy: Policy, prompts: tuple[int, ...]) -> Policy:
     if tokens is None:
         return policy
     return replace(
-        policy, budget=policy.budget.model_copy(update={"tokens": max(tokens, policy.reserved(max(prompts)) + 2)})
+        policy, budget=policy.budget.model_copy(update={"tokens": max(tokens, protected(policy, max(prompts)) + 2)})
     )
 
 

@@ -201,8 +201,13 @@ def _drops(protection: Any) -> str | None:
 def reserved_is_true(subject: Any, case: Case) -> None:
     """No head keeps more than `reserved` says for the row's prompt.
 
-    In a long row of which nothing has been evicted each keeps just that many.
+    In a long row of which nothing has been evicted each keeps just that many. With `same_for_heads` heads that hold the
+    same positions keep the same ones.
     """
+    if subject.same_for_heads:
+        alike = subject.mask(_first_head_everywhere(case.view))
+        if bool((alike != alike[:, :1]).any()):
+            raise broken("heads that hold the same positions keep other ones, and it declares `same_for_heads`.")
     got = outcome(subject, case)[0].sum(-1)
     for b, (kept, prompt) in enumerate(zip(got.amax(-1).tolist(), case.view.prompt_length.tolist(), strict=True)):
         if kept > subject.reserved(prompt):
@@ -215,6 +220,12 @@ def reserved_is_true(subject: Any, case: Case) -> None:
             raise broken(
                 f"row {b}: {kept} entries stay of {longest}, and reserved({prompt}) says {subject.reserved(prompt)}."
             )
+
+
+def _first_head_everywhere(view: CacheView) -> CacheView:
+    """Return the view with the first head's positions and holes in all heads; keys and values are as they were."""
+    positions, valid = (x[:, :1].expand(view.shape).clone() for x in (view.positions, view.valid))
+    return replace(view, positions=positions, valid=valid)
 
 
 def _long_row(view: CacheView, length: int) -> CacheView:

@@ -13,6 +13,7 @@ class Pads(Protection):
     """Drops every slot that holds no token. Each policy does so anyway; here it can be said."""
 
     same_for_layers: ClassVar[bool] = True
+    same_for_heads: ClassVar[bool] = True
     effect: ClassVar[Literal["keep", "drop"]] = "drop"
     only_padding: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ class Prompt(Protection):
     """Keeps every entry of the prompt; it counts inside the budget, so the budget must be longer than the prompt."""
 
     same_for_layers: ClassVar[bool] = True
+    same_for_heads: ClassVar[bool] = True
 
     def mask(self, view: CacheView) -> Mask:
         return view.valid & (view.positions < view.prompt_length.to(view.device)[:, None, None])

@@ -15,6 +15,7 @@ class Recent(Protection):
     """Keeps the newest entries."""
 
     same_for_layers: ClassVar[bool] = True
+    same_for_heads: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "count"
 
     count: int = Field(default=8, ge=0)

@@ -15,6 +15,7 @@ class Sinks(Protection):
     """Keeps the entries of the first tokens of the sequence."""
 
     same_for_layers: ClassVar[bool] = True
+    same_for_heads: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "count"
     paper: ClassVar[str] = "arXiv:2309.17453"
 

@@ -177,6 +177,19 @@ class OldestOnes(Protection):
         return 99
 
 
+class LongestKey(Protection):
+    """Each head keeps a slot of its own, and all are said to keep the same."""
+
+    same_for_heads: ClassVar[bool] = True
+
+    def mask(self, view: CacheView) -> Tensor:
+        lengths = view.keys.float().norm(dim=-1).masked_fill(~view.valid, -1.0)
+        return view.valid & (torch.arange(view.shape[2]) == lengths.argmax(-1, keepdim=True))
+
+    def reserved(self, prompt_length: int = 0) -> int:
+        return 1
+
+
 class CountsSteps(Trigger):
     asked: ClassVar[list[int]] = [0]
 
@@ -243,6 +256,7 @@ MUTANTS = (
     Mutant("recent window one too short", "off-by-one in the window", OneTooFewRecent),
     Mutant("sinks by slot", "left padding", FirstSlots),
     Mutant("sinks by rank", "protection moves up after an eviction", OldestOnes),
+    Mutant("a slot of each head's own", "said to be the same for all heads", LongestKey),
     Mutant("trigger counts calls", "R-KV: length on the module", CountsSteps, laws=("trigger_is_pure",)),
     Mutant("trigger one step late", "buffer exceeded", OneStepLate),
     Mutant("trigger fires at the budget", "R-KV permutes at n == B", FiresAtBudget),
