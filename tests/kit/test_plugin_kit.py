@@ -199,13 +199,22 @@ def test_generate_runs_it(stranger, tmp_path):
 
 
 def test_its_own_tests_pass(stranger):
-    done = stranger("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=stranger.folder / "example")
+    done = stranger(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--kvpolicy-profile=brief",
+        "tests",
+        cwd=stranger.folder / "example",
+    )
     assert re.search(r"[1-9]\d* passed", succeeded(done))
 
 
 def test_check_runs_on_the_package(stranger):
     laws = ("deterministic", "exact_total", "row_alone", "engine_row_alone")  # its own tests put it through all of them
-    out = succeeded(stranger("-m", "kvpolicy", "check", NAME, *(f"--law={law}" for law in laws)))
+    out = succeeded(stranger("-m", "kvpolicy", "check", NAME, *(f"--law={law}" for law in laws), "--profile=brief"))
     assert "example_plugin_size" in out
     assert "example_plugin_slope" in out
 

@@ -184,7 +184,8 @@ class LongestKey(Protection):
 
     def mask(self, view: CacheView) -> Tensor:
         lengths = view.keys.float().norm(dim=-1).masked_fill(~view.valid, -1.0)
-        return view.valid & (torch.arange(view.shape[2]) == lengths.argmax(-1, keepdim=True))
+        longest: Tensor = torch.arange(view.shape[2]) == lengths.argmax(-1, keepdim=True)
+        return view.valid & longest
 
     def reserved(self, prompt_length: int = 0) -> int:
         return 1
