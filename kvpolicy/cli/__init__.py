@@ -15,7 +15,7 @@ _LONGEST_NAME: Final = 200
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error that is reported in a sentence, 2 for wrong usage."""
     from kvpolicy.cli.app import app, options
-    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.errors import KVPolicyError, SpecError
 
     options.debug = False
     old_format = warnings.formatwarning
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from kvpolicy.odd_text import harmless
 
-        sys.stderr.write(f"error: {harmless(str(error))}\n")
+        said = error.problems if isinstance(error, SpecError) and len(error.problems) > 1 else (str(error),)
+        sys.stderr.writelines(f"error: {harmless(each)}\n" for each in said)
         return 1
     except OSError as error:
         if options.debug:

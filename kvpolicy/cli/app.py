@@ -40,8 +40,16 @@ def _harmlessly() -> Iterator[None]:
         if hasattr(error, "format_message"):  # a ClickException, wherever this typer has that
             from kvpolicy.odd_text import harmless
 
-            error.message = harmless(error.message)  # type: ignore[attr-defined]
+            error.message = harmless(error.message) + _commands(error)  # type: ignore[attr-defined]
         raise
+
+
+def _commands(error: Any) -> str:
+    """Name the commands that there are, where one was asked for that is not."""
+    context = getattr(error, "ctx", None)
+    if context is None or not error.message.startswith("No such command") or "Did you mean" in error.message:
+        return ""
+    return f" Commands: {', '.join(context.command.list_commands(context))}."
 
 
 app = typer.Typer(
@@ -134,7 +142,8 @@ def show(
 
     if len(names) != 1 + diff:
         wanted = "two policies, as in: show --diff rkv rkv-code" if diff else "one, or two policies with --diff"
-        raise KVPolicyError(f"show: {len(names)} names were given; name {wanted}.")
+        given = "one name was" if len(names) == 1 else f"{len(names)} names were"
+        raise KVPolicyError(f"show: {given} given; name {wanted}.")
     if diff:
         from kvpolicy.cli.diffing import print_difference
 
@@ -200,7 +209,8 @@ def generate(
         str | None, typer.Option(metavar="FILE", help="Read and compress this text once; each PROMPT asks about it.")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the context that are read, and compressed, at once.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens of the context that are read, and compressed, at once."),
     ] = None,
     model: Annotated[
         str, typer.Option(help="A model folder, an id on the Hugging Face hub, smollm2 (the demo model) or reasoner.")
@@ -213,7 +223,7 @@ def generate(
         str | None, typer.Option(metavar="NAME|FILE", help="Generate again under this policy and its own budget.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many tokens; 256 by default.")
+        int | None, typer.Option(min=1, metavar="N", help="Stop after so many tokens; 256 by default.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,

@@ -20,9 +20,9 @@ def calibrate(
     model: Annotated[
         str, typer.Option(help="A model folder, an id on the Hugging Face hub, or smollm2 (the demo model).")
     ] = "smollm2",
-    runs: Annotated[int, typer.Option(min=1, max=1 << 20, help="Runs of the model at most.")] = 24,
-    length: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens of each run.")] = 640,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of what is drawn.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, max=1 << 20, metavar="N", help="Runs of the model at most.")] = 24,
+    length: Annotated[int, typer.Option(min=1, max=1 << 20, metavar="N", help="Tokens of each run.")] = 640,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, metavar="N", help="Of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
 ) -> None:

@@ -47,7 +47,9 @@ def check(
         ),
     ] = "quick",
     law: Annotated[list[str] | None, typer.Option(help="Only this law; may be given several times.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes; one per core, at most 8, by default.")] = _JOBS,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes; one per core, at most 8, by default.")
+    ] = _JOBS,
 ) -> None:
     """Check components and policies against the laws (docs/laws.md); exit code 1 if one is broken or undecided."""
     chosen = _profile(profile)

@@ -103,7 +103,8 @@ def words(spec: PolicySpec, policy: Policy) -> Iterator[tuple[str, str]]:
     yield "keeps", f"{kept} per KV head and layer{mean} after a compaction, protected ones included."
     yield "when", _PHASES[spec.phase]
     yield "", _said(spec.trigger)
-    yield "", f"Between two compactions up to {policy.trigger.buffer():,} more may be held."
+    if spec.phase != "prefill":  # where only prompts are compacted, a prompt is held whole at first
+        yield "", f"Between two compactions up to {policy.trigger.buffer():,} more may be held."
     if spec.prefill_chunk is not None:
         yield "", f"The prompt comes in chunks of {spec.prefill_chunk:,} tokens, counted from its end."
     for ref in spec.protect:

@@ -274,7 +274,8 @@ def _through_transformers(place: str, path: Path | None, plain: dict[str, Any] |
         if plain is not None and "num_hidden_layers" in plain:
             return plain
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise KVPolicyError(f"--model-config: {place!r} cannot be read: {reason.rstrip('.:')[:200]}.") from error
+        where = "" if path is not None else "there is no such file or folder, and as an id of the hub: "
+        raise KVPolicyError(f"--model-config: {place!r} cannot be read: {where}{reason.rstrip('.:')[:200]}.") from error
     kept = {key: plain[key] for key in ("dtype", "torch_dtype") if key in plain} if plain is not None else {}
     return {**found, **{key: value for key, value in kept.items() if not found.get("dtype")}}
 

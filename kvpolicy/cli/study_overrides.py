@@ -26,9 +26,11 @@ Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="NAME=PATH", help="Read a dataset from a local copy in its published format."),
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Problems of each dataset.")]
-Seeds = Annotated[int | None, typer.Option(min=1, help="So many seeds, or rollouts: 0, 1, ...")]
-NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of each answer.")]
+Samples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Problems of each dataset.")]
+Seeds = Annotated[int | None, typer.Option(min=1, metavar="N", help="So many seeds, or rollouts: 0, 1, ...")]
+NewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Most tokens of each answer.")
+]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def report(
         ),
     ] = None,
     traces: Annotated[
-        int, typer.Option(min=0, help="Trace pages of a bundle at most; the model reads for each.")
+        int, typer.Option(min=0, metavar="N", help="Trace pages of a bundle at most; the model reads for each.")
     ] = _TRACES,
 ) -> None:
     """Write a study's results as a page of one file (HTML) and as Markdown: tables, plots, and all settings."""

@@ -33,9 +33,15 @@ study = typer.Typer(
 
 Batch = Annotated[
     int | None,
-    typer.Option(min=1, help="Rows that run together; changes results by rounding at most, and in float64 not at all."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Rows that run together; changes results by rounding at most, and in float64 not at all.",
+    ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Local processes, or tasks on Ray at the same time.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Local processes, or tasks on Ray at the same time.")
+]
 
 
 @study.command()

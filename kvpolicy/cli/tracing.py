@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,7 @@ def trace(
     ] = False,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("trace.html"),
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help=f"Stop after so many tokens; {_NEW_TOKENS} if left out.")
+        int | None, typer.Option(min=1, metavar="N", help=f"Stop after so many tokens; {_NEW_TOKENS} if left out.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,
@@ -141,8 +142,15 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
         made=made(str(model.dtype).removeprefix("torch.")),
     )
     replace_file(out, page, "--out")
-    for one in shown:
+    for one, spec in zip(shown, specs, strict=True):
         console.print(f"{one.policy}: {_summary(one.recording)}", soft_wrap=True)
+        if file is not None and spec.phase == "prefill":
+            console.print(
+                f"{one.policy}: compacts prompts only, and here the prompt is {one.recording.prompt:,} of "
+                f"{one.recording.seen:,} tokens; to see it compress the text, make that the prompt: "
+                f"kvpolicy trace --policy {shlex.quote(spec.policy)} - < {shlex.quote(str(file))}",
+                soft_wrap=True,
+            )
     console.print(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser.", soft_wrap=True)
 
 
@@ -204,7 +212,7 @@ def _reading(model: Any, text: _TracedText, spec: PolicySpec, note: Console) -> 
 def _summary(recording: Recording) -> str:
     done = len(recording.compactions)
     if not done:
-        return f"{recording.seen} tokens seen and no compaction; a smaller --budget or a longer text shows more."
+        return f"{recording.seen:,} tokens seen and no compaction; a smaller --budget or a longer text shows more."
     held = recording.held(recording.seen).sum() / len(recording.evicted)
     counted = f"{done} compaction{'s' if done > 1 else ''}"
-    return f"{recording.seen} tokens seen, {counted}, {held:,.0f} entries per head held at the end."
+    return f"{recording.seen:,} tokens seen, {counted}, {held:,.0f} entries per head held at the end."

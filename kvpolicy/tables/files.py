@@ -96,7 +96,8 @@ class Table:
         if mine != asked:
             raise TableError(
                 f"table {self.called}: was measured on {self.model} ({words}: {_numbers(mine)}) and does not fit a "
-                f"model of {_numbers(asked)}; make one with `kvpolicy calibrate {self.method} --model ...`."
+                f"model of {_numbers(asked)}; make one with `kvpolicy calibrate {self.method} --model ... --text ... "
+                "--out mine.safetensors` and name its file in the policy, in place of that table."
             )
 
     def layer(self, name: str, view: CacheView) -> Tensor:

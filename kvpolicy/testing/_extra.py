@@ -8,4 +8,6 @@ from importlib.util import find_spec
 def require_hypothesis() -> None:
     """Raise ImportError with one sentence when hypothesis is not installed."""
     if find_spec("hypothesis") is None:
-        raise ImportError("kvpolicy.testing: laws and strategies need hypothesis; pip install 'kvpolicy[test]'.")
+        raise ImportError(
+            "kvpolicy.testing: laws and strategies need hypothesis; install it with: pip install 'kvpolicy[test]'."
+        )

@@ -73,5 +73,5 @@ def test_without_the_laws_library_one_sentence_says_what_to_install(monkeypatch,
     assert main(["check", "rkv"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.endswith("need hypothesis; pip install 'kvpolicy[test]'.\n")
+    assert captured.err.endswith("need hypothesis; install it with: pip install 'kvpolicy[test]'.\n")
     assert captured.err.count("\n") == 1

@@ -115,3 +115,29 @@ def test_a_folder_without_permission_is_said(run, tmp_path):
             assert (code, err.count("\n"), "Permission denied" in err) == (1, 1, True)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_command_that_is_not_there_is_answered_with_those_that_are(capsys):
+    for words, named in (
+        (("zzz",), "list, show, validate"),
+        (("new", "policy"), "plugin"),
+        (("study", "q"), "plan, run"),
+    ):
+        assert main(words) == 2
+        assert f"Commands: {named}" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_all_that_is_wrong_in_a_file_is_said_by_every_command(capsys, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("schema_version: 1\npolicy: wrong\nextends: rkv\nbudget: 0\nallocator: adakv\n")
+    for words in (("explain",), ("show",), ("generate", "x", "--policy")):
+        assert main([*words, str(file)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(": ")[0] for line in lines] == ["error", "error"]
+        assert "wrong.yaml:4:" in lines[0]
+        assert "Did you mean the policy 'adakv-snapkv'?" in lines[1]
+
+
+def test_one_name_is_not_names(capsys):
+    assert main(["show", "--diff", "rkv"]) == 1
+    assert "one name was given; name two policies" in capsys.readouterr().err

@@ -125,6 +125,17 @@ def test_a_given_text_is_read(run, policy, tmp_path, monkeypatch):
         assert len(first["compactions"]) > 3
 
 
+def test_a_policy_for_prompts_says_that_the_text_behind_one_is_not_compressed(run, tmp_path):
+    (tmp_path / "text.txt").write_text("A text that was given, word by word. " * 3)
+    text = ("--text", tmp_path / "text.txt", "--budget", 0.5)
+    code, out, _, _ = run("--policy", "snapkv-prefill", *text, PROMPT)
+    assert code == 0
+    assert f"the prompt is {len(PROMPT)} of {len(PROMPT) + 111} tokens" in out
+    assert f"kvpolicy trace --policy snapkv-prefill - < {tmp_path / 'text.txt'}" in out
+    code, out, _, _ = run("--policy", "keydiff", *text, PROMPT)
+    assert (code, "compacts prompts only" in out) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -294,7 +294,8 @@ def test_without_hypothesis_one_sentence_names_the_extra(monkeypatch):
     monkeypatch.delitem(vars(testing), "check_policy", raising=False)
     for asks in (lambda: testing.check_policy, lambda: testing.laws_of("rkv")):
         with pytest.raises(
-            ImportError, match=r"laws and strategies need hypothesis; pip install 'kvpolicy\[test\]'\.$"
+            ImportError,
+            match=r"laws and strategies need hypothesis; install it with: pip install 'kvpolicy\[test\]'\.$",
         ):
             asks()
     assert testing.poisoned_memory

@@ -85,6 +85,12 @@ class ContextCache:
         chat: bool | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> None:
+        is_model = isinstance(model, torch.nn.Module)  # of transformers, or a wrapper around one
+        if not is_model or not callable(tokenizer):
+            wrong, got = ("tokenizer" if is_model else "model"), type(tokenizer if is_model else model).__name__
+            raise UnsupportedError(
+                f"{wrong}: {got} is none; the order is ContextCache(policy, model, tokenizer, context)."
+            )
         self.tokenizer = tokenizer
         self._splitter = Splitter(tokenizer, chat=chat, between=between, options=template)
         contexts, self._several = _contexts(context)

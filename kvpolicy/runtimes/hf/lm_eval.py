@@ -9,9 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as missing:
+    if missing.name != "lm_eval":
+        raise
+    said = "kvpolicy.runtimes.hf.lm_eval needs lm-eval; install it with: pip install 'kvpolicy[lm-eval]'."
+    raise (SystemExit(f"error: {said}") if __name__ == "__main__" else ImportError(said)) from None
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.runtimes.hf.cache import PolicyCache

@@ -94,6 +94,10 @@ class ContextPipeline(Pipeline):
         if budget is not None:
             from kvpolicy.spec import load
 
+            if policy == "full" and budget != 1.0:
+                raise SpecError(
+                    "budget: 'full', the policy if none is given, keeps everything; write policy=... beside it."
+                )
             if isinstance(policy, Policy):
                 raise SpecError("budget: a finished policy has one already; give a name, a path or a specification.")
             policy = load(policy, budget) if isinstance(policy, str | Path) else policy.replace("budget", budget)

@@ -5,6 +5,7 @@ Start vLLM with ``--worker-cls kvpolicy.runtimes.vllm.Worker`` and ``--additiona
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -22,6 +23,8 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "Worker":  # vLLM looks it up by this name
+        if find_spec("vllm") is None:
+            raise ImportError(f"{__name__} needs vllm; install it with: pip install 'kvpolicy[vllm]'.")
         from kvpolicy.runtimes.vllm.worker import worker_class
 
         return worker_class()

@@ -77,6 +77,15 @@ def test_policies_that_cannot_compress_a_context_are_refused(changes, options, m
     assert model.config._attn_implementation == implementation
 
 
+def test_arguments_in_another_order_are_told_the_order(model, tokenizer):
+    with pytest.raises(
+        UnsupportedError, match=r"model: \w+ is none; the order is ContextCache\(policy, model, tokenizer"
+    ):
+        ContextCache(model, tokenizer, CONTEXT, "snapkv-prefill")
+    with pytest.raises(UnsupportedError, match="tokenizer: str is none; the order is"):
+        ContextCache("snapkv-prefill", model, CONTEXT, tokenizer)
+
+
 def test_questions_and_arguments_that_make_no_sense(model, tokenizer, small):
     with ContextCache(small("snapkv-prefill", 48), model, tokenizer, CONTEXT, between="") as context:
         for question, message in (

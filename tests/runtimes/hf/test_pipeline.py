@@ -82,6 +82,7 @@ def test_messages_and_options_reach_the_context(answers):
         ({"question": "a", "press": 1}, UnsupportedError, "press: a press is a policy here"),
         ({"question": "a", "compression_ratio": 0.5}, UnsupportedError, "the share that stays"),
         ({"question": "a", "max_context_length": 5}, UnsupportedError, "refused rather than cut"),
+        ({"question": "a", "policy": "full", "budget": 0.5}, SpecError, "write policy=... beside it"),
         ({"question": "a", "policy": kvpolicy.load("full").build(), "budget": 5}, SpecError, "has one already"),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf import PolicyCache
 
 
@@ -42,3 +43,22 @@ def test_declared_chunks_alone_run_nothing_without_a_declaration(tiny, compose, 
 def test_a_policy_that_needs_the_prompt_in_one_piece_refuses(chunk, tiny, small, random_prompts):
     with PolicyCache(small("compactor"), tiny()) as cache, pytest.raises(UnsupportedError, match="in one piece"):
         cache.prefill(torch.tensor(random_prompts(30)), chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ("a text", "str"),
+        ([1, 2, 3], "list"),
+        (torch.tensor([1, 2, 3]), r"a tensor of shape \[3\]"),
+        (BatchEncoding({"input_ids": torch.tensor([[1, 2, 3]])}), "BatchEncoding"),
+    ],
+)
+def test_what_is_no_tensor_of_rows_is_one_sentence(given, got, tiny, compose):
+    with PolicyCache(compose(), tiny()) as cache:
+        for read in (cache.prefill, cache.read):
+            with pytest.raises(
+                CacheStateError, match=rf"input_ids: should be a tensor .*\[\"input_ids\"\], got {got}\.$"
+            ):
+                read(given)
+        assert cache.get_seq_length() == 0
