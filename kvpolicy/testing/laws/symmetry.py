@@ -12,7 +12,7 @@ from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.testing.cases import Case
 from kvpolicy.testing.laws._base import SEES_VIEW, decided, law
-from kvpolicy.testing.laws._draws import case_and, kind_of_subject, observed_by, one_case, order
+from kvpolicy.testing.laws._draws import case_and, cases, kind_of_subject, observed_by, one_case, order
 from kvpolicy.testing.laws._outcome import expect_equivariant, expect_same, outcome
 
 _UNMOVED = "the order stayed what it was"
@@ -191,3 +191,29 @@ def query_order_ignored(subject: Any, case: Case, columns: tuple[int, ...]) -> N
 
     what = f"with the queries in order {chosen},"
     expect_equivariant(subject, case, lambda c: c.by_view(turned), lambda t: t, what)
+
+
+@law(
+    "The parts of a policy share one log of queries, which is as long as the longest window that any of them asks for.",
+    ("importance", "redundancy"),
+    lambda subject: st.fixed_dictionaries({"case": cases(subject, observe=2 * observed_by(subject) + 4)}),
+    unless=_sees_no_queries,
+)
+def older_queries_ignored(subject: Any, case: Case) -> None:
+    """Queries before the last `observed_queries()` of a row, for which another part may have asked, change nothing."""
+    view = case.view
+    assert view.query_positions is not None
+    assert view.query_valid is not None
+    newest = view.query_positions.masked_fill(~view.query_valid, -1).amax(-1, keepdim=True)
+    asked = view.query_valid & (view.query_positions > newest - observed_by(subject))
+    decided(bool((view.query_valid & ~asked).any()), "no query is older than what it asks for")
+
+    def cut(v: CacheView) -> CacheView:
+        if v.queries is None or v.query_positions is None:
+            return v
+        queries = v.queries.masked_fill(~asked[:, None, None, :, None], float("nan"))
+        positions = v.query_positions.masked_fill(~asked, torch.iinfo(torch.int32).max)
+        return replace(v, queries=queries, query_positions=positions, query_valid=asked)
+
+    what = f"without the queries before the last {observed_by(subject)},"
+    expect_equivariant(subject, case, lambda c: c.by_view(cut), lambda t: t, what)

@@ -152,6 +152,19 @@ class LastColumnIsNewest(ImportanceScorer):
         return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
 
 
+class AllQueries(ImportanceScorer):
+    needs = frozenset({"queries"})
+
+    def observed_queries(self) -> int:
+        return 2
+
+    def score(self, view: CacheView) -> Tensor:
+        assert view.queries is not None
+        assert view.query_valid is not None
+        asked = torch.where(view.query_valid[:, None, None, :, None], view.queries.float(), 0.0).sum((2, 3))
+        return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
+
+
 class StaleState(ImportanceScorer):
     """Adds to a state that belongs to another name, kept on the class: nothing moves it."""
 
@@ -259,6 +272,7 @@ MUTANTS = (
     Mutant("draws from a seeded generator", "a row in a batch differs from the row alone", SeededGenerator),
     Mutant("query heads in the wrong order", "GQA layout", WrongGroups),
     Mutant("takes the last query column for the newest", "a ring buffer of queries", LastColumnIsNewest),
+    Mutant("looks at more queries than it asked for", "a log that components share", AllQueries),
     Mutant("remembers on the class", "stale state between generations", StaleState, laws=("deterministic",)),
     Mutant("ranks by the last bits", "bf16 against fp32", CoarseRounding),
     Mutant("the number of threads shows", "nondeterministic reductions", CountsThreads),
