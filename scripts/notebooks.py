@@ -1,6 +1,6 @@
 """Executes the notebooks of examples/notebooks in place, so that their outputs are those of the code as it is.
 
-python -P scripts/notebooks.py                     # all of them; needs nbclient, of the extra `test`
+python -P scripts/notebooks.py                     # all of them; needs nbclient, of the extra `dev`
 python -P scripts/notebooks.py --check             # only say whether they run
 """
 

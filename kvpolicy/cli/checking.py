@@ -26,7 +26,8 @@ _MARKS = {
 }
 _JOBS = min(8, os.cpu_count() or 1)
 _LONGEST_REASON = 300
-_FEW = 4  # subjects that get a column each, under their names
+_FEW = 4  # subjects that get a column each
+_LAWS_AND_REASONS = 48  # columns of the terminal for the names of laws and for why one does not apply
 
 
 def check(
@@ -187,7 +188,16 @@ def _report(results: Sequence[Result]) -> bool:
     subjects = list(dict.fromkeys(r.subject for r in results))
     laws = list(dict.fromkeys(r.law for r in results))
     found = {(r.law, r.subject): r for r in results}
-    console.print(_by_law(laws, subjects, found) if len(subjects) <= _FEW else _by_subject(laws, subjects, found))
+    if len(subjects) <= _FEW:
+        # Where the names would squeeze the laws, columns are numbered.
+        wide = sum(len(subject) + 2 for subject in subjects) > console.width - _LAWS_AND_REASONS
+        heads = [str(number) for number in range(1, len(subjects) + 1)] if wide and len(subjects) > 1 else subjects
+        if heads is not subjects:
+            for head, subject in zip(heads, subjects, strict=True):
+                console.print(Text.assemble((head, "bold"), f" {subject}"), soft_wrap=True)
+        console.print(_by_law(laws, subjects, heads, found))
+    else:
+        console.print(_by_subject(laws, subjects, found))
     if len(subjects) > _FEW:
         for number, law in enumerate(laws, 1):
             console.print(Text.assemble((f"{number:>3}", "dim"), f" {law:<28}"), end="\n" if number % 3 == 0 else "")
@@ -212,12 +222,18 @@ def _mark(result: Result | None) -> Text:
     return Text() if result is None else Text(*_MARKS[result.status])
 
 
-def _by_law(laws: Sequence[str], subjects: Sequence[str], found: dict[tuple[str, str], Result]) -> Table:
+def _by_law(
+    laws: Sequence[str], subjects: Sequence[str], heads: Sequence[str], found: dict[tuple[str, str], Result]
+) -> Table:
     """Return a table with a row per law, a column per subject, and why a law does not apply."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("law", *subjects, "", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("law", no_wrap=True)
+    for head in heads:
+        table.add_column(head)
+    table.add_column("", overflow="fold")
     for law in laws:
         results = [found.get((law, subject)) for subject in subjects]
         why = dict.fromkeys(r.reason for r in results if r is not None and r.reason)

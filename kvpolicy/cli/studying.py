@@ -193,11 +193,18 @@ def _executor(on: str, address: str | None, workers: int | None, device: str) ->
 def _variants(variants: Sequence[Variant]) -> Any:
     from rich.table import Table
 
-    table = Table("variant", "condition", "what differs", box=None, header_style="bold")
-    for variant in variants:
-        differs = ", ".join(f"{path}={value}" for path, value in variant.settings)
-        table.add_row(variant.name, variant.condition, differs)
+    differs = [_not_in_its_name(variant) for variant in variants]
+    table = Table("variant", "condition", *(("besides",) if any(differs) else ()), box=None, header_style="bold")
+    for variant, more in zip(variants, differs, strict=True):
+        table.add_row(variant.name, variant.condition, *((more,) if any(differs) else ()))
     return table
+
+
+def _not_in_its_name(variant: Variant) -> str:
+    """Return the settings of a variant that neither its name nor its condition says."""
+    said = f", policy={variant.name}, {variant.name}, {variant.condition}, "
+    settings = [f"{path}={value}" for path, value in variant.settings]
+    return ", ".join(each for each in settings if f", {each}, " not in said)
 
 
 def _print_outline(spec: StudySpec, error: UnreachableError) -> None:

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from kvpolicy.study.runs import Run
     from kvpolicy.study.work import Outcome
 
+_SPECIAL = {
+    **{each: f"\\{each}" for each in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
 
 class NotebookBar:
     """Progress as tqdm shows it: a widget where ipywidgets are installed, a line of text elsewhere.
@@ -84,8 +89,63 @@ class StudyTable:
         found = {metric for row in rows for metric in row.metrics}
         return StudyTable(name, Path(path), rows, tuple(each for each in METRICS if each in found and each in wanted))
 
+    def __str__(self) -> str:
+        lines = [list(self._head()), *map(self._line, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        told = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        failed = [f"{count} failed: {reason}" for reason, count in failures(self.rows).items()]
+        return "\n".join([f"Study: {self.study}", *told, *failed])
+
+    def records(self) -> list[dict[str, str | int | float]]:
+        """Return a flat record of each row, as `pandas.DataFrame` takes them.
+
+        Each metric `m` that a row has gives `m`, `m_low` and `m_high`: the mean over problems and its interval at 95 %,
+        shares as fractions; the interval is NaN with fewer than two problems.
+        """
+        found: list[dict[str, str | int | float]] = []
+        for row in self.rows:
+            cell = row.cell
+            record: dict[str, str | int | float] = {
+                "variant": cell.name, "condition": cell.condition, "model": cell.model, "dataset": cell.dataset,
+                "runs": row.runs, "failed": row.failed,
+            }  # fmt: skip
+            for name in self.metrics:
+                if name in row.metrics:
+                    each = row.metrics[name]
+                    record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+            found.append(record)
+        return found
+
+    def latex(self, metric: str | None = None) -> str:
+        """Return a table for a paper, ruled by booktabs: a row per variant, a column per condition, model and dataset.
+
+        Args:
+            metric: what the cells show, with intervals at 95 %; the first one that says how good a variant is, if None.
+
+        Raises:
+            KVPolicyError: nothing has measured that metric.
+        """
+        metric, drawn = self._of(metric, "latex")
+        models = len({row.cell.model for row in drawn}) > 1
+        # What has no condition, such as the full cache beside budgets, holds in all of them.
+        conditions = [c for c in dict.fromkeys(row.cell.condition for row in drawn) if c] or [""]
+        places = dict.fromkeys((row.cell.model, row.cell.dataset) for row in drawn)
+        cells = {(r.cell.name, r.cell.condition, r.cell.model, r.cell.dataset): r.metrics[metric] for r in drawn}
+        columns = [(condition, *place) for place in places for condition in conditions]
+        heads = [", ".join(filter(None, (c, m if models else "", d if len(places) > 1 else ""))) for c, m, d in columns]
+        lines = [["variant", *heads]]
+        for name in dict.fromkeys(row.cell.name for row in drawn):
+            here = [cells.get((name, *column), cells.get((name, "", *column[1:]))) for column in columns]
+            lines.append([name, *("--" if each is None else shown(each, metric) for each in here)])
+        head, *body = (" & ".join(map(_escaped, line)) + r" \\" for line in lines)
+        rules = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        return "\n".join([f"% {METRICS[metric].title}; study {self.study}", *rules, r"\end{tabular}"]) + "\n"
+
+    def _head(self) -> tuple[str, ...]:
+        return ("variant", "condition", "model", "dataset", "runs", *self.metrics)
+
     def _repr_html_(self) -> str:
-        head = ("variant", "condition", "model", "dataset", "runs", *self.metrics)
+        head = self._head()
         lines = [self._line(row) for row in self.rows]
         lines += [[f"{count} failed: {reason}"] for reason, count in failures(self.rows).items()]
         return grid(f"Study: {self.study}", head, lines)
@@ -105,12 +165,7 @@ class StudyTable:
         Raises:
             KVPolicyError: nothing has measured that metric, or matplotlib is not installed.
         """
-        best = [name for name in self.metrics if METRICS[name].quality] or list(self.metrics)
-        metric = metric if metric is not None else next(iter(best), "")
-        drawn = [row for row in self.rows if metric in row.metrics]
-        if not drawn:
-            known = ", ".join(self.metrics) or "nothing"
-            raise KVPolicyError(f"plot: {metric[:60]!r} has not been measured; this study measured {known}.")
+        metric, drawn = self._of(metric, "plot")
         figure = new_figure(7, 1.2 + 0.28 * len(drawn))
         axes: Any = figure.add_subplot()
         values = [row.metrics[metric] for row in drawn]
@@ -122,6 +177,21 @@ class StudyTable:
         axes.set_xlabel(METRICS[metric].title)
         axes.grid(axis="x", alpha=0.3)
         return figure
+
+    def _of(self, metric: str | None, who: str) -> tuple[str, list[VariantSummary]]:
+        """Return a metric, the first of quality if None, and the rows that have it."""
+        best = [name for name in self.metrics if METRICS[name].quality] or list(self.metrics)
+        metric = metric if metric is not None else next(iter(best), "")
+        found = [row for row in self.rows if metric in row.metrics]
+        if not found:
+            known = ", ".join(self.metrics) or "nothing"
+            raise KVPolicyError(f"{who}: {metric[:60]!r} has not been measured; this study measured {known}.")
+        return metric, found
+
+
+def _escaped(text: str) -> str:
+    """Return a text as LaTeX shows it."""
+    return "".join(_SPECIAL.get(each, each) for each in text)
 
 
 def run_study(

@@ -141,7 +141,8 @@ class StudySpec(BaseModel):
             (whole._check_given, ("datasets", "models", *_AXES)),  # noqa: SLF001
             (whole._check_compared, (*_AXES, "exclude", "compare_to")),  # noqa: SLF001
         ):
-            if problems.fields.isdisjoint(needed):  # whatever else is wrong
+            # Whatever else is wrong; a field that could not be read is not missing.
+            if problems.fields.isdisjoint(needed) and all(field in fields for field in needed if field in data):
                 with problems:
                     check()
         if self is whole and self.quick is not None:

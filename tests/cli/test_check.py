@@ -27,6 +27,17 @@ def test_a_component_a_class_and_a_policy_file(capsys, tmp_path):
     assert "3 checked against 1 laws: 3 passed, 0 failed" in out
 
 
+def test_laws_stand_in_full_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("importance.accumulated_attention", "redundancy.key_coverage")
+    code, out, _ = run(capsys, *names, "--law", "permuting_entries", "--law", "older_queries_ignored", "--jobs", "1")
+    assert code == 0
+    assert "…" not in out
+    assert "1 importance.accumulated_attention\n2 redundancy.key_coverage\n" in out
+    assert "older_queries_ignored" in out
+    assert "it looks at no queries" in out
+
+
 def test_a_name_stands_for_all_that_is_called_so(capsys):
     code, out, _ = run(capsys, "random", "--law", "permuting_rows")
     assert code == 0

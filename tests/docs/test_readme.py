@@ -52,6 +52,13 @@ def test_each_task_is_one_click_away(task):
     assert re.search(r"\(docs/[\w/-]+\.md\)", row)
 
 
+def test_the_citation_is_that_of_the_file():
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    said = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").replace("{KV}", "KV")
+    assert re.search(r'^title: "(.*)"$', cited, re.MULTILINE)[1] in said
+    assert f"version = {{{re.search(r'^version: (.*)$', cited, re.MULTILINE)[1]}}}" in said
+
+
 def test_examples_are_short():
     found = {block.language: [line for line in block.text.splitlines() if line.strip()] for block in blocks(README)}
     assert len(found["python"]) <= 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,8 +70,22 @@ def test_links_of_files_lead_to_pages_of_the_site_or_are_words(tmp_path):
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "a.py").write_text("print('````')\n")
     made = pages(tmp_path / "docs")
-    assert made["reference/files/CHANGES-md.md"] == "[p](/page.md#x) here a [w](https://example.org)\n"
+    assert made["reference/files/CHANGES-md.md"] == (
+        "[p](/page.md#x) here [a](/reference/files/examples/a-py.md) [w](https://example.org)\n"
+    )
     assert made["reference/files/examples/a-py.md"] == "# `examples/a.py`\n\n`````python\nprint('````')\n`````\n"
+    output = {"output_type": "display_data", "data": {"image/png": "aGk=\n", "text/plain": ["<Figure>"]}}
+    printed = {"output_type": "stream", "name": "stdout", "text": ["2\n"]}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Two\n", "\n", "and two"]},
+        {"cell_type": "code", "source": ["print(2)"], "outputs": [printed, output]},
+    ]
+    (tmp_path / "examples" / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "docs" / "page.md").write_text("[n](../examples/n.ipynb)\n")
+    assert pages(tmp_path / "docs")["reference/files/examples/n-ipynb.md"] == (
+        "# Two\n\n`examples/n.ipynb`\n\n\nand two\n\n```python\nprint(2)\n```\n\n```text\n2\n```\n\n"
+        "![what the cell drew](data:image/png;base64,aGk=)\n"
+    )
     (tmp_path / "docs" / "page.md").write_text("[gone](../nowhere.py)\n")
     with pytest.raises(FileNotFoundError, match=r"links to nowhere\.py"):
         pages(tmp_path / "docs")

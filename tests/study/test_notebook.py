@@ -34,6 +34,40 @@ def test_it_runs_once_and_shows_a_table(made):
     assert "rkv" in page
 
 
+def test_the_table_is_text_records_and_latex(made):
+    table = made[2]
+    first, *lines = str(table).splitlines()
+    assert first == "Study: small"
+    assert len(lines) == 1 + len(table.rows)
+    records = table.records()
+    assert [each["exact"] for each in records] == [row.metrics["exact"].value for row in table.rows]
+    assert all(each["exact_low"] <= each["exact"] <= each["exact_high"] for each in records)
+    text = table.latex("resident_mean")
+    assert text.startswith("% ")
+    assert r"\begin{tabular}{lr}" in text
+    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
+    assert [line.split(" & ")[0] for line in body] == [row.cell.name.replace("_", r"\_") for row in table.rows]
+    assert all(line.endswith(r" \\") for line in body)
+    with pytest.raises(KVPolicyError, match="latex: 'nothing' has not been measured"):
+        table.latex("nothing")
+
+
+def test_latex_has_a_column_for_each_condition_and_the_full_cache_in_all():
+    from types import SimpleNamespace
+
+    from kvpolicy.study.analysis import Estimate
+
+    def row(name, condition, value):
+        cell = SimpleNamespace(name=name, condition=condition, model="m", dataset="d_1")
+        return SimpleNamespace(cell=cell, metrics={"exact": Estimate(value, value, value, 4)})
+
+    rows = (row("full", "", 1.0), row("a_b", "budget=30% of the trace", 0.5), row("a_b", "budget=64", 0.25))
+    text = StudyTable("s", None, rows, ("exact",)).latex()
+    assert r"variant & budget=30\% of the trace & budget=64 \\" in text
+    assert r"full & 100.0 [100.0, 100.0] & 100.0 [100.0, 100.0] \\" in text
+    assert r"a\_b & 50.0 [50.0, 50.0] & 25.0 [25.0, 25.0] \\" in text
+
+
 def test_a_figure_has_a_point_for_every_row(made):
     pytest.importorskip("matplotlib")
     table = made[2]
