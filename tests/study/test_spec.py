@@ -265,3 +265,16 @@ def test_every_registered_study_is_valid_and_small_when_quick(entry):
     assert StudySpec.from_yaml(spec.to_yaml()) == spec
     quick = spec.quickened()
     assert len(quick.variants()) * len(quick.datasets) * quick.samples * len(quick.seeds) <= 400
+
+
+def test_an_axis_that_cannot_be_read_is_not_missing(tmp_path):
+    from kvpolicy.errors import SpecError
+    from kvpolicy.study.spec import StudySpec
+
+    text = (
+        "schema_version: 1\nkind: study\nstudy: s\nmodels: [reasoner]\ndatasets: [gsm8k]\n"
+        "axes:\n  policy: [{extends: nowhere, policy: mine}]\n"
+    )
+    with pytest.raises(SpecError, match="unknown policy 'nowhere'") as caught:
+        StudySpec.from_yaml(text)
+    assert "base" not in str(caught.value)
