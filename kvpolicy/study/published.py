@@ -37,6 +37,7 @@ _DIGITS: Final = 7
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Second = Annotated[int, Field(ge=0, le=records.LAST_SECOND)]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
@@ -72,7 +73,7 @@ class _PublishedRuns(TypedDict):
     seed: list[_Natural]
     environment: list[_Natural]
     prompt_tokens: list[_Natural]
-    finished: list[_Natural]
+    finished: list[_Second]
     errors: dict[_Text, str]
     metrics: dict[_Text, list[_Number | None]]
 

@@ -22,6 +22,8 @@ from kvpolicy.study.work import Outcome
 KEY_BYTES: Final = 20
 
 _LARGEST: Final = 1e15
+LAST_SECOND: Final = 253_402_300_799
+"""Of the year 9999, in seconds since 1970: no date lies behind it."""
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -228,7 +230,7 @@ def read_run(row: Sequence[Any], *, output: bool) -> RunRecord:
         _require(isinstance(fields[column], str), "runs", column)
     for column in ("problem", "seed", "prompt_tokens", "rows", "environment"):
         _require(isinstance(fields[column], int) and 0 <= fields[column] < 1 << 53, "runs", column)
-    _require(isinstance(fields["finished"], float), "runs", "finished")
+    _require(isinstance(fields["finished"], float) and 0 <= fields["finished"] <= LAST_SECOND, "runs", "finished")
     _require(fields["error"] is None or isinstance(fields["error"], str), "runs", "error")
     _require(isinstance(fields["output"], bytes), "runs", "output")
     _require(fields["tokens"] is None or isinstance(fields["tokens"], bytes), "runs", "tokens")

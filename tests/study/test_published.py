@@ -134,6 +134,10 @@ def spoilt(files, change):
         (lambda d: d["runs"][0]["content"].__setitem__(0, 99), "a run in it is of a problem that is not there"),
         (lambda d: d["runs"][0]["metrics"].update(exact=[2, 0, 0, 0, 0]), "numbers that cannot be: exact is 2"),
         (lambda d: d["cells"][0].update(name="a\x1b[2Jb"), "a name in it has characters that names cannot have"),
+        (
+            lambda d: d["runs"][0]["finished"].__setitem__(0, 10**12),
+            "finished.0: Input should be less than or equal to",
+        ),
         (lambda d: d["runs"][0].update(environment=["x"] * 5), "environment.0: Input should be a valid integer"),
     ],
 )

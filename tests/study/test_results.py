@@ -207,6 +207,19 @@ def test_a_sealed_row_of_other_kinds_is_refused(small, table, row, read):
         read(results)
 
 
+@pytest.mark.parametrize("finished", [1e12, -1.0, float("inf")])
+def test_a_run_that_was_finished_at_no_time_is_refused(small, finished):
+    with sqlite3.connect(small) as database:
+        row = list(database.execute("SELECT * FROM runs").fetchone())
+        row[list(module._COLUMNS["runs"]).index("finished")] = finished
+        row[-1] = sealing.seal("runs", row[:-1])
+        database.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(row))})", row)
+        note_runs(database)
+    database.close()
+    with pytest.raises(ResultsError, match="the column `finished` of its table `runs` holds what cannot"):
+        read_all(small)
+
+
 def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked(small):
     pytest.importorskip("scipy")
     packer = zlib.compressobj(9)
