@@ -257,7 +257,7 @@ def duration(seconds: float) -> str:
 def _print_results(path: Path, spec: StudySpec) -> None:
     from kvpolicy.cli.study_tables import tables
     from kvpolicy.cli.terminal import output
-    from kvpolicy.study.analysis import failures, refusals, summarise
+    from kvpolicy.study.analysis import cuts, failures, refusals, summarise
     from kvpolicy.study.asked import Asked
     from kvpolicy.study.results import Results
 
@@ -270,7 +270,7 @@ def _print_results(path: Path, spec: StudySpec) -> None:
         if left_out:
             names = ", ".join(left_out)
             console.print(f"Not shown for lack of room: {names}; a wider terminal or the report has them.")
-    for sentence in refusals(rows):
+    for sentence in (*refusals(rows), *cuts(rows)):
         console.print(sentence, soft_wrap=True)
     for reason, count in failures(rows).items():
         console.print(f"{count} failed: {reason}", soft_wrap=True)

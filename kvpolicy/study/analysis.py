@@ -16,8 +16,9 @@ from typing import Any, Final
 from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
-from kvpolicy.study.records import CellRecord, Recorded, RunRecord
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord, StudyData
 from kvpolicy.study.runs import REFERENCE
+from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.whole import refusal
 
 RESAMPLES: Final = 9999
@@ -50,6 +51,7 @@ class VariantSummary:
         tasks: the task of each problem, of a dataset that has several.
         metrics: estimates by metric, as far as there are runs.
         values: mean over seeds by metric and problem.
+        cut: finished runs whose answers reached the `max_new_tokens` that the study chose.
     """
 
     cell: CellRecord
@@ -60,6 +62,7 @@ class VariantSummary:
     values: dict[str, ByProblem]
     refused: str | None = None
     tasks: Mapping[int, str] = field(default_factory=dict)
+    cut: int = 0
 
     def by_task(self, metric: str) -> dict[str, Estimate]:
         """Return the mean over the problems of each task, without an interval; empty for a dataset without tasks."""
@@ -125,14 +128,32 @@ def summarise(
         cells: what the study asks for, of `Asked`; what it asked for when it ran last if None.
         strict: grade no variant that is incomplete, ragged or mixed; as the study says if None.
     """
-    strict = bool(results.study().get("strict")) if strict is None else strict
+    study = results.study()
+    strict = bool(study.get("strict")) if strict is None else strict
     cells = results.cells() if cells is None else cells
     wanted = {key for cell in cells for key in cell.keys}
     found = {record.key: record for record in results.records(wanted, outputs=False)}
-    return [_row(cell, [found[key] for key in cell.keys if key in found], metrics, strict=strict) for cell in cells]
+    chosen = _chosen_limits(study)
+    return [
+        _row(cell, [found[key] for key in cell.keys if key in found], metrics, chosen, strict=strict) for cell in cells
+    ]
 
 
-def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str], *, strict: bool) -> VariantSummary:
+def _chosen_limits(study: StudyData) -> list[int]:
+    """Return the most tokens of an answer as the study says, its own number first; not what a benchmark says."""
+    own = (study.get("sampling") or {}).get("max_new_tokens", Sampling.model_fields["max_new_tokens"].default)
+    more = [each.get("max_new_tokens") for each in study.get("datasets") or () if isinstance(each, Mapping)]
+    return [int(limit) for limit in (own, *more) if isinstance(limit, int | float)]
+
+
+def _is_cut(record: RunRecord, chosen: Sequence[int]) -> bool:
+    limit = record.document.get("max_new_tokens", chosen[0] if chosen else None)
+    return record.kind == "generate" and limit in chosen and record.metrics.get("tokens", 0) >= limit
+
+
+def _row(
+    cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str], chosen: Sequence[int], *, strict: bool
+) -> VariantSummary:
     refused = refusal(cell, records) if strict else None
     good = [record for record in records if record.error is None]
     failures = [record.error for record in records if record.error is not None]
@@ -144,7 +165,8 @@ def _row(cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str],
     }
     error = cell.error or next(iter(failures), None)
     tasks = {record.problem: str(task) for record in good if (task := record.document.get("task"))}
-    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused, tasks)
+    cut = sum(_is_cut(record, chosen) for record in good)
+    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused, tasks, cut)
 
 
 def _values(records: Sequence[RunRecord], metric: str) -> ByProblem:
@@ -332,4 +354,14 @@ def refusals(rows: Sequence[VariantSummary]) -> list[str]:
         f"{row.cell.model} is not graded: {row.refused}."
         for row in rows
         if row.refused is not None
+    ]
+
+
+def cuts(rows: Sequence[VariantSummary]) -> list[str]:
+    """Return a sentence for each dataset on which answers of the full cache were cut, so that all may look worse."""
+    return [
+        f"{row.cut} of {row.runs} answers of the full cache on {row.cell.dataset} with {row.cell.model} reached "
+        "`max_new_tokens` and were cut there; raise it if they should have ended by themselves."
+        for row in rows
+        if row.cut and row.cell.name == REFERENCE
     ]

@@ -6,8 +6,13 @@ import random
 import pytest
 
 from kvpolicy import KVPolicyError
-from kvpolicy.study.analysis import VariantSummary, compare, estimate, holm, shown, tango
-from kvpolicy.study.results import CellRecord
+from kvpolicy.study.analysis import VariantSummary, compare, cuts, estimate, holm, shown, summarise, tango
+from kvpolicy.study.report.content import Commands, build
+from kvpolicy.study.report.markdown import markdown
+from kvpolicy.study.results import CellRecord, Results
+from kvpolicy.study.spec import StudySpec
+from kvpolicy.study.work import Outcome
+from kvsupport.scripted import scripted_study
 
 pytest.importorskip("scipy")
 
@@ -142,3 +147,22 @@ def test_a_single_problem_proves_nothing():
     assert found.difference.value == pytest.approx(-0.1)
     assert math.isnan(found.difference.low)
     assert (found.losses, found.paired, found.p) == (1, False, 1.0)
+
+
+@pytest.mark.parametrize(("limit", "own", "cut"), [(40, None, 2), (40, 60, 1), (80, None, 0)])
+def test_answers_of_the_full_cache_that_were_cut_are_counted(tmp_path, limit, own, cut):
+    """Of answers of 40, 60 and 20 tokens; `own` is the dataset's number, which goes before the study's."""
+    dataset = {"use": "needle", "words": 20, "chat": False} | ({"max_new_tokens": own} if own else {})
+    spec = StudySpec(
+        study="cut", models=["nowhere"], datasets=[dataset], samples=3, axes={"policy": ["random"]},
+        conditions={"budget": [64]}, sampling={"max_new_tokens": limit},
+    )  # fmt: skip
+    lengths = (40.0, 60.0, 20.0)
+    scripted_study(spec, tmp_path / "r.sqlite", lambda task, item: Outcome(
+        None, {"exact": 1.0, "tokens": min(lengths[item.problem.index], float(own or limit))}, "x"
+    ))  # fmt: skip
+    with Results(tmp_path / "r.sqlite") as results:
+        found = cuts(summarise(results))
+        report = markdown(build(results, Commands("run", "report")))
+    assert [sentence.split(" answers")[0] for sentence in found] == ([f"{cut} of 3"] if cut else [])
+    assert ("and were cut there; raise it" in report) == bool(cut)

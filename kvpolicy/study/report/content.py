@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from kvpolicy.study.analysis import Comparison, VariantSummary, compare, failures, refusals, summarise
+from kvpolicy.study.analysis import Comparison, VariantSummary, compare, cuts, failures, refusals, summarise
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.design import POLICY
 from kvpolicy.study.metrics import METRICS
@@ -161,6 +161,7 @@ class Report:
         older: what else the file holds, as a sentence; empty if nothing.
         failures: reason -> number of runs.
         refusals: a sentence for each variant that is not graded.
+        cuts: a sentence for each dataset on which the full cache's answers were cut.
         settings: all that the numbers depend on.
     """
 
@@ -177,6 +178,7 @@ class Report:
     older: str
     failures: Mapping[str, int]
     refusals: tuple[str, ...]
+    cuts: tuple[str, ...]
     settings: StudySettings
 
     @property
@@ -258,6 +260,7 @@ def build(results: Recorded, commands: Commands, asked: Asked | None = None) -> 
         older=str(asked.older(results)),
         failures=failures(rows),
         refusals=tuple(refusals(rows)),
+        cuts=tuple(cuts(rows)),
         settings=made,
     )
 

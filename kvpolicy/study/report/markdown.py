@@ -57,6 +57,8 @@ def markdown(report: Report, pictures: Pictures | None = None, data: str = "") -
     ]
     if report.refusals:
         lines += ["**Not graded**", "", *(f"- {_text(sentence)}" for sentence in report.refusals), ""]
+    if report.cuts:
+        lines += ["**Answers were cut**", "", *(f"- {_text(sentence)}" for sentence in report.cuts), ""]
     if report.failures:
         lines += ["**Not everything could be run:**", ""]
         lines += [f"- {number} × {_text(reason)}" for reason, number in report.failures.items()] + [""]
