@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -123,6 +124,19 @@ class Component(BaseModel, ABC):
     def observed_queries(self) -> int:
         """How many of the last queries the component wants to see in `CacheView.queries`; 0 by default."""
         return 0
+
+
+_NAMES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+
+
+def note_name(component: type[Component], name: str) -> None:
+    """Remember what files call a component."""
+    _NAMES[component] = name
+
+
+def named(component: Component) -> str:
+    """Return what files call a component: the name that it is registered by, or that of its class if it is not."""
+    return _NAMES.get(type(component), type(component).__name__)
 
 
 def has_upper_bound(field: FieldInfo) -> bool:

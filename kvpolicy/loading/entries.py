@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, cast, get_args, get_origin
 
 from kvpolicy.contracts.backend import Backend
+from kvpolicy.contracts.component import note_name
 from kvpolicy.contracts.components import KINDS, Component, kind_of
 from kvpolicy.errors import PluginError, UnknownComponentError, nearest
 from kvpolicy.loading.presses import lead
@@ -132,6 +133,8 @@ class Catalog:
         """Add a checked entry; raises PluginError that names both sides when the name is taken."""
         taken = self._entries.setdefault((entry.kind, entry.name), entry)
         if taken is entry:
+            if entry.kind in KINDS:
+                note_name(entry.component, entry.name)
             return
         if taken.origin == entry.origin:
             raise PluginError(f"{entry.kind} {entry.name!r} is registered twice by {entry.origin}; rename one.")

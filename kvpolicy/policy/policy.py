@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from kvpolicy.contracts.budget import Budget
+from kvpolicy.contracts.component import named
 from kvpolicy.contracts.components import (
     BudgetAllocator,
     Component,
@@ -85,7 +86,7 @@ class Policy:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             yield f"prefill_chunk: {self.prefill_chunk} is not a chunk size; write at least 1 or leave it out."
         if self.budget.tokens is not None and self.reserved() > self.budget.tokens:
-            parts = ", ".join(f"{type(p).__name__.lower()} {p.reserved()}" for p in self.protections if p.reserved())
+            parts = ", ".join(f"{named(p)} {p.reserved()}" for p in self.protections if p.reserved())
             yield (
                 f"budget: {self.budget.tokens} entries are fewer than the {self.reserved()} that are protected "
                 f"({parts}); raise the budget or protect less."
@@ -102,7 +103,7 @@ class Policy:
             uneven = self.allocator if self.selector.exact else self.selector
             yield (
                 "post: re-rotated keys need the same number of entries in every head, which "
-                f"{type([*dropping, uneven][0]).__name__} does not leave; remove the operation, or use "
+                f"{named([*dropping, uneven][0])} does not leave; remove the operation, or use "
                 "`allocator: uniform`, `selector: top_k` and no protection that drops slots."
             )
         yield from self._misfits_of_pools()
@@ -116,10 +117,10 @@ class Policy:
             if not wanted <= component.phases:
                 only = " and ".join(sorted(component.phases))
                 yield (
-                    f"phase: {self.phase!r} does not fit {type(component).__name__}, which works at {only} only; "
+                    f"phase: {self.phase!r} does not fit {named(component)}, which works at {only} only; "
                     f"write `phase: {only}` or choose another component."
                 )
-        ahead = [type(c).__name__ for c in self.components if c.whole_prompt]
+        ahead = [named(c) for c in self.components if c.whole_prompt]
         if ahead and self.prefill_chunk is not None:
             yield (
                 f"prefill_chunk: {ahead[0]} lets the tokens of the prompt look ahead and needs it in one piece; "
@@ -133,7 +134,7 @@ class Policy:
             who = "head" if counts == "per_head" else "layer"
             yield (
                 f"selector.scope: {scope!r} lets {'heads' if scope == 'layer' else 'layers'} share one set, but "
-                f"{type(self.allocator).__name__} gives every {who} its own count; write `scope: head` or "
+                f"{named(self.allocator)} gives every {who} its own count; write `scope: head` or "
                 "`allocator: uniform`."
             )
         if pooled == "none" or self.allocator.normalises:
@@ -148,13 +149,13 @@ class Policy:
             if not heads_ok or (pooled == "model" and not scorer.comparable_across_layers):
                 across = "layers" if heads_ok else "heads"
                 yield (
-                    f"allocator: {type(self.allocator).__name__} pools scores, but those of the {kind} scorer "
-                    f"{type(scorer).__name__} are not comparable across {across}; use another scorer or "
+                    f"allocator: {named(self.allocator)} pools scores, but those of the {kind} scorer "
+                    f"{named(scorer)} are not comparable across {across}; use another scorer or "
                     "`allocator: uniform`."
                 )
         if not self.mixer.keeps_comparability:
             yield (
-                f"allocator: {type(self.allocator).__name__} pools scores, but the mixer {type(self.mixer).__name__} "
+                f"allocator: {named(self.allocator)} pools scores, but the mixer {named(self.mixer)} "
                 "makes them incomparable; use another mixer or `allocator: uniform`."
             )
 

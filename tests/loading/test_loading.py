@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 import kvpolicy
-from kvpolicy import Catalog, PluginError, UnknownComponentError
+from kvpolicy import Catalog, PluginError, PolicySpec, SpecError, UnknownComponentError
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.loading import installed
 
@@ -282,3 +282,9 @@ def test_the_plugin_that_ends_the_process_is_the_last_that_was_named(install, tm
     assert "kvpolicy loads plugin 'z-deadly' of " in done.stderr.splitlines()[-1]
     monkeypatch.setenv("KVPOLICY_DISABLED_PLUGINS", "z-deadly")
     assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_a_refusal_calls_components_what_files_call_them():
+    fields = {"importance": {"use": "critical"}, "redundancy": "key_cosine", "mixer": "z_score"}
+    with pytest.raises(SpecError, match="adaptive_heads pools scores, but those of the importance scorer critical are"):
+        PolicySpec(policy="z", budget=64, trigger={"every": 16}, allocator="adaptive_heads", **fields).build()
