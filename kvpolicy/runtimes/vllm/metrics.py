@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from kvpolicy.runtimes.vllm import words
 from kvpolicy.runtimes.vllm.session import Session
 
 VARIABLE: Final = "KVPOLICY_VLLM_METRICS"
@@ -40,9 +41,9 @@ class MetricsWriter:
     """
 
     def __init__(self, name: str) -> None:
-        folder = Path(os.environ[VARIABLE])
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = (folder / name).open("wb", buffering=0)
+        where = Path(os.environ[VARIABLE])
+        where.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = (where / name).open("wb", buffering=0)
         weakref.finalize(self, self._file.close)
 
     def write(self, session: Session) -> None:
@@ -61,14 +62,20 @@ class Collector:
         """Yield the sums over all workers; nothing where no worker has a policy."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        folder = Path(os.environ.get(VARIABLE, ""))
-        found = [each.read_bytes() for each in sorted(folder.glob("worker-*"))] if folder.name else []
+        where = folder()
+        found = [] if where is None else [each.read_bytes() for each in sorted(where.glob("worker-*"))]
         rows = [_NUMBERS.unpack(each) for each in found if len(each) == _NUMBERS.size]
         if not rows:
             return
         for (name, said, kind), values in zip(_SAID, zip(*rows, strict=True), strict=True):
             family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
             yield family(name, said, value=sum(values))
+
+
+def folder() -> Path | None:
+    """Return the folder that all processes of a server know, if there is one."""
+    name = os.environ.get(VARIABLE)
+    return Path(name) if name else None
 
 
 _collectors: list[Collector] = []  # one per process
@@ -81,13 +88,14 @@ def announce() -> None:
     from prometheus_client import REGISTRY
 
     if VARIABLE not in os.environ:
-        folder = Path(tempfile.gettempdir(), f"kvpolicy-vllm-{secrets.token_hex(8)}")
-        os.environ[VARIABLE] = str(folder)
-        atexit.register(_clean, folder, os.getpid())
+        made = Path(tempfile.gettempdir(), f"kvpolicy-vllm-{secrets.token_hex(8)}")
+        os.environ[VARIABLE] = str(made)
+        atexit.register(_end, made, os.getpid())
     _collectors.append(Collector())
     REGISTRY.register(_collectors[0])
 
 
-def _clean(folder: Path, maker: int) -> None:
+def _end(made: Path, maker: int) -> None:
     if os.getpid() == maker:  # not a process that was forked off
-        shutil.rmtree(folder, ignore_errors=True)
+        words.repeat_refusal(made)
+        shutil.rmtree(made, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.runtimes.vllm import backends, engine, metrics
+from kvpolicy.runtimes.vllm import backends, engine, metrics, words
 from kvpolicy.runtimes.vllm.check import check_step
 from kvpolicy.runtimes.vllm.metrics import MetricsWriter
 from kvpolicy.runtimes.vllm.session import Session
@@ -29,7 +29,8 @@ def worker_class() -> Any:
         """vLLM's worker, whose requests are compacted; without a policy it does nothing else."""
 
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            self._kvpolicy_set = engine.plan_of(vllm_config) is not None
+            with words.refusals_left_in(metrics.folder()):
+                self._kvpolicy_set = engine.plan_of(vllm_config) is not None
             self._kvpolicy: Session | None = None
             if self._kvpolicy_set:
                 backends.register()
@@ -38,14 +39,22 @@ def worker_class() -> Any:
 
         def get_kv_cache_spec(self) -> Any:
             specs = super().get_kv_cache_spec()
-            plan = engine.plan_of(self.vllm_config)
-            return specs if plan is None else {name: engine.evicting_spec(each, plan) for name, each in specs.items()}
+            with words.refusals_left_in(metrics.folder()):
+                plan = engine.plan_of(self.vllm_config)
+                if plan is None:
+                    return specs
+                return {name: engine.evicting_spec(each, plan) for name, each in specs.items()}
 
         def initialize_from_config(self, kv_cache_config: Any) -> None:
             super().initialize_from_config(kv_cache_config)
             if self._kvpolicy_set:
-                self._kvpolicy = open_session(self, kv_cache_config)
+                with words.refusals_left_in(metrics.folder()):
+                    self._kvpolicy = open_session(self, kv_cache_config)
                 self._kvpolicy_metrics = writer(self.vllm_config)
+                if self._kvpolicy_metrics is not None:
+                    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+                    words.say_in_force(spec.plan.build(), spec.block_size, kv_cache_config.num_blocks - 1)
+                    words.forget_refusal(metrics.folder())
 
         def execute_model(self, scheduler_output: Any) -> Any:
             if self._kvpolicy is None:

@@ -47,7 +47,7 @@ def test_workers_are_summed_and_nothing_is_made_before_there_is_one(families):
 def test_only_the_process_that_made_the_folder_removes_it(tmp_path: Path):
     folder = tmp_path / "numbers"
     folder.mkdir()
-    metrics._clean(folder, -1)
+    metrics._end(folder, -1)
     assert folder.exists()
-    metrics._clean(folder, os.getpid())
+    metrics._end(folder, os.getpid())
     assert not folder.exists()
