@@ -22,7 +22,7 @@ def command(model: str, policy: str, budget: int, port: int) -> list[str]:
     """Return what starts the server: vLLM's own, with the plugin's worker and settings."""
     settings = {"kvpolicy": {"policy": policy, "budget": budget}}
     return [
-        sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "m",
+        sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model,
         "--port", str(port), "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
         "--no-enable-prefix-caching", "--worker-cls", "kvpolicy.runtimes.vllm.Worker",
         "--additional-config", json.dumps(settings),
@@ -39,9 +39,15 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the server at {url} has ended with {server.returncode}")
 
 
+def served(url: str) -> str:
+    """Return the name under which a server knows its model."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:  # noqa: S310 - an address that the user gives
+        return str(json.load(answer)["data"][0]["id"])
+
+
 def stream(url: str, prompt: str, tokens: int) -> Iterator[str]:
     """Yield the answer piece by piece: the server sends a line of JSON for each."""
-    wish = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    wish = {"model": served(url), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     ask = urllib.request.Request(  # noqa: S310 - an address that the user gives
         f"{url}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
     )

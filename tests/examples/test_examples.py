@@ -123,6 +123,12 @@ def test_an_answer_is_streamed_as_it_comes(example, capsys):
     """The client, against a server that speaks as vLLM's does."""
 
     class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/v1/models"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "a/model"}]}).encode())
+
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
@@ -146,6 +152,7 @@ def test_an_answer_is_streamed_as_it_comes(example, capsys):
         server.shutdown()
         server.server_close()
     assert asked[0]["prompt"] == "Begin"
+    assert asked[0]["model"] == "a/model"  # by the name that the server gives it
     assert asked[0]["stream"] is True
     assert asked[0]["max_tokens"] == 7
     assert capsys.readouterr().out == "Once there was"
