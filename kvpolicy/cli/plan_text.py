@@ -112,7 +112,7 @@ def _stops(plan: CapacityPlan) -> Iterator[tuple[str, str]]:
     elif policy.bound is None:
         yield next(label), "The budget is a share of the text, so that memory grows with it, only slower."
     else:
-        yield next(label), f"Texts of up to {policy.bound:,} tokens lose nothing and gain nothing."
+        yield next(label), f"Of texts of up to {policy.bound:,} tokens nothing is evicted, so that nothing is gained."
         yield next(label), _longest(plan)
     if not plan.under.course.compactions:
         yield next(label), f"Nothing is compacted within {asked.length:,} tokens."
@@ -129,6 +129,8 @@ def _stops(plan: CapacityPlan) -> Iterator[tuple[str, str]]:
         yield next(label), f"From {under:,} rows on{whole} arithmetic is what a step waits for: more rows gain nothing."
     elif asked.machine.arithmetic is None:
         yield next(label), "Where arithmetic becomes the limit is not known without --gpu."
+    else:
+        yield next(label), "Under it a step waits for memory at any number of rows, never for arithmetic."
     if asked.size.longest is not None and asked.length > asked.size.longest:
         yield next(label), f"The model reads {asked.size.longest:,} tokens at most."
 

@@ -47,7 +47,7 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option(help="Such devices, which split heads and weights.")] = 1,
     block_size: Annotated[int, typer.Option(help="Slots per block of vLLM.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    gpus: Annotated[bool, typer.Option("--gpus", help="List the GPUs that are known, and where it is from.")] = False,
+    gpus: Annotated[bool, typer.Option("--gpus", help="List the GPUs that are known, with their sources.")] = False,
 ) -> None:
     """Plan the memory of a model: bytes per token, the largest batch, full and under a policy, and the most it gains.
 
@@ -131,6 +131,7 @@ def _machine(
     from kvpolicy.cli.devices import gpu_of
     from kvpolicy.cli.modelsize import bytes_of
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.html_text import size as short
 
     given = {"--gpu": gpu, "--memory": memory, "--cache-memory": cache}
     named = [option for option, value in given.items() if value is not None]
@@ -147,11 +148,11 @@ def _machine(
     left = int(whole * use) - size.weights
     if left <= 0:
         raise KVPolicyError(
-            f"{named[0]}: {size.weights:,} bytes of weights do not fit into {use:g} of {whole:,}; give more memory, "
-            "--tensor-parallel, or the --weights of a quantised model."
+            f"{named[0]}: {size.weights:,} bytes of weights do not fit into {use:g} of {whole:,} bytes; give more "
+            "memory, --tensor-parallel, or the --weights of a quantised model."
         )
     if device is None:
-        return Machine(f"{whole:,} bytes", left, fast)
+        return Machine(short(whole), left, fast)
     return Machine(device.name, left, device.bandwidth, device.arithmetic)
 
 

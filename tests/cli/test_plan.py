@@ -279,7 +279,9 @@ def test_sizes_are_read():
 def test_it_says_where_it_stops(run):
     at = ("--gpu", "H100 SXM")
     words = " ".join(run("plan", "rkv", *at)[1].split())
-    assert "Texts of up to 1,152 tokens lose nothing and gain nothing." in words
+    assert "Of texts of up to 1,152 tokens nothing is evicted, so that nothing is gained." in words
+    assert "Under it a step waits for memory at any number of rows, never for arithmetic." in words
+    assert "memory 80.00 GiB: " in " ".join(run("plan", "rkv", "--memory", "80GiB")[1].split())
     assert "(estimates)" in words
     assert "One row of the whole cache fits up to" in words
     assert "Nothing is compacted within 1,000 tokens" in " ".join(run("plan", "rkv", *at, "--length", 1000)[1].split())
@@ -301,7 +303,7 @@ def test_nonsense_is_refused_in_a_sentence(run, tmp_path):
         "--gpu: is missing; give one of": (),
         "--gpu: and --memory say both": (*at, "--memory", "1GB"),
         "--memory: 'much' is not a size": ("--memory", "much"),
-        "of weights do not fit into 0.9 of": ("--memory", "1GB"),
+        "of weights do not fit into 0.9 of 1,000,000,000 bytes": ("--memory", "1GB"),
         "not one row of 8,192 tokens fits": ("--cache-memory", "1MB"),
         "--bandwidth: --gpu says it already": (*at, "--bandwidth", "9"),
         "--bandwidth: -1.0 makes no sense": ("--memory", "80GB", "--bandwidth", "-1"),
