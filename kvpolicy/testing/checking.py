@@ -38,6 +38,7 @@ PROFILES: Final[Mapping[str, int]] = {"brief": 5, "quick": 20, "thorough": 1000}
 
 _STEPS = {"brief": 12, "quick": 12, "thorough": 50}  # of the state machine
 _DECIDED_LEAST = 0.25  # share of the examples that must have said something
+_SILENT_LEAST = 20  # so many examples that say nothing are drawn again, however few are wanted
 
 Status = Literal["passed", "failed", "undecided", "not applicable"]
 BAD: Final[frozenset[Status]] = frozenset({"failed", "undecided"})
@@ -319,7 +320,7 @@ class _Trial:
             except UndecidedError as error:
                 self.silent[str(error)] += 1
                 # A subject about which the law never says anything must not make hypothesis search for ever.
-                if self.silent.total() < self.settings.max_examples:
+                if self.silent.total() < max(self.settings.max_examples, _SILENT_LEAST):
                     reject()
             except Exception as error:
                 self.failing = (made, drawn, error)
