@@ -280,7 +280,8 @@ def _short(value: Any) -> str:
         return f"{value['use']}({rest})" if rest else value["use"]
     if isinstance(value, Mapping) and set(value) == {"tokens"}:
         return _short(value["tokens"])
-    if isinstance(value, Mapping) and set(value) == {"trace"}:
+    # On an axis of something else it may be anything.
+    if isinstance(value, Mapping) and set(value) == {"trace"} and isinstance(value["trace"], int | float):
         return str(TraceBudget(value["trace"]))
     if isinstance(value, str | TraceBudget):
         return str(value)

@@ -118,3 +118,11 @@ def test_a_seed_goes_into_every_random_component():
     assert with_seed(RKV, 3) is RKV
     assert digest_of(policy) != digest_of(with_seed(policy, 3))
     assert digest_of(RKV) == digest_of(RKV.replace({"policy": "other", "description": "Another text."}))
+
+
+def test_what_looks_like_a_share_on_another_axis_is_that_axis_fault():
+    with pytest.raises(SpecError, match=r"axes\.selector\.scope\.0: should be 'head', 'layer' or 'model'"):
+        StudySpec(
+            study="s", base="rkv", axes={"selector.scope": [{"trace": "layer"}, "head"]}, exclude=[{"budget": 64}],
+            conditions={"budget": [64, 128]}, models=["reasoner"], datasets=[{"use": "needle"}],
+        )  # fmt: skip
