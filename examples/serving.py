@@ -1,6 +1,6 @@
 """Serves a model under a policy with vLLM, and reads an answer as it is streamed.
 
-python -P examples/serving.py --prompt "Write a story."         # starts a server, asks it, and stops it
+python -P examples/serving.py --prompt "Write a story." 2>log   # starts a server, asks it, and stops it
 python -P examples/serving.py --url http://localhost:8000       # asks one that runs
 """
 
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     with contextlib.ExitStack() as stack:
         if options.url is None:
             place = str(locate(options.model, user="this example"))
-            server = subprocess.Popen(command(place, options.policy, options.budget, options.port))  # noqa: S603
+            started = command(place, options.policy, options.budget, options.port)
+            server = subprocess.Popen(started, stdout=2)  # noqa: S603 - its log to stderr, beside the answer
             stack.callback(server.wait)
             stack.callback(server.terminate)
             wait_for(url, server)

@@ -50,7 +50,7 @@ def plan_of(config: Any) -> EvictionPlan | None:
     if untried and chosen.any_version:
         untried = refusals.hooks_refusal(vllm.__version__, Path(vllm.__file__).parent)
     refusals.refuse(untried)
-    refusals.refuse(refusals.policy_refusal(policy))
+    refusals.refuse(refusals.start_refusal(policy))
     refusals.refuse(refusals.engine_refusal(policy, config))
     worker = str(config.parallel_config.worker_cls)
     if worker != f"{__package__}.Worker":

@@ -34,6 +34,14 @@ def policy_refusal(policy: Policy) -> str | None:
     return None
 
 
+def start_refusal(policy: Policy) -> str | None:
+    """Return why an engine is not started under a policy, and where those stand that are served, or None."""
+    why = policy_refusal(policy)
+    return (
+        None if why is None else f"{why.removesuffix('.')}; docs/vllm-policies.md lists the policies that are served."
+    )
+
+
 def block_refusal(policy: Policy, block: int) -> str | None:
     """Return why a policy does not fit blocks of so many slots, with the nearest that does, or None."""
     numbers = {"budget": policy.budget.tokens}

@@ -34,7 +34,7 @@ def in_force(policy: Policy, block: int, blocks: int) -> str:
     budget = policy.budget
     stays = f"{budget.fraction:g} of the entries" if budget.tokens is None else f"{budget.tokens:,} entries per KV head"
     if policy.bound is not None:
-        held = f"while it decodes, a request holds at most {policy.bound:,}, {-(-policy.bound // block):,} blocks"
+        held = f"while it decodes, a request holds at most {policy.bound:,}, in {-(-policy.bound // block):,} blocks"
     elif policy.phase == "prefill":
         held = "all that is decoded stays beside them"
     else:

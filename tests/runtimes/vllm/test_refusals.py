@@ -11,7 +11,13 @@ import pytest
 import kvpolicy
 from kvpolicy.errors import SpecError, UnsupportedError
 from kvpolicy.runtimes.vllm.books import Books, prompt_room
-from kvpolicy.runtimes.vllm.refusals import block_refusal, engine_refusal, policy_refusal, version_refusal
+from kvpolicy.runtimes.vllm.refusals import (
+    block_refusal,
+    engine_refusal,
+    policy_refusal,
+    start_refusal,
+    version_refusal,
+)
 from kvpolicy.runtimes.vllm.settings import VARIABLE, asked, settings
 from kvpolicy.testing.tables import stand_in_tables
 
@@ -170,3 +176,9 @@ def test_the_table_of_policies_is_up_to_date():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/vllm_policies.py"
+
+
+def test_an_engine_that_is_not_started_says_where_served_policies_are_listed():
+    assert start_refusal(policy()) is None
+    said = one_sentence(start_refusal(policy("adakv-snapkv")))
+    assert said.endswith("a block table is for all; docs/vllm-policies.md lists the policies that are served.")

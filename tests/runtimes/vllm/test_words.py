@@ -13,7 +13,7 @@ from kvpolicy.runtimes.vllm import metrics, words
 
 @pytest.mark.parametrize(
     ("name", "budget", "said"),
-    [("rkv", 512, "keeps 512 entries per KV head; while it decodes, a request holds at most 640, 20 blocks;"),
+    [("rkv", 512, "keeps 512 entries per KV head; while it decodes, a request holds at most 640, in 20 blocks;"),
      ("rkv", 0.25, "a compaction keeps 0.25 of the entries; what a request holds grows with it;"),
      ("snapkv-prefill", 512, "a compaction keeps 512 entries per KV head; all that is decoded stays beside them;")],
 )  # fmt: skip
