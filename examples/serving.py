@@ -30,13 +30,13 @@ def command(model: str, policy: str, budget: int, port: int) -> list[str]:
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return as soon as a server answers; raises RuntimeError when it ends before."""
+    """Return as soon as a server answers; exit with its last words when it ends before."""
     while server.poll() is None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{url}/health", timeout=5).close()  # noqa: S310 - an address of this machine
             return
         time.sleep(1)
-    raise RuntimeError(f"the server at {url} has ended with {server.returncode}")
+    raise SystemExit(f"the server at {url} has ended with {server.returncode}; its last line above says why")
 
 
 def served(url: str) -> str:

@@ -160,6 +160,13 @@ def test_an_answer_is_streamed_as_it_comes(example, capsys):
     assert json.loads(command[-1]) == {"kvpolicy": {"policy": "rkv", "budget": 256}}
 
 
+def test_a_server_that_ends_before_it_answers_ends_the_example_in_a_sentence(example):
+    server = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    server.wait()
+    with pytest.raises(SystemExit, match="has ended with 3; its last line above says why"):
+        example("serving").wait_for("http://127.0.0.1:9", server)
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(3600)
 def test_a_server_of_vllm_streams_under_a_policy(example):
