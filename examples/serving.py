@@ -20,12 +20,11 @@ from kvpolicy.runtimes.opening import locate
 
 def command(model: str, policy: str, budget: int, port: int) -> list[str]:
     """Return what starts the server: vLLM's own, with the plugin's worker and settings."""
-    settings = {"kvpolicy": {"policy": policy, "budget": budget}}
     return [
-        sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
+        sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port),
+        "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
         "--no-enable-prefix-caching", "--worker-cls", "kvpolicy.runtimes.vllm.Worker",
-        "--additional-config", json.dumps(settings),
+        "--additional-config", json.dumps({"kvpolicy": {"policy": policy, "budget": budget}}),
     ]  # fmt: skip
 
 
@@ -39,15 +38,11 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"the server at {url} has ended with {server.returncode}; its last line above says why")
 
 
-def served(url: str) -> str:
-    """Return the name under which a server knows its model."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:  # noqa: S310 - an address that the user gives
-        return str(json.load(answer)["data"][0]["id"])
-
-
 def stream(url: str, prompt: str, tokens: int) -> Iterator[str]:
     """Yield the answer piece by piece: the server sends a line of JSON for each."""
-    wish = {"model": served(url), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as known:  # noqa: S310
+        name = json.load(known)["data"][0]["id"]
+    wish = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     ask = urllib.request.Request(  # noqa: S310 - an address that the user gives
         f"{url}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
     )
@@ -71,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         if options.url is None:
             place = str(locate(options.model, user="this example"))
             started = command(place, options.policy, options.budget, options.port)
-            server = subprocess.Popen(started, stdout=2)  # noqa: S603 - its log to stderr, beside the answer
+            server = subprocess.Popen(started, stdout=2)  # noqa: S603 - its log goes to stderr
             stack.callback(server.wait)
             stack.callback(server.terminate)
             wait_for(url, server)
