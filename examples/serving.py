@@ -41,11 +41,10 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 def stream(url: str, prompt: str, tokens: int) -> Iterator[str]:
     """Yield the answer piece by piece: the server sends a line of JSON for each."""
     with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as known:  # noqa: S310
-        name = json.load(known)["data"][0]["id"]
-    wish = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-    ask = urllib.request.Request(  # noqa: S310 - an address that the user gives
-        f"{url}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
-    )
+        model = json.load(known)["data"][0]["id"]
+    wish = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    sent, kind = json.dumps(wish).encode(), {"Content-Type": "application/json"}
+    ask = urllib.request.Request(f"{url}/v1/completions", sent, kind)  # noqa: S310 - an address that the user gives
     with urllib.request.urlopen(ask, timeout=600) as answer:  # noqa: S310
         for line in answer:
             data = line.decode().removeprefix("data: ").strip()
@@ -65,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     with contextlib.ExitStack() as stack:
         if options.url is None:
             place = str(locate(options.model, user="this example"))
-            started = command(place, options.policy, options.budget, options.port)
-            server = subprocess.Popen(started, stdout=2)  # noqa: S603 - its log goes to stderr
+            asked = command(place, options.policy, options.budget, options.port)
+            server = subprocess.Popen(asked, stdout=2)  # noqa: S603 - its log goes to stderr
             stack.callback(server.wait)
             stack.callback(server.terminate)
             wait_for(url, server)
