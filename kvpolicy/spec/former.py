@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from kvpolicy.contracts.components import KINDS
 from kvpolicy.errors import FormerNameWarning
 from kvpolicy.loading.entries import Catalog, held_kinds
 from kvpolicy.spec.problems import FieldError, dotted
@@ -76,7 +77,7 @@ def _present(
     kind: str, use: Any, value: Any, beneath: Any, path: KeyPath, catalog: Catalog, marks: Marks, met: list[Former]
 ) -> Any:
     """Return one reference, and those of the components that it holds, under present names."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or kind not in KINDS:  # a field of no component is for what reads it to refuse
         return value
     beneath = beneath if isinstance(beneath, Mapping) else _NOTHING
     use = value.get("use", beneath.get("use")) if use is None else use

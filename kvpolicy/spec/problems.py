@@ -135,6 +135,10 @@ def from_pydantic(error: ValidationError, path: KeyPath, data: Any, owner: str, 
         places.setdefault(_real(detail["loc"], data, detail["type"]), []).append(detail)
     listed, problems = list(known), []
     for where, details in places.items():
+        # Pydantic counts the items that it could read, and what is wrong with the others is said.
+        beneath = any(len(other) > len(where) and other[: len(where)] == where for other in places)
+        if beneath and all(detail["type"] == "too_short" for detail in details):
+            continue
         # A union reports one detail per alternative, all for the same value.
         sentences = dict.fromkeys(_sentence(detail, where, owner, listed) for detail in details)
         *first, last = sentences
@@ -167,6 +171,9 @@ def _sentence(detail: ErrorDetails, where: KeyPath, owner: str, known: list[str]
             return f"there is no key {name!r} here."
         return f"{owner} has no such parameter.{did_you_mean(name, known)} {_listed(known)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+    if kind == "too_short":
+        message = f"should have at least {detail['ctx']['min_length']} of them"
+        given = list(given) if isinstance(given, tuple) else given
     if kind == "literal_error":
         options = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
         near = did_you_mean(given, options) if isinstance(given, str) else ""

@@ -75,7 +75,9 @@ def test_a_mutated_study_is_read_or_refused_in_one_sentence(tmp_path, capsys):
                 code = main(["study", "status", str(file), "--out", str(tmp_path / "none.sqlite")])
                 out, err = capsys.readouterr()
                 assert (code, out, err[:7]) == (1, "", "error: "), case
-                check_sentence(err, case)
+                for line in err.splitlines():  # a command says all that is wrong, each in a sentence
+                    assert line.startswith("error: "), case
+                    check_sentence(line, case)
     assert not mark.exists()
     print(counts)
     check_mixture(0.02, *counts.values())

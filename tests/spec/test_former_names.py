@@ -157,3 +157,10 @@ def test_a_class_that_says_it_wrongly_is_refused():
     for each in (Wrong, Lost):
         with pytest.raises(PluginError, match="formerly says that"):
             installed.load_catalog().register("wrong", each)
+
+
+@pytest.mark.parametrize(("field", "name"), [("policy", "rkv-pyramid"), ("backend", "triton"), ("study", "scope")])
+def test_a_field_that_holds_no_component_is_not_looked_up_as_one(field, name):
+    named = "" if field == "policy" else "policy: mine\n"
+    with pytest.raises(SpecError, match=f"{field}"):
+        PolicySpec.from_yaml(f"schema_version: 1\nextends: rkv\n{named}{field}: {{use: {name}}}\n")

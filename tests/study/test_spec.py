@@ -278,3 +278,12 @@ def test_an_axis_that_cannot_be_read_is_not_missing(tmp_path):
     with pytest.raises(SpecError, match="unknown policy 'nowhere'") as caught:
         StudySpec.from_yaml(text)
     assert "base" not in str(caught.value)
+
+
+def test_a_list_is_not_too_short_for_what_could_not_be_read():
+    text = "schema_version: 1\nkind: study\nstudy: s\nbase: rkv\naxes: {budget: [64, 128]}\ndatasets: [{use: needle}]\n"
+    with pytest.raises(SpecError, match=r"models\.0: should be a valid string") as caught:
+        StudySpec.from_yaml(text + "models: [[reasoner, smollm2]]\n")
+    assert "more problem" not in str(caught.value)
+    with pytest.raises(SpecError, match=r"models: should have at least 1 of them, got \[\]\."):
+        StudySpec.from_yaml(text + "models: []\n")
