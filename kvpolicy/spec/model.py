@@ -183,7 +183,7 @@ class PolicySpec(BaseModel):
         problems, marks = Problems(document.faults), document.marks
         try:
             data, placed = files.resolved(document, found, installed.catalog(), search, problems=problems)
-            marks = {**marks, **placed}
+            marks = {**marks, **_through_extends(marks, placed)}
             return cls._from_canonical(data, problems)
         except FieldError as problem:
             raise problem.placed(marks) from None
@@ -372,6 +372,15 @@ def _protection(ref: ComponentRef) -> Any:
     if shorthand is not None and list(params) == [shorthand] and not isinstance(params[shorthand], bool | dict | None):
         return params[shorthand]
     return params or True
+
+
+def _through_extends(marks: forms.Marks, placed: forms.Marks) -> forms.Marks:
+    """Let places in a base begin with where it is extended: what is wrong there may be fine in the base by itself."""
+    here = marks.get(("extends",))
+    return {
+        path: mark._replace(source=f"{here}: {mark.source}") if here and mark.source != here.source else mark
+        for path, mark in placed.items()
+    }
 
 
 def _misfits(error: SpecError | BudgetError | ValidationError) -> FieldError:
