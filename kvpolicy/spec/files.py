@@ -142,6 +142,8 @@ def resolved(
         FieldError: there is no such base, or something is wrong in it.
     """
     data, marks = document.readable, document.marks
+    if "policy" not in data and data.get("kind") == "study":  # then no field is where it belongs
+        raise FieldError(("kind",), "says that this is a study, which `kvpolicy study` takes; name a policy file.")
     _check_head(document, found, problems)
     overlay = forms.Canonical(
         {field: value for field, value in data.items() if field != "extends"}, catalog, marks, problems=problems

@@ -272,6 +272,7 @@ class StudySpec(BaseModel):
             problems = Problems(document.faults)
             with problems:
                 files.check_version(document.data)
+            _refuse_policy(document.data)
             with problems:
                 _check_kind(document.data)
             spec._fill(document.readable, document.marks, found, problems)  # noqa: SLF001
@@ -337,11 +338,16 @@ def _is_file(path: str) -> bool:
         return False
 
 
+def _refuse_policy(data: Mapping[str, Any]) -> None:
+    """Refuse a file of the other kind in one sentence: none of its fields is where it belongs."""
+    if "policy" in data and "kind" not in data:
+        raise FieldError(("kind",), "is missing; a study file says `kind: study` (this looks like a policy file).")
+
+
 def _check_kind(data: Mapping[str, Any]) -> None:
     if data.get("kind") != "study":
         what = f"is {shown(data['kind'])}" if "kind" in data else "is missing"
-        hint = " (this looks like a policy file)" if "policy" in data and "kind" not in data else ""
-        raise FieldError(("kind",), f"{what}; a study file says `kind: study`{hint}.")
+        raise FieldError(("kind",), f"{what}; a study file says `kind: study`.")
 
 
 def _check_unique(values: Sequence[Any], field: str, mend: str) -> None:

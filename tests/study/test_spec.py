@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 
 import kvpolicy
+import kvpolicy_registry
 from kvpolicy import SpecError
 from kvpolicy.loading import installed
 from kvpolicy.study.spec import StudySpec, find_study
@@ -287,3 +290,13 @@ def test_a_list_is_not_too_short_for_what_could_not_be_read():
     assert "more problem" not in str(caught.value)
     with pytest.raises(SpecError, match=r"models: should have at least 1 of them, got \[\]\."):
         StudySpec.from_yaml(text + "models: []\n")
+
+
+def test_a_file_of_the_other_kind_is_refused_in_one_sentence():
+    registry = Path(kvpolicy_registry.__file__).parent
+    with pytest.raises(SpecError, match="this looks like a policy file") as caught:
+        StudySpec.from_file(registry / "policies" / "rkv.yaml")
+    assert "more problem" not in str(caught.value)
+    with pytest.raises(SpecError, match="says that this is a study, which `kvpolicy study` takes") as caught:
+        kvpolicy.PolicySpec.from_file(registry / "studies" / "scope.yaml")
+    assert "more problem" not in str(caught.value)
