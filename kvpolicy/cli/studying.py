@@ -270,7 +270,9 @@ def _print_results(path: Path, spec: StudySpec) -> None:
         if left_out:
             names = ", ".join(left_out)
             console.print(f"Not shown for lack of room: {names}; a wider terminal or the report has them.")
-    for sentence in (*refusals(rows), *cuts(rows)):
+    for sentence in cuts(rows):
+        console.print(sentence)
+    for sentence in refusals(rows):
         console.print(sentence, soft_wrap=True)
     for reason, count in failures(rows).items():
         console.print(f"{count} failed: {reason}", soft_wrap=True)

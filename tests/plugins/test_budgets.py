@@ -296,9 +296,9 @@ selector: {use: top_k, scope: SCOPE}
 @pytest.mark.parametrize(
     ("importance", "allocator", "scope", "message"),
     [
-        ("key_norm", "adaptive_heads", "head", "KeyNorm are not comparable across heads"),
+        ("key_norm", "adaptive_heads", "head", "key_norm are not comparable across heads"),
         ("key_norm", "{use: adaptive_heads, normalise: concentration}", "head", "not comparable across heads"),
-        ("window_attention", "global_pool", "head", "WindowAttention are not comparable across layers"),
+        ("window_attention", "global_pool", "head", "window_attention are not comparable across layers"),
         ("window_attention", "adaptive_heads", "layer", "selector.scope: 'layer'"),
         ("window_attention", "adaptive_heads", "model", "selector.scope: 'model'"),
         ("window_attention", "pyramid", "model", "selector.scope: 'model'"),

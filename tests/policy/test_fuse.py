@@ -71,5 +71,5 @@ def test_a_policy_with_a_part_that_knows_its_layer_is_not_folded(monkeypatch):
 
 
 def test_parts_that_look_ahead_refuse_chunks():
-    with pytest.raises(SpecError, match="prefill_chunk: NonCausal lets the tokens of the prompt look ahead"):
+    with pytest.raises(SpecError, match="prefill_chunk: non_causal lets the tokens of the prompt look ahead"):
         kvpolicy.load("compactor").replace("prefill_chunk", 64)

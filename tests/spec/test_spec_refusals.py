@@ -79,6 +79,9 @@ def test_unreadable_file(tmp_path):
         kvpolicy.load(file)
 
 
+FIELDS = f" Fields: {', '.join(PolicySpec.model_fields)}."
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -87,8 +90,8 @@ def test_unreadable_file(tmp_path):
             0.3,
             "mixer.wieght: 'linear' has no such parameter. Did you mean 'weight'? Parameters: weight.",
         ),
-        ("mixr.weight", 0.3, "mixr.weight: there is no field 'mixr'. Did you mean 'mixer'?"),
-        ("weight", 0.3, "weight: there is no field 'weight'."),
+        ("mixr.weight", 0.3, "mixr.weight: there is no field 'mixr'. Did you mean 'mixer'?" + FIELDS),
+        ("weight", 0.3, "weight: there is no field 'weight'." + FIELDS),
         ("mixer.weight", "much", "mixer.weight: should be a valid number, got 'much'."),
         ("mixer.weight", float("nan"), "mixer.weight: NaN is not a number that can be used; write a number."),
         (
@@ -104,7 +107,7 @@ def test_unreadable_file(tmp_path):
         ("", 1, "'' is not a path; write field.parameter, such as 'mixer.weight'."),
         ("mixer..weight", 1, "'mixer..weight' is not a path; write field.parameter, such as 'mixer.weight'."),
         (3, 1, "3 is not a path; write field.parameter, such as 'mixer.weight'."),
-        ("extends", "h2o", "extends: there is no field 'extends'."),
+        ("extends", "h2o", "extends: there is no field 'extends'." + FIELDS),
     ],
 )
 def test_replace_says_what_is_wrong(path, value, message):
