@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> list[int]:
         )  # fmt: skip
         stats = cache.stats()
     each = stats.bytes_resident // max(stats.resident, 1)
-    print(f"rank {rank} of {ranks}: {stats.resident} of {stats.seen} tokens held, {each} bytes for each of them here")
+    held = f"{stats.resident} of {stats.seen} tokens held, {each} bytes for each of them here"
+    print(f"rank {rank} of {ranks}: {held}\n", end="")  # one write, which another rank's cannot come between
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     tokens: list[int] = output[0, 60:].tolist()
     if not rank:
-        print(tokens)
+        print(f"{tokens}\n", end="")
     return tokens
 
 
