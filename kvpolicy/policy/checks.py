@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.contracts.component import named
 from kvpolicy.contracts.components import Component, NewTokens, PostOperation
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import ComponentError, ScoreError
@@ -48,14 +49,9 @@ class Untouched:
         for name, tensor, version in self._noted:
             if tensor._version != version:  # noqa: SLF001
                 raise ComponentError(
-                    f"{called(component)} in layer {self._layer}: wrote to `{name}`, which belongs to the cache or to "
+                    f"{named(component)} in layer {self._layer}: wrote to `{name}`, which belongs to the cache or to "
                     "other components; compute a new tensor instead."
                 )
-
-
-def called(component: Component) -> str:
-    """Return what messages call a component."""
-    return type(component).__name__
 
 
 def scores(made: Scores, view: CacheView, component: Component) -> Scores:
@@ -63,14 +59,14 @@ def scores(made: Scores, view: CacheView, component: Component) -> Scores:
     wrong = _unlike(made, view.shape, torch.float32, view.device)
     if wrong is not None:
         raise ScoreError(
-            f"{called(component)} in layer {view.layer_idx}: returned {wrong}; return one fp32 number for every slot."
+            f"{named(component)} in layer {view.layer_idx}: returned {wrong}; return one fp32 number for every slot."
         )
     return made
 
 
 def mask(made: Mask, view: CacheView, component: Component) -> Mask:
     """Return the mask; raises ComponentError unless it is bool `[B, H, N]` on the view's device."""
-    _expect(made, view.shape, torch.bool, view.device, f"{called(component)} in layer {view.layer_idx}")
+    _expect(made, view.shape, torch.bool, view.device, f"{named(component)} in layer {view.layer_idx}")
     return made
 
 
@@ -86,17 +82,17 @@ def counts(made: Sequence[Counts], like: Sequence[Tensor], layers: Sequence[int]
     if not isinstance(made, list | tuple) or len(made) != len(like):
         got = f"{len(made)} tensors" if isinstance(made, list | tuple) else type(made).__name__
         raise ComponentError(
-            f"{called(component)}: returned {got} for the {len(like)} layers {_some(layers)}; return a list with one "
+            f"{named(component)}: returned {got} for the {len(like)} layers {_some(layers)}; return a list with one "
             "int64 [B, H] tensor per layer."
         )
     for count, other, layer in zip(made, like, layers, strict=True):
-        _expect(count, other.shape, torch.int64, other.device, f"{called(component)} in layer {layer}")
+        _expect(count, other.shape, torch.int64, other.device, f"{named(component)} in layer {layer}")
     return list(made)
 
 
 def kept(made: KeepIndices, allowed: Mask, layer: int, component: Component) -> KeepIndices:
     """Return what a selector keeps of `[B, H, N]` slots; raises ComponentError unless it could be slots of these."""
-    who = f"{called(component)} in layer {layer}"
+    who = f"{named(component)} in layer {layer}"
     if not isinstance(made, KeepIndices):
         raise ComponentError(f"{who}: returned {type(made).__name__} instead of KeepIndices; see `ops.top_k`.")
     batch, heads, slots = allowed.shape
@@ -121,7 +117,7 @@ def entering(made: Mapping[str, Tensor], tokens: NewTokens, component: Component
 def _state(
     made: Mapping[str, Tensor], shape: Sequence[int], device: torch.device, layer: int, component: Component
 ) -> Mapping[str, Tensor]:
-    who = f"{called(component)} in layer {layer}"
+    who = f"{named(component)} in layer {layer}"
     declared = {each.name: each.dtype for each in component.slot_state()}
     for name, tensor in _mapping(made, who).items():
         if name not in declared:
@@ -134,7 +130,7 @@ def _state(
 
 def replacements(made: Mapping[str, Tensor], view: CacheView, component: PostOperation) -> Mapping[str, Tensor]:
     """Return what a post-operation replaces; raises ComponentError unless names, shapes and dtypes fit."""
-    who = f"{called(component)} in layer {view.layer_idx}"
+    who = f"{named(component)} in layer {view.layer_idx}"
     there = {"keys": view.keys, "values": view.values, "rope_positions": view.positions}
     for name, tensor in _mapping(made, who).items():
         if name not in _REPLACES[component.changes]:

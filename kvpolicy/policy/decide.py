@@ -12,13 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvpolicy.contracts.component import named
 from kvpolicy.contracts.components import AllocationRequest, BudgetAllocator, Selector, Slots
 from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.ops.dispatch import using_backend
 from kvpolicy.policy import checks
 from kvpolicy.policy import findings as findings_of
-from kvpolicy.policy.checks import Untouched, called
+from kvpolicy.policy.checks import Untouched
 from kvpolicy.policy.decision import Decision, Parts, Ranked, Ranking, Scored, ScoredRun, Scoring, apart
 from kvpolicy.policy.findings import Findings
 from kvpolicy.policy.fuse import folded
@@ -64,12 +65,12 @@ def _look_at_scores(
 
         def who(place: int, run: ScoredRun = run) -> str:
             """Name the component whose numbers are the first that are not finite."""
-            named = [parts.importance, parts.redundancy, parts.mixer]
-            for component, made in zip(named, run.scored, strict=True):
+            making = [parts.importance, parts.redundancy, parts.mixer]
+            for component, made in zip(making, run.scored, strict=True):
                 allowed = apart(run.allowed, len(run.layers))[place]
                 if not bool(apart(made, len(run.layers))[place][allowed].isfinite().all()):
-                    return called(component)
-            return f"those of other layers, which {called(parts.selector)} reduces together"
+                    return named(component)
+            return f"those of other layers, which {named(parts.selector)} reduces together"
 
         findings_of.of_scores(findings, ranked.scores, ranked.allowed, run.layers, who, parts.name)
         protected = ranked.protected.sum(-1)

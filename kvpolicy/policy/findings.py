@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.contracts.component import named
 from kvpolicy.contracts.components import BudgetAllocator, Selector
 from kvpolicy.errors import BudgetError, ComponentError, KVPolicyError, ScoreError
-from kvpolicy.policy.checks import called
 from kvpolicy.types import Counts, KeepIndices, Mask, Scores
 
 Why = Callable[[], KVPolicyError]
@@ -120,7 +120,7 @@ def of_counts(
         else:
             what = f"of {most} that may stay {least} are protected"
         return ComponentError(
-            f"{called(allocator)} in layer {layers[place]}: gives row {row % rows_each}, head {head} {got} entries, "
+            f"{named(allocator)} in layer {layers[place]}: gives row {row % rows_each}, head {head} {got} entries, "
             f"where {what}; return counts between the two that add up to the budget."
         )
 
@@ -139,7 +139,7 @@ def of_totals(
     def why() -> KVPolicyError:
         (row,) = _first(given != wanted)
         return ComponentError(
-            f"{called(allocator)}: gives row {row} {int(given[row])} entries in all heads and layers instead of "
+            f"{named(allocator)}: gives row {row} {int(given[row])} entries in all heads and layers instead of "
             f"{int(wanted[row])}; return counts that add up to the budget, or to all there is when that is less."
         )
 
@@ -186,7 +186,7 @@ def of_kept(
         got = indices[row, head, : max(0, int(lengths[row, head]))].tolist()
         shown = f"{str(got[:12])[:-1]}{', ...' if len(got) > 12 else ''}]"
         return ComponentError(
-            f"{called(selector)} in layer {layers[place]}: {what} in row {row % rows_each}, head {head} ({shown}, "
+            f"{named(selector)} in layer {layers[place]}: {what} in row {row % rows_each}, head {head} ({shown}, "
             f"{int(counts[row, head])} of {slots} asked for); return ascending slots as `ops.top_k` does."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kvpolicy.contracts.component import named
 from kvpolicy.contracts.heads import HeadSpan
 from kvpolicy.contracts.ranks import Ranks
 from kvpolicy.errors import UnsupportedError
@@ -41,9 +42,9 @@ def _together(parts: Parts) -> str | None:
     """Say in which way a decision for one head hangs on others, if it does."""
     selector, allocator = parts.selector, parts.allocator
     if selector.scope != "head":
-        return f"{type(selector).__name__} (scope {selector.scope!r}) lets all heads decide together"
+        return f"{named(selector)} (scope {selector.scope!r}) lets all heads decide together"
     if allocator.counts == "per_head":
-        return f"{type(allocator).__name__} splits one budget over all heads"
+        return f"{named(allocator)} splits one budget over all heads"
     return None
 
 

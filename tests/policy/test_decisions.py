@@ -304,5 +304,5 @@ def test_replacements_are_looked_at(made, words):
 )
 def test_slot_state_is_looked_at(made, words):
     component = kvpolicy.load("h2o").build().importance
-    with pytest.raises(ComponentError, match=f"AccumulatedAttention in layer 1.*{words}"):
+    with pytest.raises(ComponentError, match=f"accumulated_attention in layer 1.*{words}"):
         checks.state(made, views()[1], component)

@@ -66,11 +66,11 @@ def test_some_heads_keep_what_they_keep_among_all(name):
 def test_heads_that_decide_together_are_not_decided_for_alone(name, scope):
     policy = kvpolicy.load(name).replace("selector.scope", scope).build()
     case = some(four_heads(policy))
-    with pytest.raises(UnsupportedError, match=rf"layer 0: TopK \(scope '{scope}'\) lets all heads decide together"):
+    with pytest.raises(UnsupportedError, match=rf"layer 0: top_k \(scope '{scope}'\) lets all heads decide together"):
         policy.select(case.views, case.budget)
     policy = kvpolicy.load(name).replace("allocator", "global_pool").build() if name == "random" else None
     if policy is not None:
-        with pytest.raises(UnsupportedError, match="layer 0: GlobalPool splits one budget over all heads"):
+        with pytest.raises(UnsupportedError, match="layer 0: global_pool splits one budget over all heads"):
             policy.select(case.views, case.budget)
 
 

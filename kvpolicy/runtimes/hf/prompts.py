@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.contracts.component import named
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.naming import passing
@@ -99,7 +100,7 @@ def check_reads_contexts(policy: Policy, chunk: int | None = None) -> None:
     late = next((c for c in policy.components if "prefill" not in c.phases), None)
     if late is not None:
         raise UnsupportedError(
-            f"policy {policy.name!r}: {type(late).__name__} works while decoding only and cannot compress a context; "
+            f"policy {policy.name!r}: {named(late)} works while decoding only and cannot compress a context; "
             "choose another component."
         )
     declared = policy.prefill_chunk
