@@ -263,7 +263,7 @@ def _print_results(path: Path, spec: StudySpec) -> None:
 
     with Results(path) as results:
         asked = Asked.last(results)  # it has just run
-        rows, older = summarise(results, spec.metrics, asked.cells), str(asked.older(results))
+        rows, older = summarise(results, spec.metrics, asked.cells, study=asked.study), str(asked.older(results))
     console = output()
     for table, left_out in tables(rows, spec, console):
         console.print(table)

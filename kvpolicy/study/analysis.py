@@ -16,7 +16,7 @@ from typing import Any, Final
 from kvpolicy.errors import KVPolicyError, did_you_mean
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
-from kvpolicy.study.records import CellRecord, Recorded, RunRecord, StudyData
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.runs import REFERENCE
 from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.whole import refusal
@@ -116,6 +116,7 @@ def summarise(
     metrics: Sequence[str] = tuple(METRICS),
     cells: Sequence[CellRecord] | None = None,
     *,
+    study: Mapping[str, Any] | None = None,
     strict: bool | None = None,
 ) -> list[VariantSummary]:
     """Return one row per variant, condition, model and dataset, in the order of the study.
@@ -126,9 +127,10 @@ def summarise(
         results: the results file.
         metrics: which to estimate.
         cells: what the study asks for, of `Asked`; what it asked for when it ran last if None.
+        study: the study that asks for them; as it ran last if None.
         strict: grade no variant that is incomplete, ragged or mixed; as the study says if None.
     """
-    study = results.study()
+    study = results.study() if study is None else study
     strict = bool(study.get("strict")) if strict is None else strict
     cells = results.cells() if cells is None else cells
     wanted = {key for cell in cells for key in cell.keys}
@@ -139,7 +141,7 @@ def summarise(
     ]
 
 
-def _chosen_limits(study: StudyData) -> list[int]:
+def _chosen_limits(study: Mapping[str, Any]) -> list[int]:
     """Return the most tokens of an answer as the study says, its own number first; not what a benchmark says."""
     own = (study.get("sampling") or {}).get("max_new_tokens", Sampling.model_fields["max_new_tokens"].default)
     more = [each.get("max_new_tokens") for each in study.get("datasets") or () if isinstance(each, Mapping)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.html_text import grid
 from kvpolicy.pictures import new_figure
-from kvpolicy.study.analysis import VariantSummary, failures, shown, summarise
+from kvpolicy.study.analysis import VariantSummary, cuts, failures, shown, summarise
 from kvpolicy.study.asked import Asked
 from kvpolicy.study.executors import Executor, Inline, Processes
 from kvpolicy.study.extra import library
@@ -83,7 +83,7 @@ class StudyTable:
         """Read a results file; raises ResultsError when it is none."""
         with Results(path) as results:
             asked = Asked.last(results)
-            rows = tuple(summarise(results, cells=asked.cells))
+            rows = tuple(summarise(results, cells=asked.cells, study=asked.study))
             name = results.meta("study") or "study"
         wanted = asked.study.get("metrics") or METRICS
         found = {metric for row in rows for metric in row.metrics}
@@ -93,8 +93,7 @@ class StudyTable:
         lines = [list(self._head()), *map(self._line, self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         told = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        failed = [f"{count} failed: {reason}" for reason, count in failures(self.rows).items()]
-        return "\n".join([f"Study: {self.study}", *told, *failed])
+        return "\n".join([f"Study: {self.study}", *told, *self._notes()])
 
     def records(self) -> list[dict[str, str | int | float]]:
         """Return a flat record of each row, as `pandas.DataFrame` takes them.
@@ -141,13 +140,17 @@ class StudyTable:
         rules = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
         return "\n".join([f"% {METRICS[metric].title}; study {self.study}", *rules, r"\end{tabular}"]) + "\n"
 
+    def _notes(self) -> list[str]:
+        """Say what was cut, and what failed."""
+        return [*cuts(self.rows), *(f"{count} failed: {reason}" for reason, count in failures(self.rows).items())]
+
     def _head(self) -> tuple[str, ...]:
         return ("variant", "condition", "model", "dataset", "runs", *self.metrics)
 
     def _repr_html_(self) -> str:
         head = self._head()
         lines = [self._line(row) for row in self.rows]
-        lines += [[f"{count} failed: {reason}"] for reason, count in failures(self.rows).items()]
+        lines += [[note] for note in self._notes()]
         return grid(f"Study: {self.study}", head, lines)
 
     def _line(self, row: VariantSummary) -> list[str]:

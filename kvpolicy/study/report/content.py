@@ -234,7 +234,7 @@ def build(results: Recorded, commands: Commands, asked: Asked | None = None) -> 
     """
     asked = asked or Asked.last(results)
     study = asked.study
-    rows = summarise(results, cells=asked.cells, strict=bool(study.get("strict")))
+    rows = summarise(results, cells=asked.cells, study=study)
     axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
     made = settings(results, asked)
     entries = [_entry(number, row, axis) for number, row in enumerate(rows)]
