@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -264,3 +265,15 @@ def test_looking_something_up_loads_only_what_it_needs(words):
     assert (code, loaded) == ("0", "[]")
     if words[0] in ("list", "validate"):  # which say nothing of parameters: no source is read for what it says of them
         assert described == "0"
+
+
+def test_a_command_of_its_own_process_leaves_the_collector_as_it_was_and_has_nothing_left_to_look_through():
+    code = (
+        "import gc, sys; sys.argv = ['kvpolicy', 'show', 'rkv']; from kvpolicy.cli import main; code = main(); "
+        "print('end', code, gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "end 0 True True"
+    before = gc.get_freeze_count()
+    assert main(["show", "rkv"]) == 0
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
