@@ -123,6 +123,11 @@ class SeededGenerator(ImportanceScorer):
         return torch.rand(view.shape, generator=torch.Generator().manual_seed(0))
 
 
+def _against(view: CacheView, asked: Tensor) -> Tensor:
+    """Return the products of all keys with one vector `[B, H, D]` per head."""
+    return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
+
+
 class WrongGroups(ImportanceScorer):
     needs = frozenset({"queries"})
 
@@ -135,8 +140,7 @@ class WrongGroups(ImportanceScorer):
         batch, heads, group, count, dim = view.queries.shape
         # Query head h*G + g is taken for g*H + h: the interleaved layout of other models.
         wrong = view.queries.float().reshape(batch, group, heads, count, dim).transpose(1, 2)
-        asked = torch.where(view.query_valid[:, None, None, :, None], wrong, 0.0).sum((2, 3))
-        return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
+        return _against(view, torch.where(view.query_valid[:, None, None, :, None], wrong, 0.0).sum((2, 3)))
 
 
 class LastColumnIsNewest(ImportanceScorer):
@@ -148,8 +152,9 @@ class LastColumnIsNewest(ImportanceScorer):
     def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None
         assert view.query_valid is not None
-        asked = torch.where(view.query_valid[:, None, -1:], view.queries[:, :, :, -1].float().sum(2), 0.0)
-        return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
+        return _against(
+            view, torch.where(view.query_valid[:, None, -1:], view.queries[:, :, :, -1].float().sum(2), 0.0)
+        )
 
 
 class AllQueries(ImportanceScorer):
@@ -161,8 +166,8 @@ class AllQueries(ImportanceScorer):
     def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None
         assert view.query_valid is not None
-        asked = torch.where(view.query_valid[:, None, None, :, None], view.queries.float(), 0.0).sum((2, 3))
-        return torch.where(view.valid, (view.keys.float() @ asked.unsqueeze(-1)).squeeze(-1), 0.0)
+        asked = torch.where(view.query_valid[:, None, None, :, None], view.queries.float(), 0.0)
+        return _against(view, asked.sum((2, 3)))
 
 
 class StaleState(ImportanceScorer):
