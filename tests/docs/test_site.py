@@ -184,3 +184,13 @@ def test_the_configuration_is_read_without_a_network_or_a_model():
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+
+
+def test_every_part_of_a_policy_in_words_has_a_name():
+    from kvsite import policies
+
+    spec = kvpolicy.load("rkv")
+    rows = policies._in_words(spec, spec.build())
+    assert all(label for label, _ in rows)
+    (when,) = [said for label, said in rows if label == "when"]
+    assert "Between two compactions" in when

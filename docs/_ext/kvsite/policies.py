@@ -63,13 +63,24 @@ def _page(spec: PolicySpec, kernels: str) -> str:
         parts += ["## Departures from the paper", "\n".join(f"- {text(each)}" for each in spec.departures)]
     parts += [
         "## In words",
-        table(("part", "what it does here"), ((label or " ", text(said)) for label, said in words(spec, policy))),
+        table(("part", "what it does here"), _in_words(spec, policy)),
     ]
     parts += ["## Parameters", _parameters(spec)]
     parts += ["## The file", _file(spec)]
     parts += ["In full, with every parameter:", f"```yaml\n{_short(spec)}```"]
     parts += ["## Use it", use(spec, policy, served=served == "served")]
     return "\n\n".join(parts) + "\n"
+
+
+def _in_words(spec: PolicySpec, policy: Policy) -> list[tuple[str, str]]:
+    """Return a row for each part; what a terminal says in further lines without a label belongs to the one before."""
+    rows: list[tuple[str, str]] = []
+    for label, said in words(spec, policy):
+        if label or not rows:
+            rows.append((label, text(said)))
+        else:
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {text(said)}")
+    return rows
 
 
 def _facts(spec: PolicySpec, policy: Policy, served: str, kernels: str) -> list[tuple[str, str]]:
