@@ -17,9 +17,9 @@ _SHORT: Final = frozenset({"explain", "list", "schema", "show", "validate"})
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error that is reported in a sentence, 2 for wrong usage."""
-    own = arguments is None  # the process is this command
+    short = arguments is None and bool(_SHORT.intersection(sys.argv[1:2]))  # the process is this command alone
     collects = gc.isenabled()
-    if own and _SHORT.intersection(sys.argv[1:2]):
+    if short:
         gc.disable()
     from kvpolicy.cli.app import app, options
     from kvpolicy.errors import KVPolicyError, SpecError
@@ -45,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _system_error(error)
     finally:
         warnings.formatwarning = old_format
-        if own:
-            gc.freeze()  # so that the interpreter, as it ends, does not look through all of torch for cycles
+        if short:
+            # So that the interpreter, as it ends, does not look through all of torch for cycles. Others may have loaded
+            # what complains of every object that is still there at the end, as Triton does.
+            gc.freeze()
             if collects:
                 gc.enable()
     return 0

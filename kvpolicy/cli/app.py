@@ -247,7 +247,7 @@ def generate(
         model=model,
         policies=(policy, *([compare] if compare is not None else [])),
         budget=budget,
-        max_new_tokens=max_new_tokens or 256,
+        max_new_tokens=max_new_tokens,
         sampling={name: value for name, value in sampling.items() if value is not None},
         chat=chat,
         device=device,

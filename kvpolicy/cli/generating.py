@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import kvpolicy
@@ -33,7 +33,7 @@ class GenerationRequest:
     model: str
     policies: tuple[str, ...]
     budget: str | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
     chat: bool | None = None
     device: str = "auto"
@@ -52,7 +52,7 @@ def run(request: GenerationRequest) -> None:
     note = messages()
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note)
-    inputs = encode(tokenizer, prompt, request.chat).to(model.device)
+    inputs, request = encode_within(model, tokenizer, replace(request, prompt=prompt), specs)
     console = output()
     if len(specs) > 1:
         _warm_up(model, inputs)
@@ -116,7 +116,7 @@ def untouched(spec: PolicySpec, seen: int) -> str:
 def check_sampling(request: GenerationRequest) -> None:
     """Raise KVPolicyError when an option for the choice of tokens makes no sense."""
     sampling = request.sampling
-    if request.max_new_tokens > LONGEST_TEXT:
+    if (request.max_new_tokens or 0) > LONGEST_TEXT:
         raise KVPolicyError(f"--max-new-tokens: {shown(request.max_new_tokens)} should be at most {LONGEST_TEXT}.")
     temperature, seed = sampling.get("temperature", 1.0), int(sampling.get("seed", 0))
     if not COLDEST <= temperature <= HOTTEST:
@@ -144,6 +144,26 @@ def load_model(request: GenerationRequest, note: Console, *, user: str = "genera
         raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")
     tokenizer = open_tokenizer(place, request.model, say=note.print)
     return open_model(place, request.model, dtype=dtype, device=device), tokenizer
+
+
+def encode_within(
+    model: Any, tokenizer: Any, request: GenerationRequest, specs: Sequence[PolicySpec]
+) -> tuple[Any, GenerationRequest]:
+    """Return the prompt's tokens where the model is, and the request with the most new tokens that all policies can do.
+
+    Raises:
+        KVPolicyError: the prompt, or as many new tokens as are asked for, do not fit the model's positions.
+    """
+    from kvpolicy.runtimes.hf.answering import new_tokens
+    from kvpolicy.runtimes.hf.positions import check_length, most_positions
+
+    policies = [spec.build() for spec in specs]
+    for policy in policies:
+        check_length(tokenizer, request.prompt, most_positions(model, policy), "PROMPT")
+    inputs = encode(tokenizer, request.prompt, request.chat).to(model.device)
+    length, wanted = inputs["input_ids"].shape[1], request.max_new_tokens
+    most = min(new_tokens(model, policy, length, wanted, "PROMPT", option="--max-new-tokens") for policy in policies)
+    return inputs, replace(request, max_new_tokens=most)
 
 
 def _warm_up(model: Any, inputs: Any) -> None:

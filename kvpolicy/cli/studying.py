@@ -63,6 +63,7 @@ def plan(
 ) -> None:
     """Say how many variants, runs and tokens a study has, and about how long it takes; nothing is recorded."""
     from kvpolicy.cli.terminal import messages, output, widen
+    from kvpolicy.runtimes.opening import window_of
     from kvpolicy.study.asked import Asked
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.executors import cores, default_workers
@@ -85,7 +86,10 @@ def plan(
     widen(console, [described])
     console.print(described)
     for found in made.models:
-        console.print(f"{found.name} runs in {found.dtype} on {found.device}.", soft_wrap=True)
+        positions = window_of(found.place, found.revision)
+        stops = positions is not None and spec.sampling.max_new_tokens >= positions
+        ends = f"; an answer ends at the last of its {positions:,} positions" if stops else ""
+        console.print(f"{found.name} runs in {found.dtype} on {found.device}{ends}.", soft_wrap=True)
     console.print(_sized(size, count), soft_wrap=True)
     _say_older(console, older, path)
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from kvpolicy.cli.generating import GenerationRequest
     from kvpolicy.spec import PolicySpec
     from kvpolicy.trace.recording import Recording
-
-_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def trace(
     ] = False,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("trace.html"),
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help=f"Stop after so many tokens; {_NEW_TOKENS} if left out.")
+        int | None, typer.Option(min=1, metavar="N", help="Stop after so many tokens; 256 by default.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens with this mass.")] = None,
@@ -78,7 +78,7 @@ def trace(
         model=model,
         policies=(policy, *([compare] if compare is not None else [])),
         budget=budget,
-        max_new_tokens=_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=max_new_tokens,
         sampling={name: value for name, value in sampling.items() if value is not None},
         chat=chat,
         device=device,
@@ -99,7 +99,7 @@ def trace(
 
 
 def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text: bool) -> None:
-    from kvpolicy.cli.generating import budget_of, check_sampling, described, load_model
+    from kvpolicy.cli.generating import budget_of, check_sampling, described, encode_within, load_model
     from kvpolicy.cli.terminal import messages, output
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.inputs import expanded
@@ -115,13 +115,14 @@ def _run(request: GenerationRequest, file: Path | None, out: Path, *, same_text:
     note, console = messages(), output()
     with note.status(f"loading {request.model}"):
         model, tokenizer = load_model(request, note, user="trace")
-    from kvpolicy.runtimes.opening import encode
     from kvpolicy.trace.about import details, made
     from kvpolicy.trace.page import Shown, trace_page
     from kvpolicy.trace.pieces import pieces
 
-    given = None if written is None else _given(tokenizer, request, written)
-    inputs = encode(tokenizer, request.prompt, request.chat).to(model.device) if given is None else None
+    given = None if written is None else _given(model, tokenizer, request, written, specs)
+    inputs = None
+    if given is None:
+        inputs, request = encode_within(model, tokenizer, request, specs)
     shown = []
     for spec in specs:
         if given is None:
@@ -171,19 +172,26 @@ def _read(file: Path) -> str:
     return text
 
 
-def _given(tokenizer: Any, request: GenerationRequest, text: str) -> _TracedText:
+def _given(
+    model: Any, tokenizer: Any, request: GenerationRequest, text: str, specs: Sequence[PolicySpec]
+) -> _TracedText:
     """Return the prompt's tokens and those of the text behind it; without a prompt the first token is the prompt."""
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.runtimes.hf.positions import check_length, most_positions, positions_left
     from kvpolicy.runtimes.opening import encode
 
-    if not request.prompt:
-        if request.chat:
-            raise KVPolicyError("--chat: there is no PROMPT to put into the chat template; write one or leave it out.")
-        tokens: list[int] = tokenizer(text)["input_ids"]
-        return _TracedText(tokens, 1, len(tokens))
-    prompt: list[int] = encode(tokenizer, request.prompt, request.chat)["input_ids"][0].tolist()
-    tokens = prompt + tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _TracedText(tokens, len(prompt), len(tokens))
+    if not request.prompt and request.chat:
+        raise KVPolicyError("--chat: there is no PROMPT to put into the chat template; write one or leave it out.")
+    policies = [spec.build() for spec in specs]
+    for policy in policies:
+        check_length(tokenizer, request.prompt + text, most_positions(model, policy), "--text")
+    prompt: list[int] = []
+    if request.prompt:
+        prompt = encode(tokenizer, request.prompt, request.chat)["input_ids"][0].tolist()
+    tokens = prompt + tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+    for policy in policies:
+        positions_left(model, policy, len(tokens), "--text", least=0)
+    return _TracedText(tokens, len(prompt) or 1, len(tokens))
 
 
 def _generate(

@@ -14,6 +14,7 @@ from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.naming import passing
+from kvpolicy.runtimes.hf.positions import positions_left
 from kvpolicy.study.choosing import choose
 from kvpolicy.study.problem import Compress
 from kvpolicy.study.sampling import Sampling
@@ -166,7 +167,7 @@ def generate_batch(
     ends: Collection[int],
     compress: Compress | None = None,
 ) -> list[Answer]:
-    """Generate until an end token or `sampling.max_new_tokens`; return one answer per row.
+    """Generate until an end token, `sampling.max_new_tokens` or the model's last position; return one answer per row.
 
     Args:
         model: a decoder of transformers.
@@ -177,8 +178,10 @@ def generate_batch(
         compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
 
     Raises:
-        KVPolicyError: the policy does not fit the model or the prompts.
+        KVPolicyError: the policy does not fit the model or the prompts, or a prompt the model's positions.
     """
+    left = [positions_left(model, policy, len(row.prompt), "prompt") for row in rows]
+    most = [sampling.max_new_tokens if room is None else min(room, sampling.max_new_tokens) for room in left]
     answers = [Answer() for _ in rows]
     with torch.inference_mode(), PolicyCache(policy, model) as cache:
         start = time.perf_counter()
@@ -205,7 +208,7 @@ def generate_batch(
             for b, token in zip(active, chosen.tolist(), strict=True):
                 if not done[b]:
                     answers[b].tokens.append(token)
-                    done[b] = token in ends or len(answers[b].tokens) >= sampling.max_new_tokens
+                    done[b] = token in ends or len(answers[b].tokens) >= most[b]
             ended = [i for i, b in enumerate(active) if done[b]]
             if len(ended) == len(active):
                 _close(cache, answers, active)

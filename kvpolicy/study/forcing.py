@@ -20,6 +20,7 @@ from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.passes import ordinary_tensors
+from kvpolicy.runtimes.hf.positions import positions_left
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward
 from kvpolicy.study.problem import Compress
@@ -113,13 +114,16 @@ def force_batch(
         compress: what is compressed to the budget once; None leaves that to the policy's trigger and phase.
 
     Raises:
-        KVPolicyError: the policy does not fit the model or the texts.
+        KVPolicyError: the policy does not fit the model or the texts, or a text the model's positions.
     """
+    full = full_policy(watch=attention)
+    for row in rows:  # what the full cache says beyond them is no measure, whatever the policy can do there
+        positions_left(model, full, len(row.tokens) - 1, "text", least=0)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) - rows[i].prompt)
     results = [Divergence() for _ in rows]
     with (
         torch.inference_mode(),
-        PolicyCache(full_policy(watch=attention), model) as reference,
+        PolicyCache(full, model) as reference,
         PolicyCache(policy, model) as cache,
     ):
         start = time.perf_counter()

@@ -172,6 +172,15 @@ def test_prompt_from_standard_input(run, policy, monkeypatch):
         (["--dtype", "int8", "x"], "error: --dtype: 'int8' is not one of auto, float32, bfloat16, float16."),
         (["--device", "gpu", "x"], "error: --device: 'gpu' cannot be used:"),
         ([" "], "error: PROMPT is empty"),
+        (
+            ["--no-chat", "w1 " * 256],
+            "error: PROMPT: makes a text of 256 tokens, and the model has 256 positions",
+        ),
+        (["--no-chat", "w1 " * 2000], "error: PROMPT: makes a text of more than 256 tokens, and the model has 256"),
+        (
+            ["--max-new-tokens", "2", "w1 " * 252],
+            "error: --max-new-tokens: behind 255 tokens of text there is room",
+        ),
     ],
 )
 def test_wrong_options_are_one_sentence(run, arguments, message):

@@ -158,16 +158,21 @@ def test_a_policy_for_prompts_says_that_the_text_behind_one_is_not_compressed(ru
         (["--text", "GONE", "x"], "--text: GONE: there is no such file."),
         (["--text", "EMPTY", "x"], "--text: EMPTY is empty; name a file with the text to read."),
         (["--text", "BYTES", "x"], "--text: BYTES: is not UTF-8 text (byte 0); give a text file."),
+        (["--text", "LONG"], "--text: makes a text of 4,097 tokens, and the model has 4,096 positions; give"),
+        (["--text", "LONGER", "x"], "--text: makes a text of more than 4,096 tokens, and the model has"),
+        (["x" * 4095, "--max-new-tokens", "2"], "--max-new-tokens: behind 4,095 tokens of text there is room for 1 of"),
         (["--out", "FOLDER", "x"], "--out: FOLDER is a folder; name a file such as trace.html."),
         (["--out", "GONE/x.html", "x"], "--out: GONE/x.html is in a folder that does not exist; name a file such as"),
     ],
 )
 def test_wrong_options_are_one_sentence(run, tmp_path, arguments, message):
     (tmp_path / "TEXT").write_text("some text")
+    (tmp_path / "LONG").write_text("x" * 4097)
+    (tmp_path / "LONGER").write_text("x" * 70000)
     (tmp_path / "EMPTY").write_text("\n")
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "FOLDER").mkdir()
-    places = ("TEXT", "EMPTY", "BYTES", "GONE", "FOLDER")
+    places = ("TEXT", "LONG", "EMPTY", "BYTES", "GONE", "FOLDER")
     code, out, err, path = run(*(str(tmp_path / a) if a.startswith(places) else a for a in arguments))
     assert (code, out) == (1, "")
     assert err.startswith("error: ")

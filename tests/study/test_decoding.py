@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy import ScoreError
+from kvpolicy import KVPolicyError, ScoreError
 from kvpolicy.runtimes.hf import PolicyCache, generate
 from kvpolicy.study.choosing import choose, row_key
 from kvpolicy.study.decoding import PromptRow, generate_batch
@@ -133,3 +133,15 @@ def test_greedy_takes_the_largest_and_damaged_logits_are_refused():
     logits[1, 2] = float("nan")
     with pytest.raises(ScoreError, match="the model's logits are not finite"):
         choose(logits, Sampling(), [0, 0], [0, 0], [0, 0])
+
+
+def test_answers_end_at_the_models_last_position_and_longer_prompts_are_refused(rows):
+    model = tiny_model("llama", max_position_embeddings=45).double()
+    policy = kvpolicy.load("rkv", budget=30, trigger__every=4, importance__observe=4).build()
+    answers = generate_batch(model, policy, rows, Sampling(max_new_tokens=30), ())
+    assert [len(answer.tokens) for answer in answers] == [25, 12, 25, 4, 30]
+    with pytest.raises(KVPolicyError, match="prompt: makes a text of 45 tokens, and the model has 45 positions; give"):
+        generate_batch(model, policy, [*rows, PromptRow([7] * 45)], Sampling(max_new_tokens=30), ())
+    turning = kvpolicy.load("streaming-llm", budget=30, protect__recent=16).build()
+    (answer,) = generate_batch(model, turning, [PromptRow([7] * 45)], Sampling(max_new_tokens=9), ())
+    assert len(answer.tokens) == 9

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy import KVPolicyError
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.study import forcing
 from kvpolicy.study.forcing import ForcedText, force_batch
@@ -113,3 +114,13 @@ def test_layers_that_keep_a_window_or_a_state_take_part(family, name, texts):
         metrics = found.metrics(attention=False)
         assert metrics["retained_fraction"] < 1 if name == "rkv" else metrics["retained_fraction"] == 1
         assert metrics["kl"] < 1e-9 if name == "full" else 1e-9 < metrics["kl"] < 5
+
+
+@pytest.mark.parametrize("name", ["rkv", "streaming-llm"])
+def test_texts_that_the_full_cache_has_no_positions_for_are_refused(texts, name):
+    model = tiny_model("llama", max_position_embeddings=109).double()
+    policy = kvpolicy.load(name, **POLICIES[name]).build()
+    (found,) = force_batch(model, policy, texts[:1])  # its last token is only compared with
+    assert found.count == 89
+    with pytest.raises(KVPolicyError, match="text: makes a text of 129 tokens, and the model has 109 positions"):
+        force_batch(model, policy, texts[:2])

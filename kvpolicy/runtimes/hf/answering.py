@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheStateError, UnsupportedError
+from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.cache import PolicyCache
-from kvpolicy.runtimes.hf.model_facts import most_positions
 from kvpolicy.runtimes.hf.naming import NAMES, passing
+from kvpolicy.runtimes.hf.positions import positions_left
 from kvpolicy.runtimes.hf.stats import CacheStats
 
 MOST_NEW_TOKENS: Final = 256
@@ -70,33 +71,31 @@ def answers_each(model: Any, generation: Mapping[str, Any]) -> int:
     return max(setting(model, generation, name) or 1 for name in ("num_return_sequences", "num_beams"))
 
 
-def new_tokens(cache: PolicyCache, prompt: int, wanted: int | None, what: str) -> int:
+def new_tokens(
+    model: Any, policy: Policy, prompt: int, wanted: int | None, what: str, *, option: str = "max_new_tokens"
+) -> int:
     """Return how many tokens an answer may have.
 
     Args:
-        cache: the cache.
-        prompt: tokens of context and question.
+        model: a decoder of transformers.
+        policy: what is done with its cache.
+        prompt: tokens of everything in front of the answer.
         wanted: as the caller says.
-        what: what errors begin with.
+        what: what errors about the text begin with.
+        option: what errors about `wanted` begin with.
 
     Raises:
-        CacheStateError: the question, or so long an answer, does not fit the model's positions.
+        CacheStateError: the text, or so long an answer, does not fit the model's positions.
     """
-    limit = most_positions(cache.model, cache.policy)
     if wanted is not None and wanted < 1:
-        raise CacheStateError(f"max_new_tokens: {wanted} tokens make no answer; write at least 1.")
-    if limit is None:
+        raise CacheStateError(f"{option}: {wanted} tokens make no answer; write at least 1.")
+    room = positions_left(model, policy, prompt, what)
+    if room is None:
         return MOST_NEW_TOKENS if wanted is None else wanted
-    room = limit - prompt
-    if room < 1:
-        raise CacheStateError(
-            f"{what}: makes a text of {prompt:,} tokens, and the model has {limit:,} positions; give a shorter one, or "
-            "use a policy that re-rotates what it keeps (`post: [rerotate]`)."
-        )
     if wanted is not None and wanted > room:
         raise CacheStateError(
-            f"max_new_tokens: behind {prompt:,} tokens of context and question there is room for {room:,} of the "
-            f"{wanted:,} that are asked for, for the model has {limit:,} positions; write fewer."
+            f"{option}: behind {prompt:,} tokens of text there is room for {room:,} of the {wanted:,} that are asked "
+            f"for, for the model has {prompt + room:,} positions; write fewer."
         )
     return min(MOST_NEW_TOKENS, room) if wanted is None else wanted
 

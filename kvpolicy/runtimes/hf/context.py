@@ -20,6 +20,7 @@ from kvpolicy.runtimes.hf.cache import PolicyCache
 from kvpolicy.runtimes.hf.conversation import Conversation
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.model_facts import image_tokens
+from kvpolicy.runtimes.hf.positions import check_length, most_positions, positions_left
 from kvpolicy.runtimes.hf.prompts import check_reads_contexts
 from kvpolicy.runtimes.hf.stats import CacheStats
 from kvpolicy.runtimes.splitting import Context, Splitter
@@ -94,14 +95,17 @@ class ContextCache:
         self.tokenizer = tokenizer
         self._splitter = Splitter(tokenizer, chat=chat, between=between, options=template)
         contexts, self._several = _contexts(context)
-        self._beginnings = [self._splitter.begin(each) for each in contexts]
-        self.tokens = [len(each.ids) for each in self._beginnings]
         self._conversations: WeakSet[Conversation] = WeakSet()
         self._open = True
         self.cache = PolicyCache(policy, model)
         try:
-            check_reads_contexts(self.cache.policy, chunk or self.cache.policy.prefill_chunk)
-            new_tokens(self.cache, max(self.tokens), None, "context")
+            policy = self.cache.policy
+            for each in contexts:
+                check_length(tokenizer, self._splitter.beginning(each), most_positions(model, policy), "context")
+            self._beginnings = [self._splitter.begin(each) for each in contexts]
+            self.tokens = [len(each.ids) for each in self._beginnings]
+            check_reads_contexts(policy, chunk or policy.prefill_chunk)
+            positions_left(model, policy, max(self.tokens), "context")
             width = max(self.tokens)
             rows = [[-1] * (width - len(each.ids)) + each.ids for each in self._beginnings]
             self._past = torch.tensor(rows, device=model.device)
@@ -212,7 +216,7 @@ class ContextCache:
             what = "question" if len(questions) == 1 else f"question {number + 1} of {len(questions)}"
             if not following:
                 raise CacheStateError(f"{what}: is empty, and nothing follows the context; write a question.")
-            most = new_tokens(self.cache, self.tokens[row] + len(following), wanted, what)
+            most = new_tokens(self.cache.model, self.cache.policy, self.tokens[row] + len(following), wanted, what)
             items.append(_Question(row, following, most))
         size = batch if batch is not None else len(items) if self._several else 1
         if size < 1:

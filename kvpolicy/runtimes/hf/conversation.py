@@ -82,7 +82,7 @@ class Conversation:
         if not following:
             raise CacheStateError("question: is empty, and nothing follows the context; write a question.")
         seen = len(self._tokens) + len(following)
-        most = new_tokens(self.cache, seen, wanted, "question")
+        most = new_tokens(self.cache.model, self.cache.policy, seen, wanted, "question")
         past = torch.tensor([self._tokens], device=self.cache.model.device)
         (answer,) = generate_behind(self.cache, self.tokenizer, past, [following], most, generation)
         self._tokens += [*following, *answer[:-1]]

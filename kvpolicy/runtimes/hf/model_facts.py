@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.shapes import FIELDS, head_shape, layer_fields
 
 
@@ -30,15 +29,3 @@ def image_tokens(model: PreTrainedModel) -> list[int]:
     """Return the ids that stand for image and video tokens in the text, as the model's configuration says."""
     names = ("image_token_id", "image_token_index", "video_token_id")
     return [value for name in names if isinstance(value := getattr(model.config, name, None), int)]
-
-
-def most_positions(model: PreTrainedModel, policy: Policy) -> int | None:
-    """Return how many positions a text may have under a policy; None where the configuration sets no limit to it.
-
-    A policy that re-rotates gives kept entries new positions, and dynamic scaling of RoPE is made for longer texts.
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None)
-    dynamic = isinstance(rope, dict) and rope.get("rope_type") == "dynamic"
-    return limit if isinstance(limit, int) and limit > 0 and not dynamic and not policy.traits.re_rotates else None
