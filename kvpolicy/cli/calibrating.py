@@ -18,7 +18,7 @@ def calibrate(
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="What the model reads; may be given several times.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The table, a .safetensors file.")],
     model: Annotated[
-        str, typer.Option(help="A model folder, an id on the Hugging Face hub, or smollm2 (the demo model).")
+        str, typer.Option(help="A model folder, an id on the Hugging Face hub, smollm2 (the demo model) or reasoner.")
     ] = "smollm2",
     runs: Annotated[int, typer.Option(min=1, max=1 << 20, metavar="N", help="Runs of the model at most.")] = 24,
     length: Annotated[int, typer.Option(min=1, max=1 << 20, metavar="N", help="Tokens of each run.")] = 640,

@@ -16,7 +16,8 @@ import kvpolicy
 from kvpolicy.cli.terminal import output
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
-from kvpolicy.loading.entries import Catalog, Entry, Origin
+from kvpolicy.loading.entries import Catalog, Entry, Origin, not_installed
+from kvpolicy.loading.presses import lead
 from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.tables import Table, registered
 
@@ -77,6 +78,8 @@ def print_list(chosen: Filter, *, as_json: bool) -> None:
         console.print(_table(rows))
     else:
         console.print("Nothing that is registered fits; `kvpolicy list` without arguments shows everything.")
+        for said in filter(None, (lead(word) or not_installed(word) for word in chosen.words)):
+            console.print(said, soft_wrap=True)
     for failure in left_out:
         console.print(Text.assemble(("not loaded:", "red"), " ", failure["error"]))
     for origin in off:

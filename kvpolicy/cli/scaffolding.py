@@ -1,4 +1,4 @@
-"""`kvpolicy new plugin`: a package with a scorer, an allocator, a policy and tests, ready to install."""
+"""`kvpolicy new plugin`: a package with a scorer, an allocator, two policies and tests, ready to install."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plugin(
     *,
     into: Annotated[Path, typer.Option(help="Folder in which the new folder is made.")] = Path(),
 ) -> None:
-    """Write a package NAME with an importance scorer, a budget allocator, a policy and tests into a new folder."""
+    """Write a package NAME with an importance scorer, a budget allocator, two policies and tests into a new folder."""
     from kvpolicy.odd_text import harmless
 
     folder = write_plugin(name, into)

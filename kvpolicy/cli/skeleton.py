@@ -33,7 +33,7 @@ packages = ["@@module@@"]
 README: Final = """\
 # @@name@@
 
-A plugin for [kvpolicy](https://pypi.org/project/kvpolicy/).
+A plugin for kvpolicy, which is installed first, in the same environment.
 
 | kind | name | what it is |
 |---|---|---|

@@ -36,7 +36,7 @@ Batch = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Rows that run together; changes results by rounding at most, and in float64 not at all.",
+        help="Rows that run together; changes results by rounding at most, in float64 hardly ever.",
     ),
 ]
 Workers = Annotated[
@@ -233,8 +233,9 @@ def _print_outline(spec: StudySpec, error: UnreachableError) -> None:
         soft_wrap=True,
     )
     messages().print(
-        f"Counted by what the study says and by what is published, for not all of it is here: {error} "
-        "`--model`, `--dataset` and `--data` name what is.",
+        "These are counts from the study's file and the published sizes of its datasets. No time is estimated, because "
+        f"something that the study names is not on this machine.\nNot here: {error}\n"
+        "To plan or run it with what is here, name that with `--model`, `--dataset` and `--data`.",
         soft_wrap=True,
     )
 

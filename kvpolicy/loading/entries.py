@@ -224,6 +224,11 @@ class Catalog:
         return UnknownComponentError(f"unknown {kind} {shown(name)}.{meant}{there}{broken}{off}")
 
 
+def not_installed(name: str) -> str:
+    """Return a sentence on a bundled component that is registered only with an extra; an empty text for other names."""
+    return next((f"{name!r} {extras[name]}" for extras in _EXTRAS.values() if name in extras), "")
+
+
 def led(name: str, known: Mapping[str, Collection[str]]) -> str:
     """Return a sentence that leads from a name that is not there to what is called so, or to the nearest name.
 

@@ -92,7 +92,7 @@ class StudySpec(BaseModel):
     metrics: Annotated[tuple[str, ...], _Tuple] = DEFAULT_METRICS
     """What is measured."""
     batch: int = Field(default=16, ge=1, le=MOST_SAMPLES)
-    """Rows that run together; changes results by rounding at most, and in float64 not at all."""
+    """Rows that run together; changes results by rounding at most, in float64 hardly ever."""
     dtype: Dtype = "auto"
     """Numbers of the model; auto is float64 for small models on a CPU, so that a batch cannot change a result."""
     strict: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_list_can_be_filtered(run):
         "error: --runs: 'decoding' is not a phase. Did you mean 'decode'?"
     )
     assert run("list", "--runs", "decode", "--kind", "mixer")[0] == 1
+
+
+def test_a_list_in_which_nothing_fits_leads_from_a_press_to_its_policy(run):
+    code, out, _ = run("list", "SnapKVPress")
+    assert (code, out.splitlines()[-1]) == (
+        0,
+        "For kvpress's SnapKVPress take the policy 'snapkv-prefill' (docs/from-kvpress.md).",
+    )
+    both = " ".join(run("list", "PyramidKVPress", "DecodingPress", "--kind", "policy")[1].split())
+    assert "take the policy 'pyramidkv'" in both
+    assert "For kvpress's DecodingPress write `phase: decode`" in both
+    assert len(run("list", "nothing-is-called-so")[1].splitlines()) == 1
+    assert "'kvpress' runs scorers" in run("list", "kvpress")[1] or find_spec("kvpress") is not None
+    assert json.loads(run("list", "SnapKVPress", "--json")[1])["entries"] == []
 
 
 def test_a_list_names_packages_where_there_are_several(run):

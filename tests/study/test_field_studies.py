@@ -91,7 +91,10 @@ def test_their_size_is_counted_without_a_network(run, name):
         runs += expected
     assert f"{len(study.variants())} variants and the full cache, {runs:,} runs of at most" in out
     assert study.models[0] in err
-    assert "`--model`, `--dataset` and `--data` name what is." in " ".join(err.split())
+    counted, missing, instead = err.splitlines()
+    assert counted.endswith("No time is estimated, because something that the study names is not on this machine.")
+    assert missing.startswith("Not here: models: ")
+    assert instead == "To plan or run it with what is here, name that with `--model`, `--dataset` and `--data`."
 
 
 def test_a_local_copy_and_another_model_take_their_place(run, tmp_path, model_folder):
