@@ -3,7 +3,7 @@
 Answers are sampled under a policy, but trained as if the whole cache had sampled them. The gap is printed, and the
 trainer gets the log-probabilities of what really was sampled as the old ones, so that its ratio corrects for the gap.
 
-    python -P examples/rollouts.py --policy rkv --budget 48         # needs kvpolicy[trl]
+    python -P examples/rollouts.py --policy rkv --budget 48         # needs the extra `trl`
 """
 
 from __future__ import annotations
