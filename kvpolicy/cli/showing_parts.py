@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,10 @@ from kvpolicy.loading.entries import held_kinds, with_article
 from kvpolicy.policy.policy import Policy
 from kvpolicy.spec.reference import plain
 from kvpolicy.tables import registered
+
+if TYPE_CHECKING:
+    from kvpolicy.study.outline import OutlineRow
+    from kvpolicy.study.source import Source
 
 
 def print_named(text: str) -> None:
@@ -60,6 +64,7 @@ def print_component(kind: str, name: str) -> None:
 
 def print_study(name_or_file: str | Path) -> None:
     """Print what a study asks, of what and of whom; raises SpecError when it is not valid."""
+    from kvpolicy.study.outline import outline
     from kvpolicy.study.spec import find_study
 
     study = find_study(name_or_file)
@@ -70,16 +75,27 @@ def print_study(name_or_file: str | Path) -> None:
             "base": "" if study.base is None else study.base.policy,
             "design": study.design,
             "variants": ", ".join(dict.fromkeys(variant.name for variant in variants)),
-            "each at": ", ".join(dict.fromkeys(variant.condition for variant in variants)),
+            "each at": "; ".join(dict.fromkeys(variant.condition for variant in variants)),
             "models": ", ".join(study.models),
-            "datasets": ", ".join(source.label for source in study.datasets),
-            "samples": f"{study.samples:,} of each dataset, seeds {', '.join(map(str, study.seeds))}",
+            "datasets": "; ".join(map(_dataset, study.datasets, outline(study))),
+            "seeds": "" if all(source.rollouts for source in study.datasets) else ", ".join(map(str, study.seeds)),
             "sampling": ", ".join(f"{name} {value:g}" for name, value in study.sampling.model_dump().items()),
             "metrics": ", ".join(study.metrics),
         }
     )
     output().print()
     output().print(f"`kvpolicy study plan {name_or_file}` says how many runs that is, and how long they take.")
+
+
+def _dataset(source: Source, row: OutlineRow) -> str:
+    """Return a dataset's label with what it says in place of the study."""
+    said = [f"{row.problems:,} problem{'s' if row.problems > 1 else ''}"]
+    said += [f"{source.rollouts:,} rollouts"] if source.rollouts else []
+    said += [f"budget {source.budget:,}"] if source.budget else []
+    longest = source.max_new_tokens or source.longest
+    own = {"temperature": source.temperature, "top_p": source.top_p, "max_new_tokens": longest}
+    said += [f"{name} {value:g}" for name, value in own.items() if value is not None]
+    return f"{source.label} ({', '.join(said)})"
 
 
 def print_table(name: str | Path) -> None:

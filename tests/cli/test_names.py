@@ -90,6 +90,16 @@ def test_a_list_names_packages_where_there_are_several(run):
 # -- show -------------------------------------------------------------------------------------------------------------
 
 
+def test_show_says_of_a_study_what_its_datasets_say_in_its_place(run):
+    out = " ".join(run("show", "ruler-4k")[1].split())
+    assert "ruler-4k (5,500 problems, max_new_tokens 128); ruler-4k-qa (1,000 problems, max_new_tokens 128)" in out
+    assert "compress=context; budget=0.75, compress=prompt; budget=0.5" in out
+    assert "seeds 0 sampling" in out
+    out = " ".join(run("show", "reasoning-4x")[1].split())
+    assert "math-500 (500 problems, 2 rollouts, budget 1,024); gpqa-diamond (198 problems, 4 rollouts" in out
+    assert "seeds" not in out
+
+
 @pytest.mark.parametrize("entry", ONE_OF_EACH, ids=[entry.kind for entry in ONE_OF_EACH])
 def test_show_knows_everything_that_list_prints(run, entry):
     code, out, err = run("show", f"{entry.kind}.{entry.name}")
