@@ -16,7 +16,7 @@ import kvpolicy
 from kvpolicy.cli.terminal import output
 from kvpolicy.contracts.components import KINDS, Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
-from kvpolicy.loading.entries import Catalog, Entry, Origin, not_installed
+from kvpolicy.loading.entries import Catalog, Entry, Origin, led, not_installed, shown
 from kvpolicy.loading.presses import lead
 from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.tables import Table, registered
@@ -78,12 +78,18 @@ def print_list(chosen: Filter, *, as_json: bool) -> None:
         console.print(_table(rows))
     else:
         console.print("Nothing that is registered fits; `kvpolicy list` without arguments shows everything.")
-        for said in filter(None, (lead(word) or not_installed(word) for word in chosen.words)):
+        for said in filter(None, (_meant(word, catalog) for word in chosen.words)):
             console.print(said, soft_wrap=True)
     for failure in left_out:
         console.print(Text.assemble(("not loaded:", "red"), " ", failure["error"]))
     for origin in off:
         console.print(Text.assemble(("turned off:", "yellow"), f" plugin {origin}"))
+
+
+def _meant(word: str, catalog: Catalog) -> str:
+    """Return a sentence that leads from a word that nothing fits to what was probably looked for, or an empty text."""
+    near = led(word, {kind: catalog.names(kind) for kind in _KINDS})
+    return lead(word) or not_installed(word) or (f"{shown(word)}:{near}" if near else "")
 
 
 def _table(rows: list[dict[str, Any]]) -> Rows:

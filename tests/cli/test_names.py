@@ -64,7 +64,7 @@ def test_list_can_be_filtered(run):
     assert run("list", "--runs", "decode", "--kind", "mixer")[0] == 1
 
 
-def test_a_list_in_which_nothing_fits_leads_from_a_press_to_its_policy(run):
+def test_a_list_in_which_nothing_fits_leads_to_what_was_probably_meant(run):
     code, out, _ = run("list", "SnapKVPress")
     assert (code, out.splitlines()[-1]) == (
         0,
@@ -75,6 +75,9 @@ def test_a_list_in_which_nothing_fits_leads_from_a_press_to_its_policy(run):
     assert "For kvpress's DecodingPress write `phase: decode`" in both
     assert len(run("list", "nothing-is-called-so")[1].splitlines()) == 1
     assert "'kvpress' runs scorers" in run("list", "kvpress")[1] or find_spec("kvpress") is not None
+    assert run("list", "snapvk")[1].splitlines()[-1] == "'snapvk': Did you mean 'snapkv'?"
+    assert run("list", "rkv", "--kind", "mixer")[1].splitlines()[-1] == "'rkv': That is the name of a policy."
+    assert "\x1b" not in run("list", "snapkv\x1b[2J")[1]
     assert json.loads(run("list", "SnapKVPress", "--json")[1])["entries"] == []
 
 

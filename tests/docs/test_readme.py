@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from kvsupport.pages import ROOT, blocks, pages
+from kvsupport.pages import ROOT, blocks
 
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -69,21 +68,6 @@ def test_examples_are_short():
 def test_no_release_is_promised():
     assert not re.search(r"pip install[^\n]*[\"' ]kvpolicy", TEXT)
     assert "no release on PyPI" in TEXT
-
-
-@pytest.mark.parametrize("page", [*pages(), *sorted((ROOT / "examples").rglob("*.md"))], ids=lambda page: page.name)
-def test_pages_install_from_the_clone_and_leave_the_rest_to_the_quick_start(page):
-    text = page.read_text(encoding="utf-8").replace("pip install 'kvpolicy[NAME]'", "")  # said, and what it does
-    assert not re.search(r"pip install[^\n#`]*[\"' ]kvpolicy|pypi\.org/project/kvpolicy", text)
-
-
-def test_the_quick_start_has_every_extra():
-    table = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8").partition("## Extras")[2]
-    said = [
-        name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)[1:] for name in re.findall(r"`([\w-]+)`", row)
-    ]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert sorted(said) == sorted(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", ["pipeline", "accuracy"])
