@@ -88,6 +88,7 @@ def _subjects(target: str) -> list[Subject]:
     import kvpolicy
     from kvpolicy.contracts.components import KINDS
     from kvpolicy.errors import KVPolicyError, did_you_mean
+    from kvpolicy.loading.presses import lead
     from kvpolicy.testing.checking import subject_of, subjects_of_package
 
     if ":" in target and not Path(target).exists():
@@ -111,7 +112,7 @@ def _subjects(target: str) -> list[Subject]:
         return [subject_of(kvpolicy.load(target), target)]  # a file in one of the policy folders
     except KVPolicyError:
         names = {entry.name for entry in catalog.entries()} | policies | packages
-        near = did_you_mean(target, names)
+        near = f" {lead(target)}".rstrip() or did_you_mean(target, names)
         ask = f" Kinds are {', '.join(KINDS)}." if kind else ""
         raise typer.BadParameter(
             f"{target!r} is no registered policy or component, no policy file and no installed package that registers "

@@ -66,6 +66,7 @@ def test_a_package(capsys):
         ((), "name a policy, a component or a package, or write --all"),
         (("rkv", "--all"), "name a policy, a component or a package, or write --all"),
         (("rkw",), "Did you mean 'rkv'?"),
+        (("KnormPress",), "take the policy 'knorm'"),
         (("rkv", "--profile", "slow"), "'slow' is not a profile; write brief, quick or thorough"),
         (("rkv", "--law", "nothing"), "there is no law 'nothing'. The laws are "),
         (("rkv", "--law", "row_allone"), "there is no law 'row_allone'. Did you mean 'row_alone'?"),
