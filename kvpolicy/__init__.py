@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvpolicy.errors import SpecError as SpecError
     from kvpolicy.errors import TableError as TableError
     from kvpolicy.errors import UnknownComponentError as UnknownComponentError
+    from kvpolicy.errors import UnreachableError as UnreachableError
     from kvpolicy.errors import UnsupportedError as UnsupportedError
     from kvpolicy.loading.entries import Catalog as Catalog
     from kvpolicy.loading.hookspecs import hookimpl as hookimpl

@@ -72,6 +72,10 @@ class CacheStateError(KVPolicyError, RuntimeError):
     """A cache was asked for something its present state does not allow."""
 
 
+class UnreachableError(KVPolicyError):
+    """A model or a data set of the hub cannot be had: there is no network, nothing of that name, or no access to it."""
+
+
 class FormerNameWarning(FutureWarning):
     """A policy file uses a former name, which is read until the next major version."""
 
@@ -79,10 +83,6 @@ class FormerNameWarning(FutureWarning):
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the one of `known` that looks most like a word, None when none looks like it."""
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
-
-
-class UnreachableError(KVPolicyError):
-    """A model or a data set of the hub cannot be had: there is no network, nothing of that name, or no access to it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from kvpolicy.cache.compactor import Compactor, Decided
 from kvpolicy.cache.ledger import Incoming, Kind, Ledger, RowCounts
 from kvpolicy.cache.picture import LayerFacts, Observed, make_view, marked
 from kvpolicy.cache.plan import Forward, check_chunk, check_forward, plan_forward, refuse_unplanned
-from kvpolicy.cache.queries.log import QueryLog, Window
+from kvpolicy.cache.queries.log import ROLLBACK, QueryLog, Window
 from kvpolicy.cache.queries.observation import Observation
 from kvpolicy.cache.rollback import check_window, slots_to_keep, tokens_to_crop
 from kvpolicy.cache.store import ArenaStore, Base, RaggedStore, Repacked, Rows
@@ -28,7 +28,8 @@ from kvpolicy.contracts.view import CacheView, LazyViews, Rope
 from kvpolicy.errors import CacheStateError
 from kvpolicy.policy.policy import Policy
 
-_UNOBSERVED_MOST = 96  # columns that wait at most before they are observed
+UNOBSERVED_MOST = 96
+"""Columns that wait at most before scorers that accumulate something observe them."""
 
 
 class Engine:
@@ -130,8 +131,8 @@ class Engine:
             self._used = [0] * batch
         # A pass longer than the log can take back ends what may be cropped: what waits is observed now, while the
         # entries that it saw are still what the views show.
-        if self.log.unobserved > _UNOBSERVED_MOST or columns > self.log.rollback:
-            self.observe(leave=0 if columns > self.log.rollback else _UNOBSERVED_MOST // 3)
+        if self.log.unobserved > UNOBSERVED_MOST or columns > ROLLBACK:
+            self.observe(leave=0 if columns > ROLLBACK else UNOBSERVED_MOST // 3)
         forward = plan_forward(self.rows, self._used, columns, counts, host, device)
         before = max(self._used)
         self.ledger.advance(step)

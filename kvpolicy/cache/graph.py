@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.cache.engine import Engine
+from kvpolicy.cache.engine import UNOBSERVED_MOST, Engine
 from kvpolicy.cache.ledger import Kind
-from kvpolicy.cache.queries.log import RingQueries
+from kvpolicy.cache.queries.log import SLACK, STEPS_BACK, RingQueries
 from kvpolicy.cache.store import ArenaStore
 from kvpolicy.contracts.view import Rope
 
-_RING_BEYOND = 25  # records that the log keeps beyond those that it looks at, before it forgets some
-_RING_UNFED = 97  # likewise, those that wait for scorers which accumulate
+_RING_BEYOND = STEPS_BACK + SLACK + 1  # records that the log keeps beyond those that it looks at, at most
+_RING_UNFED = UNOBSERVED_MOST + 1  # likewise, those that wait for scorers which accumulate
 
 
 class Turn:
@@ -143,7 +143,7 @@ class GraphEngine(Engine):
         forward.pending = set()  # layers of a graph do not come by one by one
         self._number += 1
         self._bind(batch)
-        self._tell(batch)
+        self._tell()
         self.turn.ready = True
 
     def give_up_step(self) -> None:
@@ -223,7 +223,7 @@ class GraphEngine(Engine):
             rings[layer] = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
         return rings
 
-    def _tell(self, batch: int) -> None:
+    def _tell(self) -> None:
         """Write the step's numbers to the device; one launch where every one is by one higher than before."""
         numbers = [used - 1 for used in self._used] + [self._columns.total - 1, self._number]
         if self._told and all(new == old + 1 for new, old in zip(numbers, self._told, strict=True)):

@@ -263,7 +263,7 @@ class PagedCache:
             for row, start, count, before in zip(
                 packed.rows, packed.starts, packed.counts(), packed.before, strict=False
             ):
-                early = self.ring.early(row, count)
+                early = self.ring.early(count)
                 if early:
                     real = torch.ones(1, early, dtype=torch.bool, device=queries.device)
                     some = queries[start : start + early].transpose(0, 1)[None]

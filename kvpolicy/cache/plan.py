@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from kvpolicy.cache.ledger import Kind, RowCounts
 from kvpolicy.cache.store.arena import WritePlan
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
+
+NOT_ATTACHED: Final = (
+    "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D one; call the model "
+    "that the cache was made for, inside the cache's `with` block, with a 2-D mask."
+)
+"""What is said of keys that come without a forward pass having been announced."""
 
 
 @dataclass
@@ -112,10 +118,7 @@ def refuse_unplanned(forward: Forward | None, layer: int) -> NoReturn:
             f"layer {layer} brings keys twice in one forward pass, as a decoder does that also attends to an encoder; "
             "leave out what the encoder made, or use a model that is one decoder."
         )
-    raise UnsupportedError(
-        "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
-        "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
-    )
+    raise UnsupportedError(NOT_ATTACHED)
 
 
 def check_chunk(policy: Policy, columns: int) -> None:

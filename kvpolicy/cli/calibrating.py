@@ -41,7 +41,8 @@ def calibrate(
     note = messages()
     with note.status(f"loading {model}"):
         loaded, tokenizer = load_model(GenerationRequest("", model, (), device=device, dtype=dtype), note)
-    from kvpolicy.runtimes.hf.calibration import Settings, calibrate
+    from kvpolicy.runtimes.hf.calibration import Settings
+    from kvpolicy.runtimes.hf.calibration import calibrate as measured
 
     command = ["kvpolicy", "calibrate", method, "--model", model]
     command += [part for file in text for part in ("--text", file.as_posix())]
@@ -54,7 +55,7 @@ def calibrate(
             total = bar.tasks[0].total or left
             bar.update(task, total=total, completed=total - left)
 
-        table = calibrate(
+        table = measured(
             method,
             loaded,
             tokenizer,

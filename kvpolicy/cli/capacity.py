@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from kvpolicy.cache.engine import UNOBSERVED_MOST
+from kvpolicy.cache.queries.log import ROLLBACK
 from kvpolicy.cache.store.ragged import BLOCK
 from kvpolicy.cli.memory import DTYPES, Course, ModelShape, simulate
 from kvpolicy.cli.modelsize import ModelSize
 from kvpolicy.policy.policy import Policy
 
-_ROLLBACK: Final = 64  # columns of queries that can be taken back
-_UNOBSERVED: Final = 96  # columns that wait at most for scorers that accumulate attention
 _MOST_ROWS: Final = 1 << 30
 
 
@@ -89,7 +89,7 @@ def row_under(policy: Policy, shape: ModelShape, size: ModelSize, length: int, p
         beside += heads * (8 + 16 * -(-slots // BLOCK))  # whose each block is, and how many entries it has
     feeds = "attention" in policy.needs
     if policy.observed_queries or feeds:
-        columns = policy.observed_queries + _ROLLBACK + (_UNOBSERVED if feeds else 0)
+        columns = policy.observed_queries + ROLLBACK + (UNOBSERVED_MOST if feeds else 0)
         widest = max(dim for _, _, dim in shape.groups)
         layers = sum(count for count, _, _ in shape.groups)
         beside += columns * layers * size.query_heads * widest * DTYPES[shape.dtype][1]

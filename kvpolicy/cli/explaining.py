@@ -205,12 +205,9 @@ def _nothing_compacted(policy: Policy, length: int, prompt: int) -> str:
 
 def size(count: int) -> str:
     """Write bytes for people and exactly: ``1.50 MiB (1,572,864 bytes)``."""
-    value, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{count:,} bytes" if unit == "bytes" else f"{value:,.2f} {unit} ({count:,} bytes)"
+    from kvpolicy.html_text import size as short
+
+    return short(count) if count < 1024 else f"{short(count)} ({count:,} bytes)"
 
 
 def shape_of(

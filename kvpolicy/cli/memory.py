@@ -164,8 +164,7 @@ def _heads_of_model(place: str, config: dict[str, Any], dtype: str) -> tuple[_He
         return None
     from kvpolicy.cli.built import built
 
-    path = folder_of(place)
-    found = built(str(path) if path.exists() else place, dtype)
+    found = built(for_transformers(place), dtype)
     return None if found is None or found.heads is None else (dict(found.heads), found.others)
 
 
@@ -243,6 +242,12 @@ def read_config(place: str) -> dict[str, Any]:
 def folder_of(place: str) -> Path:
     """Return the path that a place stands for; for an id on the hub, one at which nothing is."""
     return Path(locate(place, user="--model-config")) if place in {DEMO_MODEL, REASONER} else expanded(place)
+
+
+def for_transformers(place: str) -> str:
+    """Return what transformers is to open for a place: a path if something is there, else an id on the hub."""
+    path = folder_of(place)
+    return str(path) if path.exists() else place
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpolicy.cli.built import built
-from kvpolicy.cli.memory import DTYPES, folder_of
+from kvpolicy.cli.memory import DTYPES, folder_of, for_transformers
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.inputs import read_text
 
@@ -87,7 +87,7 @@ def size_from_config(place: str, text: Mapping[str, Any], dtype: str, weights: i
     Raises:
         KVPolicyError: nobody says how large the weights are.
     """
-    found = built(str(folder_of(place)) if folder_of(place).exists() else place, dtype)
+    found = built(for_transformers(place), dtype)
     quantised = bool(text.get("quantization_config"))
     if weights is None and quantised:
         weights = _stored(folder_of(place))

@@ -8,7 +8,6 @@ import typer
 
 from kvpolicy.cli import study_source
 from kvpolicy.cli.study_options import Device, Out, Quick
-from kvpolicy.cli.study_reporting import Argument
 from kvpolicy.errors import KVPolicyError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def budget(
-    study: Argument,
+    study: study_source.PublishedArgument,
     *,
     loss: Annotated[
         float, typer.Option(help="Largest loss against the full cache that is good enough: 0.02 is 2 points.")

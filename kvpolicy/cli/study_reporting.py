@@ -20,16 +20,9 @@ if TYPE_CHECKING:
 
 _TRACES: Final = 6
 
-Argument = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME|FILE", help="A registered study, a study file, a results file, or a published one (.json.gz)."
-    ),
-]
-
 
 def report(
-    study: Argument,
+    study: study_source.PublishedArgument,
     *,
     quick: Quick = False,
     out: Out = None,

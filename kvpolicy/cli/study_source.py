@@ -29,6 +29,14 @@ Argument = Annotated[
 ]
 
 
+PublishedArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE", help="A registered study, a study file, a results file, or a published one (.json.gz)."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class StudySource:
     """What a command was given.

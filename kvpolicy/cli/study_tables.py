@@ -6,11 +6,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from rich.measure import Measurement
 from rich.table import Table
 
+from kvpolicy.cli.terminal import width_of
 from kvpolicy.study.analysis import Comparison, Estimate, VariantSummary, compare, shown
 from kvpolicy.study.metrics import METRICS
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvpolicy.study.spec import StudySpec
-
-_BOUNDLESS: Final = 10_000
 
 
 def tables(rows: Sequence[VariantSummary], spec: StudySpec, console: Console) -> Iterator[tuple[Table, list[str]]]:
@@ -42,23 +40,18 @@ def tables(rows: Sequence[VariantSummary], spec: StudySpec, console: Console) ->
         left_out: list[str] = []
         table = _table(place, here, names, differences)
         for name in _by_weight(names, main) if bounded else ():
-            if _width(console, table) <= console.width:
+            if width_of(console, table) <= console.width:
                 break
             left_out.append(name)
             table = _table(place, here, [each for each in names if each not in left_out], differences)
         if not bounded:
-            console.width = max(console.width, _width(console, table))
+            console.width = max(console.width, width_of(console, table))
         yield table, [name for name in names if name in left_out]
 
 
 def _by_weight(names: Sequence[str], main: str | None) -> list[str]:
     """Return the metrics that may be left out, first what says least about how good a variant is."""
     return sorted((name for name in reversed(names) if name != main), key=lambda name: METRICS[name].quality)
-
-
-def _width(console: Console, table: Table) -> int:
-    """Return how wide a table is if nothing in it is broken."""
-    return Measurement.get(console, console.options.update(max_width=_BOUNDLESS), table).maximum
 
 
 def _table(

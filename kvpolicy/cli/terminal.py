@@ -68,9 +68,12 @@ def messages() -> Console:
 def widen(console: Console, tables: Sequence[Table]) -> None:
     """Make room for whole tables in a pipe or a file, which have no edge unless COLUMNS says so."""
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        boundless = console.options.update(max_width=_BOUNDLESS)
-        needed = [Measurement.get(console, boundless, table).maximum for table in tables]
-        console.width = max([console.width, *needed])
+        console.width = max([console.width, *(width_of(console, table) for table in tables)])
+
+
+def width_of(console: Console, table: Table) -> int:
+    """Return how wide a table is if nothing in it is broken."""
+    return Measurement.get(console, console.options.update(max_width=_BOUNDLESS), table).maximum
 
 
 def _console(*, stderr: bool) -> Console:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Final, Literal, get_args
 
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.component import named
@@ -27,12 +27,24 @@ from kvpolicy.contracts.ranks import ALONE, Ranks
 from kvpolicy.contracts.view import CacheView
 from kvpolicy.errors import SpecError
 from kvpolicy.html_text import facts
+from kvpolicy.loading.entries import shown
 from kvpolicy.policy import decide as stages
 from kvpolicy.policy.decision import Decision, Scored
 from kvpolicy.policy.traits import Traits
 from kvpolicy.types import KeepIndices, Mask, Scores
 
 Phase = Literal["prefill", "decode", "both"]
+
+_PARTS: Final[dict[str, type[Any]]] = {
+    "budget": Budget,
+    "trigger": Trigger,
+    "importance": ImportanceScorer,
+    "redundancy": RedundancyScorer,
+    "mixer": Mixer,
+    "allocator": BudgetAllocator,
+    "selector": Selector,
+}
+_LISTS: Final[dict[str, type[Any]]] = {"protections": Protection, "post": PostOperation}
 
 
 def _amount(budget: Budget) -> str:
@@ -78,9 +90,22 @@ class Policy:
     description: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        misfits = list(dict.fromkeys(self._misfits()))
+        misfits = list(self._no_parts()) or list(dict.fromkeys(self._misfits()))
         if misfits:
             raise SpecError.of(misfits)
+
+    def _no_parts(self) -> Iterator[str]:
+        """Say what is no part of a policy at all: names and plain values are for specifications."""
+        instead = "give an instance of one, or write names and numbers in a PolicySpec and build() it."
+        for name, kind in _PARTS.items():
+            if not isinstance(part := getattr(self, name), kind):
+                yield f"{name}: {shown(part)} is no {kind.__name__}; {instead}"
+        for name, kind in _LISTS.items():
+            parts = getattr(self, name)
+            if not isinstance(parts, tuple) or not all(isinstance(part, kind) for part in parts):
+                yield f"{name}: {shown(parts)} is no tuple of {kind.__name__}; {instead}"
+        if self.phase not in get_args(Phase):
+            yield f"phase: {shown(self.phase)} is none; write one of {', '.join(get_args(Phase))}."
 
     def _misfits(self) -> Iterator[str]:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError, UnreachableError
 from kvpolicy.inputs import expanded
+from kvpolicy.runtimes.splitting import uses_template
 
 DEMO_MODEL: Final = "smollm2"
 """The name of the demo model."""
@@ -175,11 +176,12 @@ def first_line(error: Exception) -> str:
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None, *, option: str = "--chat") -> Any:
-    """Return the prompt's tokens, through the chat template if asked for or, by default, if there is one."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if chat and not has_template:
-        raise KVPolicyError(f"{option}: this model's tokenizer has no chat template; leave {option} out.")
-    if has_template and chat is not False:
+    """Return the prompt's tokens, through the chat template if asked for or, by default, if there is one.
+
+    Raises:
+        KVPolicyError: it is asked for and there is none; the sentence begins with `option`.
+    """
+    if uses_template(tokenizer, chat, option):
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

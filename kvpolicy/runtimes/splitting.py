@@ -19,6 +19,23 @@ _PROBES: Final = ("What", "1", "(")  # beginnings of questions
 _JOINED: Final = 16  # tokens at the end of a context that may be others when something follows
 
 
+def uses_template(tokenizer: Any, chat: bool | None, option: str) -> bool:
+    """Return whether a tokenizer's chat template is applied.
+
+    Args:
+        tokenizer: which may have one.
+        chat: whether it is asked for; None means if there is one.
+        option: what errors begin with.
+
+    Raises:
+        KVPolicyError: it is asked for and there is none.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise KVPolicyError(f"{option}: this model's tokenizer has no chat template; leave {option} out.")
+    return has_template and chat is not False
+
+
 class Splitter:
     """Writes prompts of which the beginning is always the same.
 
@@ -42,11 +59,8 @@ class Splitter:
         options: Mapping[str, Any] | None = None,
         option: str = "chat",
     ) -> None:
-        has_template = getattr(tokenizer, "chat_template", None) is not None
-        if chat and not has_template:
-            raise KVPolicyError(f"{option}: this model's tokenizer has no chat template; leave {option} out.")
         self.tokenizer, self.between, self.options = tokenizer, between, dict(options or {})
-        self.chat = has_template and chat is not False
+        self.chat = uses_template(tokenizer, chat, option)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 

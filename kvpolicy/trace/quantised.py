@@ -45,12 +45,3 @@ def quantise(
         scales[r, 2] = bend
         codes[start:end] = np.rint(_LEVELS * share**bend)
     return codes, scales
-
-
-def dequantise(
-    codes: UInt8[Array, " M"], scales: Float32[Array, "R 3"], counts: Int[Array, " R"]
-) -> Float32[Array, " M"]:
-    """Return the scores that levels stand for, as the page computes them; the inverse of `quantise` up to rounding."""
-    low, high, bend = np.repeat(scales.astype(np.float64), counts, axis=0).T
-    scores: Array = low + (high - low) * (codes / _LEVELS) ** (1 / bend)
-    return scores.astype(np.float32)

@@ -64,7 +64,7 @@ def test_the_ring_holds_the_last_queries_of_every_row(observe, waiting, rollback
                     ring.fed(row, len(queries[row]))
             step(ring, queries, some)
             for row, count in some.items():
-                if waiting and ring.early(row, count):
+                if waiting and ring.early(count):
                     ring.fed(row, len(queries[row]) - ring.size)
                 if rollback and count == 3 and random.random() < 0.5:
                     ring.retract(row, 2)

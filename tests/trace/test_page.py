@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpolicy.trace.page import KINDS, Shown, trace_page
-from kvpolicy.trace.quantised import dequantise, quantise
+from kvpolicy.trace.quantised import quantise
 from kvsupport.recordings import random_recording
 
 
@@ -25,6 +25,12 @@ def array(blob, ref):
     kind, place, length = ref
     assert place % 4 == 0
     return np.frombuffer(blob, np.dtype(kind).newbyteorder("<"), length, place)
+
+
+def dequantised(codes, scales, counts):
+    """Return the scores that levels stand for, as the page computes them."""
+    low, high, bend = np.repeat(scales.astype(np.float64), counts, axis=0).T
+    return (low + (high - low) * (codes / 255) ** (1 / bend)).astype(np.float32)
 
 
 def shown(recording, **changes):
@@ -49,7 +55,7 @@ def test_the_page_holds_the_recording():
         np.testing.assert_array_equal(bits.astype(bool), expected.protected)
         for kind in KINDS:
             codes, scales = (array(blob, ref) for ref in snapshot["scores"][kind])
-            got, want = dequantise(codes, scales.reshape(-1, 3), counts), getattr(expected, kind)
+            got, want = dequantised(codes, scales.reshape(-1, 3), counts), getattr(expected, kind)
             assert np.abs(got - want).max() <= 0.02 * np.ptp(want)
 
 
@@ -114,7 +120,7 @@ def test_quantised_scores_keep_their_order_and_their_ends(heads):
     counts = np.array([len(head) for head in heads])
     scores = np.array([x for head in heads for x in head], dtype=np.float32)
     codes, scales = quantise(scores, counts)
-    back, start = dequantise(codes, scales, counts), 0
+    back, start = dequantised(codes, scales, counts), 0
     for count in counts:
         mine, got = scores[start : start + count], back[start : start + count]
         order = np.argsort(mine, kind="stable")
@@ -129,7 +135,7 @@ def test_quantised_scores_keep_their_order_and_their_ends(heads):
 def test_small_scores_keep_their_digits_beside_a_large_one():
     scores = np.append(np.geomspace(1e-5, 1e-3, 200), 0.5).astype(np.float32)
     codes, scales = quantise(scores, np.array([201]))
-    back = dequantise(codes, scales, np.array([201]))
+    back = dequantised(codes, scales, np.array([201]))
     assert len(np.unique(codes)) > 60  # evenly spaced levels would be two
     assert np.median(np.abs(back - scores) / scores) < 0.1
 
@@ -138,4 +144,4 @@ def test_small_scores_keep_their_digits_beside_a_large_one():
 def test_any_scores_can_be_written(scores):
     codes, scales = quantise(np.array(scores, dtype=np.float32), np.array([len(scores)]))
     assert np.isfinite(scales).all()
-    assert np.isfinite(dequantise(codes, scales, np.array([len(scores)]))).all()
+    assert np.isfinite(dequantised(codes, scales, np.array([len(scores)]))).all()

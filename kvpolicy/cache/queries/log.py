@@ -8,8 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-_SLACK = 8  # records that may be forgotten are forgotten together, once in so many steps
-_STEPS_BACK = 16  # single tokens that can be taken back at any time
+SLACK = 8
+"""Records that may be forgotten are forgotten together, once in so many steps."""
+STEPS_BACK = 16
+"""Single tokens that can be taken back at any time."""
+ROLLBACK = 64
+"""Columns of the last forward pass that can be taken back."""
 
 
 class RingQueries(Mapping[int, Tensor]):
@@ -90,14 +94,13 @@ class Window:
 class QueryLog:
     """Keeps at least the last `observe` valid queries of each row, and every query that is still unobserved.
 
-    So many are left even when the last forward pass is taken back, `rollback` columns of it at most, or the last 16
+    So many are left even when the last forward pass is taken back, `ROLLBACK` columns of it at most, or the last 16
     tokens. Decode steps are kept by reference: nothing is copied per token.
     """
 
-    def __init__(self, observe: int, *, feeds_attention: bool, rollback: int = 64) -> None:
+    def __init__(self, observe: int, *, feeds_attention: bool) -> None:
         self.observe = observe
         self.feeds_attention = feeds_attention
-        self.rollback = rollback
         self.active = observe > 0 or feeds_attention  # whether queries must be recorded at all
         self.records: list[Record] = []
 
@@ -106,8 +109,8 @@ class QueryLog:
         """Columns that `observe_attention` has not seen."""
         return sum(r.unobserved for r in self.records)
 
-    def open(self, positions: Tensor, valid: Tensor, counts: list[int], *, ragged: bool) -> int:
-        """Start the record of a forward pass; return how many of its last columns are held.
+    def open(self, positions: Tensor, valid: Tensor, counts: list[int], *, ragged: bool) -> None:
+        """Start the record of a forward pass.
 
         Args:
             positions: int32 `[B, q]`.
@@ -116,7 +119,7 @@ class QueryLog:
             ragged: some of the tokens are padding.
         """
         columns = positions.shape[1]
-        wanted = self.observe + self.rollback
+        wanted = self.observe + ROLLBACK
         width = min(columns, wanted)
         if ragged:
             enough = torch.tensor([min(wanted, n) for n in counts])
@@ -127,9 +130,8 @@ class QueryLog:
             positions, valid = positions[:, columns - width :], valid[:, columns - width :]
         held = [int(n) for n in valid.sum(1).tolist()] if ragged else [width] * len(counts)
         self.records.append(Record(columns, width, held, positions, valid, width if self.feeds_attention else 0))
-        if len(self.records) > self.observe + _STEPS_BACK + _SLACK:
+        if len(self.records) > self.observe + STEPS_BACK + SLACK:
             self._trim()
-        return width
 
     def put(self, layer: int, queries: Tensor) -> None:
         """Add one layer's queries `[B, Hq, q, D]` to the open record."""
@@ -141,7 +143,7 @@ class QueryLog:
     def _trim(self) -> None:
         """Forget records that neither the window nor the observation still needs."""
         # What may be taken back again does not count.
-        back = max(min(self.records[-1].span, self.rollback), _STEPS_BACK)
+        back = max(min(self.records[-1].span, ROLLBACK), STEPS_BACK)
         later = [-back] * len(self.records[-1].counts)
         for i in range(len(self.records) - 1, -1, -1):
             if i < len(self.records) - 1 and min(later) >= self.observe and self.records[i].unobserved == 0:

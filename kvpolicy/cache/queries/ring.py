@@ -86,7 +86,7 @@ class QueryRing:
         ring = self._rings[row]
         return ring.seen - ring.fed if self.feeds else 0
 
-    def early(self, row: RowId, tokens: int) -> int:
+    def early(self, tokens: int) -> int:
         """Return how many of a row's next tokens do not fit into its ring: they must be fed as they come, or never."""
         return max(tokens - self.size, 0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.cache import PolicyCache
+from kvpolicy.runtimes.hf.given import check_whole
 from kvpolicy.runtimes.hf.naming import NAMES, passing
 from kvpolicy.runtimes.hf.positions import positions_left
 from kvpolicy.runtimes.hf.stats import CacheStats
@@ -85,8 +86,10 @@ def new_tokens(
         option: what errors about `wanted` begin with.
 
     Raises:
-        CacheStateError: the text, or so long an answer, does not fit the model's positions.
+        CacheStateError: the text, or so long an answer, does not fit the model's positions; or `wanted` is no number
+            of tokens.
     """
+    check_whole(option, wanted)
     if wanted is not None and wanted < 1:
         raise CacheStateError(f"{option}: {wanted} tokens make no answer; write at least 1.")
     room = positions_left(model, policy, prompt, what)

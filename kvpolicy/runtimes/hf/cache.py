@@ -23,6 +23,7 @@ from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.attach import attach
 from kvpolicy.runtimes.hf.attention import attention_modules
 from kvpolicy.runtimes.hf.feeding import FedCache
+from kvpolicy.runtimes.hf.given import Amount, check_model, resolve
 from kvpolicy.runtimes.hf.graph import GraphLayer, GraphPasses
 from kvpolicy.runtimes.hf.handover import announce
 from kvpolicy.runtimes.hf.hidden import leave_hidden_states
@@ -30,7 +31,6 @@ from kvpolicy.runtimes.hf.layer import EvictingLayer, crop_others
 from kvpolicy.runtimes.hf.model_facts import head_shapes, hidden_size, image_tokens
 from kvpolicy.runtimes.hf.parallel import parallel_heads
 from kvpolicy.runtimes.hf.passes import KINDS, Passes
-from kvpolicy.runtimes.hf.resolve import resolve
 from kvpolicy.runtimes.hf.rope import layer_ropes
 from kvpolicy.runtimes.hf.sharing import compute_whole_prompts, readers
 from kvpolicy.runtimes.hf.showing import ShownCache
@@ -55,18 +55,26 @@ class PolicyCache(ShownCache, FedCache, Cache):
     Args:
         policy: a `Policy`, a `PolicySpec`, the name of a registered policy, or the path of a policy file.
         model: a decoder of transformers whose attention goes through the attention registry.
+        budget: takes the place of the policy's own, as in `kvpolicy.load`.
         graph: whether decode steps are to run as one graph (`torch.compile`, CUDA graphs): every layer then has as many
             slots as the policy bounds its entries to, or this number of them, and they stay where they are.
 
     Raises:
         UnsupportedError: the model, its attention implementation, a need of the policy or `graph` is not supported.
-        SpecError: the policy, or the number of slots, is not valid.
+        SpecError: the policy, its budget, or the number of slots is not valid.
+        TableError: a calibration table of the policy is not of a model of this shape.
     """
 
     def __init__(
-        self, policy: Policy | PolicySpec | str | Path, model: PreTrainedModel, *, graph: bool | int = False
+        self,
+        policy: Policy | PolicySpec | str | Path,
+        model: PreTrainedModel,
+        *,
+        budget: Amount | None = None,
+        graph: bool | int = False,
     ) -> None:
-        self.policy = resolve(policy)
+        check_model(model, "PolicyCache(policy, model)")
+        self.policy = resolve(policy, budget)
         missing = sorted(self.policy.needs - SERVED)
         if missing:
             raise UnsupportedError(
@@ -319,9 +327,10 @@ class PolicyCache(ShownCache, FedCache, Cache):
         Args:
             images: bool `[B, P]`, columns as in ``input_ids``, padding included; later tokens are text.
         """
-        if images.dim() != 2 or images.dtype != torch.bool:
+        if not isinstance(images, Tensor) or images.dim() != 2 or images.dtype != torch.bool:
+            got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise CacheStateError(
-                f"set_modality: a mask of {images.dtype} {list(images.shape)} says nothing; give booleans "
+                f"set_modality: a mask of {got} says nothing; give booleans "
                 "[batch, prompt tokens], True for image tokens."
             )
         self.engine.modality = images.to("cpu")
@@ -344,7 +353,8 @@ class PolicyCache(ShownCache, FedCache, Cache):
         """Return the original positions that a KV head of a layer holds, ascending; positions do not count padding.
 
         Raises:
-            CacheStateError: that layer is not one the policy works on, or nothing has been cached.
+            CacheStateError: that layer is not one the policy works on, it has no such head, there is no such row, or
+                nothing has been cached.
         """
         self._passes.settle()
         return positions_of(self.engine, layer, head, row)

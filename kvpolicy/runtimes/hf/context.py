@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from weakref import WeakSet
 
 import torch
@@ -18,6 +18,7 @@ from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.answering import Reply, check_generation, generate_behind, new_tokens
 from kvpolicy.runtimes.hf.cache import PolicyCache
 from kvpolicy.runtimes.hf.conversation import Conversation
+from kvpolicy.runtimes.hf.given import Amount, check_model, check_whole
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.model_facts import image_tokens
 from kvpolicy.runtimes.hf.positions import check_length, most_positions, positions_left
@@ -27,6 +28,8 @@ from kvpolicy.runtimes.splitting import Context, Splitter
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
+
+_ORDER: Final = "ContextCache(policy, model, tokenizer, context)"
 
 Replies = Reply | list[Reply]
 """One reply, or several samples of it (``num_return_sequences``)."""
@@ -59,6 +62,7 @@ class ContextCache:
         tokenizer: its tokenizer.
         context: a text, which shares its message with the question; messages of a chat, which the question follows; or
             a list of texts, which are read as one batch.
+        budget: takes the place of the policy's own, as in `kvpolicy.load`.
         chunk: tokens per forward pass, after each of which the cache is compressed, so that never more than budget and
             chunk are held; the policy's `prefill_chunk` by default, otherwise the context is read in one pass.
         between: what stands between a text and its question.
@@ -81,23 +85,21 @@ class ContextCache:
         tokenizer: Any,
         context: Context | Sequence[str],
         *,
+        budget: Amount | None = None,
         chunk: int | None = None,
         between: str = "\n\n",
         chat: bool | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> None:
-        is_model = isinstance(model, torch.nn.Module)  # of transformers, or a wrapper around one
-        if not is_model or not callable(tokenizer):
-            wrong, got = ("tokenizer" if is_model else "model"), type(tokenizer if is_model else model).__name__
-            raise UnsupportedError(
-                f"{wrong}: {got} is none; the order is ContextCache(policy, model, tokenizer, context)."
-            )
+        check_model(model, _ORDER)
+        if not callable(tokenizer):
+            raise UnsupportedError(f"tokenizer: {type(tokenizer).__name__} is no tokenizer; the order is {_ORDER}.")
         self.tokenizer = tokenizer
         self._splitter = Splitter(tokenizer, chat=chat, between=between, options=template)
         contexts, self._several = _contexts(context)
         self._conversations: WeakSet[Conversation] = WeakSet()
         self._open = True
-        self.cache = PolicyCache(policy, model)
+        self.cache = PolicyCache(policy, model, budget=budget)
         try:
             policy = self.cache.policy
             for each in contexts:
@@ -218,6 +220,7 @@ class ContextCache:
                 raise CacheStateError(f"{what}: is empty, and nothing follows the context; write a question.")
             most = new_tokens(self.cache.model, self.cache.policy, self.tokens[row] + len(following), wanted, what)
             items.append(_Question(row, following, most))
+        check_whole("batch", batch)
         size = batch if batch is not None else len(items) if self._several else 1
         if size < 1:
             raise CacheStateError(f"batch: {size} questions cannot run together; write at least 1.")

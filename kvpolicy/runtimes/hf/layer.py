@@ -43,13 +43,13 @@ class EvictingLayer(CacheLayerMixin):
         """Whether keys have been stored."""
         return self.layer_idx in self.passes.engine.stores
 
-    def _resident(self, arena: str) -> Tensor | None:
+    def _resident(self, name: str) -> Tensor | None:
         engine = self.passes.engine
         store = engine.stores.get(self.layer_idx)
         if store is None:
             return None
         slots = store.read(self.layer_idx, engine.held(slice(None)))
-        tensor: Tensor = getattr(slots, arena)
+        tensor: Tensor = getattr(slots, name)
         return tensor
 
     @property

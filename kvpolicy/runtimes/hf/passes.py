@@ -15,6 +15,7 @@ from transformers.masking_utils import causal_mask_function
 from kvpolicy.cache.engine import Engine
 from kvpolicy.cache.ledger import Kind
 from kvpolicy.cache.picture import LayerFacts
+from kvpolicy.cache.plan import NOT_ATTACHED
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.runtimes.hf.caller import generation_loop
 from kvpolicy.runtimes.hf.handover import MaskFunction, announce
@@ -211,10 +212,7 @@ class Passes:
         current = self.current
         if current is None:
             announce(None)  # the mask that was asked for has not been made by us, and the next one is not ours
-            raise UnsupportedError(
-                "this cache is not attached to the model that uses it, or the attention mask is a finished 4-D "
-                "one; call the model that the cache was made for, inside the cache's `with` block, with a 2-D mask."
-            )
+            raise UnsupportedError(NOT_ATTACHED)
         if current.arrived:
             self.check()
             return current

@@ -22,6 +22,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from kvpolicy.errors import CacheStateError, SpecError, UnsupportedError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf.context import ContextCache
+from kvpolicy.runtimes.hf.given import Amount
 
 if TYPE_CHECKING:
     from kvpolicy.spec import PolicySpec
@@ -79,7 +80,7 @@ class ContextPipeline(Pipeline):
         *,
         asked: Mapping[str, str | Sequence[str]] | None = None,
         policy: Policy | PolicySpec | str | Path = "full",
-        budget: float | None = None,
+        budget: Amount | None = None,
         chunk: int | None = None,
         between: str = "\n\n",
         chat: bool | None = None,
@@ -91,17 +92,17 @@ class ContextPipeline(Pipeline):
         ((name, question),) = asked.items()
         if (name == "question") != isinstance(question, str):
             raise CacheStateError(f"{name}: should be a {'text' if name == 'question' else 'list of texts'}.")
-        if budget is not None:
-            from kvpolicy.spec import load
-
-            if policy == "full" and budget != 1.0:
-                raise SpecError(
-                    "budget: 'full', the policy if none is given, keeps everything; write policy=... beside it."
-                )
-            if isinstance(policy, Policy):
-                raise SpecError("budget: a finished policy has one already; give a name, a path or a specification.")
-            policy = load(policy, budget) if isinstance(policy, str | Path) else policy.replace("budget", budget)
-        options: dict[str, Any] = {"chunk": chunk, "between": between, "chat": chat, "template": template}
+        if policy == "full" and budget not in (None, 1.0):
+            raise SpecError(
+                "budget: 'full', the policy if none is given, keeps everything; write policy=... beside it."
+            )
+        options: dict[str, Any] = {
+            "budget": budget,
+            "chunk": chunk,
+            "between": between,
+            "chat": chat,
+            "template": template,
+        }
         contexts = input_tensors["context"]
         with ContextCache(policy, self.model, self.tokenizer, contexts, **options) as context:
             if isinstance(question, str):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvpolicy.contracts.component import named
 from kvpolicy.errors import CacheStateError, UnsupportedError
 from kvpolicy.policy.policy import Policy
+from kvpolicy.runtimes.hf.given import check_ids, check_whole
 from kvpolicy.runtimes.hf.naming import passing
 from kvpolicy.runtimes.hf.passes import Passes
 
@@ -34,7 +35,7 @@ def feed_prompt(
         size: tokens per forward pass; None for one pass that leaves one token.
     """
     _check_size(size)
-    _check_ids(input_ids)
+    check_ids(input_ids)
     if passes.engine.policy.traits.whole_prompt:
         raise UnsupportedError(
             f"prefill: policy {passes.engine.policy.name!r} lets tokens of the prompt look ahead and needs it in one "
@@ -65,7 +66,7 @@ def read_context(
 ) -> Tensor:
     """Run a context through a cache's model to its end, compressing it; see `PolicyCache.read`."""
     _check_size(size)
-    _check_ids(input_ids)
+    check_ids(input_ids)
     check_reads_contexts(passes.engine.policy, chunk=size)
     length = input_ids.shape[1]
     if passes.engine.columns or not length:
@@ -116,18 +117,8 @@ def check_reads_contexts(policy: Policy, chunk: int | None = None) -> None:
         )
 
 
-def _check_ids(input_ids: object) -> None:
-    """Refuse what is no tensor `[rows, tokens]`, above all what the tokenizer returned, and a text."""
-    if isinstance(input_ids, Tensor) and input_ids.ndim == 2:
-        return
-    got = f"a tensor of shape {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-    raise CacheStateError(
-        "input_ids: should be a tensor of token ids [rows, tokens], as in "
-        f'tokenizer(text, return_tensors="pt")["input_ids"], got {got}.'
-    )
-
-
 def _check_size(size: int | None) -> None:
+    check_whole("chunk", size)
     if size is not None and size < 1:
         raise CacheStateError(f"chunk: {size} is not a chunk size; write at least 1.")
 

@@ -79,10 +79,10 @@ def test_policies_that_cannot_compress_a_context_are_refused(changes, options, m
 
 def test_arguments_in_another_order_are_told_the_order(model, tokenizer):
     with pytest.raises(
-        UnsupportedError, match=r"model: \w+ is none; the order is ContextCache\(policy, model, tokenizer"
+        UnsupportedError, match=r"model: \w+ is no model of transformers; the order is ContextCache\(policy, model, tok"
     ):
         ContextCache(model, tokenizer, CONTEXT, "snapkv-prefill")
-    with pytest.raises(UnsupportedError, match="tokenizer: str is none; the order is"):
+    with pytest.raises(UnsupportedError, match="tokenizer: str is no tokenizer; the order is ContextCache"):
         ContextCache("snapkv-prefill", model, CONTEXT, tokenizer)
 
 
