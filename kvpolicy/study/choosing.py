@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpolicy.errors import ScoreError
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.ops.noise import counter_uniform
 from kvpolicy.study.sampling import Sampling
 
@@ -17,6 +17,12 @@ from kvpolicy.study.sampling import Sampling
 def row_key(digest: str) -> int:
     """Return 32 bits that stand for a problem in the noise."""
     return int.from_bytes(hashlib.sha256(digest.encode()).digest()[:4], "big")
+
+
+def require_finite(numbers: Tensor) -> None:
+    """Raise KVPolicyError unless numbers that were made of a model's logits are finite; reads the device."""
+    if not bool(torch.isfinite(numbers).all()):
+        raise KVPolicyError("the model's logits are not finite; use another dtype, or look for a damaged checkpoint.")
 
 
 def choose(
@@ -34,11 +40,10 @@ def choose(
         steps: how many tokens each row has generated.
 
     Raises:
-        ScoreError: a row's logits are not finite.
+        KVPolicyError: a row's logits are not finite.
     """
     best, greedy = logits.max(-1)
-    if not bool(torch.isfinite(best).all()):
-        raise ScoreError("the model's logits are not finite; use another dtype, or look for a damaged checkpoint.")
+    require_finite(best)
     if sampling.greedy:
         return greedy
     words = [torch.tensor(list(values), dtype=torch.int64, device=logits.device) for values in (seeds, keys, steps)]

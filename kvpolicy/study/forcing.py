@@ -15,13 +15,13 @@ from kvpolicy import ops
 from kvpolicy.contracts.budget import Budget
 from kvpolicy.contracts.components import ImportanceScorer
 from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy.policy import Policy
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.passes import ordinary_tensors
 from kvpolicy.runtimes.hf.positions import positions_left
 from kvpolicy.spec import PolicySpec
+from kvpolicy.study.choosing import require_finite
 from kvpolicy.study.decoding import Prompts, Usage, bytes_per_entry, forward
 from kvpolicy.study.problem import Compress
 from kvpolicy.types import Scores
@@ -190,8 +190,7 @@ def _compare(
     wide = torch.promote_types(full.dtype, torch.float32)
     p, q = full.to(wide).log_softmax(-1), ours.to(wide).log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum(-1)
-    if not bool(torch.isfinite(divergence).all()):
-        raise KVPolicyError("the model's logits are not finite; use another dtype, or look for a damaged checkpoint.")
+    require_finite(divergence)
     agreed = (full.argmax(-1) == ours.argmax(-1)).sum(-1)
     for i, kl, same in zip(order, divergence.tolist(), agreed.tolist(), strict=True):
         results[i].kl += kl

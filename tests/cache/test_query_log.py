@@ -204,7 +204,7 @@ def test_what_is_gathered_holds_on_to_nothing_but_the_window():
 
 def test_statistics_may_begin_in_inference_mode_and_go_on_outside():
     """A runtime may run the model in inference mode and open its steps outside, as the transformers runtime does."""
-    queries = torch.randn(1, 2, 2, 12, 8)
+    queries = torch.randn(1, 2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
     positions, valid = torch.arange(4, 16, dtype=torch.int32)[None], torch.ones(1, 12, dtype=torch.bool)
     rope = Rope(torch.tensor([1.0, 0.5, 0.1, 0.02]))
     with torch.inference_mode():
@@ -213,4 +213,6 @@ def test_statistics_may_begin_in_inference_mode_and_go_on_outside():
     made.add(queries[..., 5:, :], positions[:, 5:], valid[:, 5:], rope)
     whole = QueryStatistics.empty(queries)
     whole.add(queries, positions, valid, rope)
-    assert torch.allclose(made.extras(slice(0, 1))["query_covariance"], whole.extras(slice(0, 1))["query_covariance"])
+    parts, at_once = (each.extras(slice(0, 1))["query_covariance"] for each in (made, whole))
+    # Products of either sign cancel, so that rounding is that of the summands, which are about 1.
+    torch.testing.assert_close(parts, at_once, rtol=0, atol=1e-6)

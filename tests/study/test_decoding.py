@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy import KVPolicyError, ScoreError
+from kvpolicy import KVPolicyError
 from kvpolicy.runtimes.hf import PolicyCache, generate
 from kvpolicy.study.choosing import choose, row_key
 from kvpolicy.study.decoding import PromptRow, generate_batch
@@ -131,7 +131,7 @@ def test_greedy_takes_the_largest_and_damaged_logits_are_refused():
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     assert choose(logits, Sampling(), [0, 0], [0, 0], [0, 0]).tolist() == [1, 0]
     logits[1, 2] = float("nan")
-    with pytest.raises(ScoreError, match="the model's logits are not finite"):
+    with pytest.raises(KVPolicyError, match="the model's logits are not finite"):
         choose(logits, Sampling(), [0, 0], [0, 0], [0, 0])
 
 

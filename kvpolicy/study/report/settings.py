@@ -104,6 +104,11 @@ class StudySettings:
     version: str
     measured: Measured
 
+    @property
+    def environment_names(self) -> tuple[str, ...]:
+        """What is known of the environments, in order; an older one may lack some of it."""
+        return tuple(dict.fromkeys(name for each in self.environments for name in each))
+
 
 def settings(results: Recorded, asked: Asked) -> StudySettings:
     """Return the settings of a study.
