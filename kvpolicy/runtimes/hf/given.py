@@ -69,5 +69,5 @@ def check_ids(input_ids: object) -> None:
 
 def check_whole(name: str, number: object) -> None:
     """Raise CacheStateError for what is neither a whole number nor None."""
-    if number is not None and (not isinstance(number, Integral) or isinstance(number, bool)):
+    if isinstance(number, bool) or (number is not None and not isinstance(number, Integral)):
         raise CacheStateError(f"{name}: {shown(number)} is no whole number; write one of at least 1.")
