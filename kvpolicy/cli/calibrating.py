@@ -33,16 +33,23 @@ def calibrate(
     from kvpolicy.cli.terminal import messages, output, text_column
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.inputs import read_text
+    from kvpolicy.runtimes.opening import require_transformers
     from kvpolicy.tables import SUFFIX, save_table
 
     if out.suffix != SUFFIX or not out.parent.is_dir():
         raise KVPolicyError(f"--out: {out} should end in {SUFFIX}, and its folder should exist.")
+    require_transformers("calibrate")
+    from kvpolicy.runtimes.hf.calibration import Settings, check_request
+    from kvpolicy.runtimes.hf.calibration import calibrate as measured
+
+    settings = Settings(length=length, runs=runs, seed=seed)
+    check_request(method, settings)
     words = "\n\n".join(read_text(file, "text file", option="--text") for file in text)
     note = messages()
     with note.status(f"loading {model}"):
-        loaded, tokenizer = load_model(GenerationRequest("", model, (), device=device, dtype=dtype), note)
-    from kvpolicy.runtimes.hf.calibration import Settings
-    from kvpolicy.runtimes.hf.calibration import calibrate as measured
+        loaded, tokenizer = load_model(
+            GenerationRequest("", model, (), device=device, dtype=dtype), note, user="calibrate"
+        )
 
     command = ["kvpolicy", "calibrate", method, "--model", model]
     command += [part for file in text for part in ("--text", file.as_posix())]
@@ -62,7 +69,7 @@ def calibrate(
             words,
             name=Path(str(loaded.config._name_or_path)).name,  # noqa: SLF001
             command=shlex.join(command),
-            settings=Settings(length=length, runs=runs, seed=seed),
+            settings=settings,
             progress=show,
         )
     save_table(table, out)

@@ -132,16 +132,18 @@ def check_sampling(request: GenerationRequest) -> None:
 
 def load_model(request: GenerationRequest, note: Console, *, user: str = "generate") -> tuple[Any, Any]:
     """Return model and tokenizer for the command `user`; raises KVPolicyError when they cannot be loaded."""
-    from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer
+    from kvpolicy.runtimes.opening import check_device, locate, open_model, open_tokenizer, require_transformers
 
-    place = locate(request.model, user=user, say=note.print)
+    require_transformers(user)
     import torch
 
+    # What is wrong with these is said before the demo model is made.
     device = request.device if request.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     dtype = "float32" if request.dtype == "auto" and device == "cpu" else request.dtype
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KVPolicyError(f"--dtype: {dtype!r} is not one of auto, float32, bfloat16, float16.")
+    place = locate(request.model, user=user, say=note.print)
     tokenizer = open_tokenizer(place, request.model, say=note.print)
     return open_model(place, request.model, dtype=dtype, device=device), tokenizer
 

@@ -33,12 +33,7 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
     Raises:
         KVPolicyError: transformers is missing, or the folder.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise KVPolicyError(f"{user} needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    _silence(transformers)
+    require_transformers(user)
     if name == DEMO_MODEL:
         from kvpolicy.runtimes.hf.demo_model import ensure_demo_model
 
@@ -54,6 +49,16 @@ def locate(name: str, *, user: str, option: str = "--model", say: Callable[[str]
     if name.startswith((".", "/", "~")):
         raise KVPolicyError(f"{option}: there is no folder {name!r}; give a model folder or a hub id.")
     return name
+
+
+def require_transformers(user: str) -> None:
+    """Raise KVPolicyError when transformers, which `user` needs, is missing; keep its libraries from writing notes."""
+    try:
+        import transformers
+    except ImportError:
+        raise KVPolicyError(f"{user} needs transformers; install it with: pip install 'kvpolicy[hf]'.") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _silence(transformers)
 
 
 def announce_hub(what: str, say: Callable[[str], None] | None) -> None:

@@ -184,3 +184,17 @@ def test_wrong_options_are_one_sentence(run, tmp_path, arguments, message):
 def test_without_transformers(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run("x")[:3] == (1, "", "error: trace needs transformers; install it with: pip install 'kvpolicy[hf]'.\n")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "int8"), ("--device", "gpu")])
+def test_what_is_wrong_with_an_option_is_said_before_the_demo_model_is_made(
+    capsys, monkeypatch, tmp_path, option, value
+):
+    monkeypatch.setenv("KVPOLICY_HOME", str(tmp_path))
+    for words in (["trace", PROMPT], ["generate", PROMPT], ["calibrate", "headkv", "--text", __file__]):
+        out = [] if words[0] == "generate" else ["--out", str(tmp_path / "it.safetensors")]
+        assert main([*words, *out, option, value]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {option}: '{value}' ")
+    assert main(["calibrate", "headk", "--text", __file__, "--out", str(tmp_path / "it.safetensors")]) == 1
+    assert "there is no calibration" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

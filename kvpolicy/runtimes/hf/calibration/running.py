@@ -143,6 +143,17 @@ METHODS: Final[Mapping[str, Method]] = {
 """Calibrations by the name of the method that reads their tables."""
 
 
+def check_request(method: str, settings: Settings) -> None:
+    """Raise KVPolicyError for a method that there is not, and for runs that are too short; a model is not needed."""
+    if method not in METHODS:
+        raise KVPolicyError(
+            f"there is no calibration {method!r}.{did_you_mean(method, METHODS)} Calibrations: {', '.join(METHODS)}."
+        )
+    least = 4 * NEEDLE + HORIZON + OBSERVE
+    if settings.length < least or settings.runs < 1:
+        raise KVPolicyError(f"calibrate: at least one run of {least} tokens is needed; raise --length or --runs.")
+
+
 def calibrate(
     method: str,
     model: PreTrainedModel,
@@ -171,14 +182,8 @@ def calibrate(
         UnsupportedError: the model cannot be calibrated.
         TableError: the measurement says nothing.
     """
-    if method not in METHODS:
-        raise KVPolicyError(
-            f"there is no calibration {method!r}.{did_you_mean(method, METHODS)} Calibrations: {', '.join(METHODS)}."
-        )
     settings = settings or Settings()
-    least = 4 * NEEDLE + HORIZON + OBSERVE
-    if settings.length < least or settings.runs < 1:
-        raise KVPolicyError(f"calibrate: at least one run of {least} tokens is needed; raise --length or --runs.")
+    check_request(method, settings)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     if len(tokens) < settings.length or len(tokens.unique()) < 2 * NEEDLE:
         raise KVPolicyError(
