@@ -47,12 +47,13 @@ WORDS = [
     "policy", "table", "headkv", "qfilter", "float32", "float99", "quick", "%s", "{0}", "$HOME", "*", "--help",
     "--version", "--debug=x", "--json", "key_norm.py:X",
 ]  # fmt: skip
-# What would take long or fetch something is bounded: the last of an option counts.
+# What would take long or fetch something is bounded: the last of an option counts, and one that stands before may take
+# the first of these words for its value.
 BOUNDS = {
-    ("generate",): ["--model", "tiny", "--max-new-tokens", "3"],
-    ("trace",): ["--model", "tiny", "--max-new-tokens", "3"],
-    ("calibrate",): ["--model", "tiny", "--runs", "1", "--length", "40"],
-    ("check",): ["--law", "deterministic", "--jobs", "1", "--profile", "quick"],
+    ("generate",): ["--model=tiny", "--model=tiny", "--max-new-tokens=3"],
+    ("trace",): ["--model=tiny", "--model=tiny", "--max-new-tokens=3"],
+    ("calibrate",): ["--model=tiny", "--model=tiny", "--runs=1", "--length=40"],
+    ("check",): ["--law=deterministic", "--law=deterministic", "--jobs=1", "--profile=quick"],
 }
 
 

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "results_tables.py"
+
+
+def test_the_tables_of_the_page_of_results_are_the_published_numbers():
+    spec = importlib.util.spec_from_file_location("results_tables_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert len(script.TABLE.findall(text)) > 4
+    assert script.written(text) == text, "run python -P scripts/results_tables.py"
+    spoilt = text.replace("| `rkv` | 97 [92, 99]", "| `rkv` | 98 [92, 99]")
+    assert spoilt != text
+    assert script.written(spoilt) == text
