@@ -159,7 +159,7 @@ LINES = {
 """Policies that are drawn, with colour (of Okabe and Ito's palette) and dashes; the study's tables have all."""
 
 
-_TABLE = re.compile(r"^### Right answers\n\nprotect.prompt=false[^\n]*\n\n((?:\|.*\n)+)", re.MULTILINE)
+_TABLE = re.compile(r"^protect.prompt=false; right answers[^\n]*\n\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 def measured(text: str) -> dict[str, dict[str, list[tuple[str, float, float, float]]]]:
@@ -173,7 +173,7 @@ def measured(text: str) -> dict[str, dict[str, list[tuple[str, float, float, flo
         rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table[1].splitlines()]
         budgets = rows[0][1:]
         for name, *cells in rows[2:]:
-            numbers = [[float(n) for n in re.findall(r"\d+\.\d+", cell)] for cell in cells]
+            numbers = [[float(n) / 100 for n in re.findall(r"\d+\.\d+", cell)] for cell in cells]
             points = [(b, n[0], n[1], n[2]) for b, n in zip(budgets, numbers, strict=True)]
             found.setdefault(head.partition(" · ")[0], {})[name] = points
     return found

@@ -21,6 +21,7 @@ SHORT = (
     (r"(, )?protect\.prompt=true", r"\1pinned"),
     (r"(, )?protect\.prompt=false", ""),
     (r"budget=(\d+)", r"\1"),
+    (r"compress=", ""),
     (r"policy=", ""),
 )
 """What conditions are called in the heads of columns."""
@@ -31,7 +32,7 @@ def shown(row: VariantSummary, metric: str) -> str:
     found = row.metrics.get(metric)
     if found is None:
         return "–"
-    if metric == "exact":
+    if metric in ("exact", "score"):
         return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
     return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
@@ -48,6 +49,7 @@ def lines(rows: Sequence[VariantSummary], metric: str, datasets: Sequence[str]) 
     """Yield the lines of a table; the full cache stands first, where all columns of a dataset share it."""
     measured = [row for row in rows if row.cell.dataset in datasets]
     conditions = list(dict.fromkeys(row.cell.condition for row in measured if row.cell.condition)) or [""]
+    conditions.sort(key=lambda condition: "protect.prompt=true" in condition)
     columns = [(dataset, condition) for dataset in datasets for condition in conditions]
     by_cell = {(row.cell.name, row.cell.dataset, row.cell.condition): shown(row, metric) for row in measured}
     heads = [heading(*column, several=len(datasets) > 1) for column in columns]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -29,19 +29,27 @@ if TYPE_CHECKING:
     from kvpolicy.study.asked import Asked
 
 SUFFIX: Final = ".json.gz"
-VERSION: Final = 1
+VERSION: Final = 2
 
 _MOST_BYTES: Final = 1 << 28
+_MOST_RUNS: Final = 1_000_000  # of a variant in one place
 _LONGEST_PROMPT: Final = 4_000  # characters
 _DIGITS: Final = 7
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Second = Annotated[int, Field(ge=0, le=records.LAST_SECOND)]
+_Stretch = Annotated[list[Annotated[int, Field(ge=-1, le=1 << 40)]], Field(min_length=2, max_length=2)]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
 class _PublishedCell(TypedDict):
+    """A variant in one place.
+
+    `runs` are stretches [first, count] of the file's runs, counted through; first is -1 for runs that are missing. The
+    policy alone does not say which they are: what is compressed may differ, too.
+    """
+
     name: _Text
     condition: _Text
     settings: dict[_Text, _Text]
@@ -51,7 +59,7 @@ class _PublishedCell(TypedDict):
     digest: _Text
     error: str | None
     data: dict[str, JsonValue]
-    runs: Annotated[int, Field(ge=0, le=1_000_000)]
+    runs: list[_Stretch]
     keys: _Text
 
 
@@ -106,6 +114,8 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
     contents = list(dict.fromkeys(_content(record) for record in counted))
     place = {content: i for i, content in enumerate(contents)}
     used = {record.environment for record in counted}
+    groups = list(_grouped(counted).values())
+    number = {record.key: i for i, record in enumerate(record for members in groups for record in members)}
     document = {
         "kvpolicy_results": VERSION,
         "study": results.meta("study") or "study",
@@ -114,8 +124,8 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
         "models": [dict(model) for model in asked.models],
         "environments": {str(n): data for n, data in sorted(results.environments().items()) if n in used},
         "problems": [_problem(content, *texts.get(content, ("", ""))) for content in contents],
-        "cells": [_cell(cell) for cell in asked.cells],
-        "runs": [_group(members, place) for members in _grouped(counted).values()],
+        "cells": [_cell(cell, number) for cell in asked.cells],
+        "runs": [_group(members, place) for members in groups],
     }
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     return gzip.compress(text.encode("utf-8", "backslashreplace"), 9, mtime=0)
@@ -130,10 +140,25 @@ def _problem(content: str, prompt: str, answer: str) -> dict[str, str]:
     return {"content": content, "prompt": short, "answer": answer}
 
 
-def _cell(cell: CellRecord) -> dict[str, Any]:
+def _stretches(numbers: Iterable[int]) -> list[list[int]]:
+    """Return numbers as [first, count], each stretch counting up by one; -1 stands for one that is missing."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == (-1 if found[-1][0] == -1 else sum(found[-1])):
+            found[-1][1] += 1
+        else:
+            found.append([number, 1])
+    return found
+
+
+def _cell(cell: CellRecord, number: Mapping[str, int]) -> dict[str, Any]:
     fields = ("name", "condition", "settings", "model", "dataset", "policy", "digest", "error", "data")
     keys = hashlib.sha256("".join(cell.keys).encode()).hexdigest()[:40]
-    return {**{name: getattr(cell, name) for name in fields}, "runs": len(cell.keys), "keys": keys}
+    return {
+        **{name: getattr(cell, name) for name in fields},
+        "runs": _stretches(number.get(key, -1) for key in cell.keys),
+        "keys": keys,
+    }
 
 
 def _grouped(counted: Sequence[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]:
@@ -177,9 +202,7 @@ class Published:
         self.path = Path(path)
         self._document = self._read()
         self._records = list(self._runs())
-        self._keys: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-        for record in self._records:
-            self._keys[record.model, record.dataset, record.digest].append(record.key)
+        self._cells = [self._cell(cell) for cell in self._document["cells"]]
 
     def _read(self) -> _PublishedStudy:
         if not self.path.is_file():
@@ -236,6 +259,21 @@ class Published:
                     finished=float(finished),
                 )
 
+    def _cell(self, cell: _PublishedCell) -> CellRecord:
+        place, keys = (cell["model"], cell["dataset"], cell["digest"]), list[str]()
+        if sum(count for _, count in cell["runs"] if count > 0) > _MOST_RUNS:
+            raise self._wrong(f"a variant in it has more than {_MOST_RUNS:,} runs")
+        for first, count in cell["runs"]:
+            if first == -1:
+                keys += ("missing " + " ".join((*place, str(len(keys) + i))) for i in range(count))
+                continue
+            runs = self._records[first : first + count]
+            if len(runs) != count or any((run.model, run.dataset, run.digest) != place for run in runs):
+                raise self._wrong("a variant in it is of runs that are not there, or not its own")
+            keys += (run.key for run in runs)
+        fields = {name: value for name, value in cell.items() if name not in ("runs", "keys")}
+        return CellRecord(**fields, keys=tuple(keys))  # type: ignore[arg-type]
+
     def _wrong(self, reason: str) -> ResultsError:
         return ResultsError(
             f"{self.path}: is not a published file of a study ({reason}); take a copy as it was written."
@@ -255,14 +293,7 @@ class Published:
 
     def cells(self) -> list[CellRecord]:
         """Return what the study asked for, the full cache first; keys name runs in this file alone."""
-        found = []
-        for cell in self._document["cells"]:
-            place = (cell["model"], cell["dataset"], cell["digest"])
-            keys = self._keys[place][: cell["runs"]]
-            keys = [*keys, *("missing " + " ".join((*place, str(i))) for i in range(cell["runs"] - len(keys)))]
-            fields = {name: value for name, value in cell.items() if name not in ("runs", "keys")}
-            found.append(CellRecord(**fields, keys=tuple(keys)))  # type: ignore[arg-type]
-        return found
+        return self._cells
 
     def records(self, keys: Collection[str] | None = None, *, outputs: bool = True) -> list[RunRecord]:
         """Return runs; none has its text.

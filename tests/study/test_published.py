@@ -10,8 +10,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from kvpolicy.cli import main
+from kvpolicy.study.analysis import summarise
 from kvpolicy.study.asked import Asked
-from kvpolicy.study.published import Published
+from kvpolicy.study.published import Published, published
 from kvpolicy.study.report.content import Commands, build
 from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.report.page import html
@@ -109,6 +110,34 @@ def test_the_markdown_shows_pictures_that_stand_alone(recorded, tmp_path):
         assert not re.search(r"#0[1-6]0[1-6]0[1-9a]", picture)
 
 
+def test_variants_that_differ_in_what_is_compressed_keep_their_own_runs(tmp_path):
+    """The policy is the same; only the key of a run says what was compressed."""
+    spec = StudySpec(
+        study="small",
+        models=["nowhere"],
+        datasets=[{"use": "needle", "words": 20, "chat": False}],
+        axes={"policy": ["snapkv-prefill"]},
+        conditions={"budget": [64], "compress": ["context", "prompt"], "phase": ["prefill"]},
+        samples=5,
+        metrics=["exact", "tokens"],
+    )
+    path, data = tmp_path / "small.sqlite", tmp_path / "small.json.gz"
+
+    def right(task, item):
+        return Outcome(None, {"exact": float(task.compress != "context"), "tokens": 9.0}, "", (1, 2), 28)
+
+    scripted_study(spec, path, right)
+    with Results(path) as results:
+        data.write_bytes(published(results, Asked.last(results), "kvpolicy study run small"))
+        rows = summarise(results, ["exact"])
+    for found in (rows, summarise(Published(data), ["exact"])):
+        assert [(row.cell.condition, row.runs, row.metrics["exact"].value) for row in found] == [
+            ("", 5, 1.0),
+            ("compress=context", 5, 0.0),
+            ("compress=prompt", 5, 1.0),
+        ]
+
+
 def test_runs_that_are_missing_are_missing_there_too(recorded, tmp_path):
     with Results(recorded, "small") as results:
         gone = [record.key for record in results.records() if record.problem == 4 and record.kind == "generate"]
@@ -128,7 +157,7 @@ def spoilt(files, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(kvpolicy_results=2), "is of version 2, and this kvpolicy reads version 1"),
+        (lambda d: d.update(kvpolicy_results=1), "is of version 1, and this kvpolicy reads version 2"),
         (lambda d: d.pop("cells"), r"not a published file of a study \(cells: Field required\)"),
         (lambda d: d["runs"][0]["seed"].pop(), "the columns of its runs are not of one length"),
         (lambda d: d["runs"][0]["content"].__setitem__(0, 99), "a run in it is of a problem that is not there"),
@@ -138,6 +167,10 @@ def spoilt(files, change):
             lambda d: d["runs"][0]["finished"].__setitem__(0, 10**12),
             "finished.0: Input should be less than or equal to",
         ),
+        (lambda d: d["cells"][1].update(runs=[[0, 5]]), "is of runs that are not there, or not its own"),
+        (lambda d: d["cells"][0].update(runs=[[4, 10**6]]), "is of runs that are not there, or not its own"),
+        (lambda d: d["cells"][0].update(runs=[[-1, 10**12]]), "has more than 1,000,000 runs"),
+        (lambda d: d["cells"][0].update(runs=[[-1, 10**6]] * 2), "has more than 1,000,000 runs"),
         (lambda d: d["runs"][0].update(environment=["x"] * 5), "environment.0: Input should be a valid integer"),
     ],
 )
