@@ -88,7 +88,11 @@ def test_the_strip_of_the_pipeline_is_a_compaction(pictures):
 
 
 def test_the_numbers_of_a_picture_are_those_of_the_table(pictures):
-    table = "## one · m\n\n### Right answers\n\nprotect.prompt=false; budget\n\n"
+    table = "## one · m\n\n### Right answers\n\n![a](b.svg)\n\nprotect.prompt=false; right answers, %; budget\n\n"
     table += "| variant | 10% | 20% |\n| --- | --- | --- |\n"
-    table += "| rkv | 0.210 \\[0.142, 0.300\\] | 0.900 \\[0.826, 0.945\\] |\n\n## two · m\n\nnothing\n"
-    assert pictures.measured(table) == {"one": {"rkv": [("10%", 0.21, 0.142, 0.3), ("20%", 0.9, 0.826, 0.945)]}}
+    table += "| rkv | 21.0 \\[14.2, 30.0\\] | 90.0 \\[82.6, 94.5\\] |\n\n## two · m\n\nnothing\n"
+    found = pictures.measured(table)
+    assert list(found) == ["one"]
+    (points,) = found["one"].values()
+    assert [budget for budget, *_ in points] == ["10%", "20%"]
+    assert [n for _, *numbers in points for n in numbers] == pytest.approx([0.21, 0.142, 0.3, 0.9, 0.826, 0.945])

@@ -98,7 +98,10 @@ def test_the_published_results_are_of_the_runs_that_their_study_asks_for(name):
         elif not line.startswith("|"):
             inside = False
         elif inside and not line.startswith("| ---"):
-            found.setdefault(place, []).append(int(line.split("|")[2]))
+            runs = line.split("|")[2].strip()
+            assert (runs == "not run yet") == (place in missing), (place, line)
+            if place not in missing:
+                found.setdefault(place, []).append(int(runs))
     assert {dataset: set(counts) for dataset, counts in found.items()} == {d: {n} for d, n in expected.items()}
     variants = len(study.variants())
     assert all(len(counts) >= variants for counts in found.values())
