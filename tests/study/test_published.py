@@ -136,6 +136,8 @@ def test_variants_that_differ_in_what_is_compressed_keep_their_own_runs(tmp_path
             ("compress=context", 5, 0.0),
             ("compress=prompt", 5, 1.0),
         ]
+    for file in (Results(path), Published(data)):
+        assert build(file, COMMANDS).runs == 15
 
 
 def test_runs_that_are_missing_are_missing_there_too(recorded, tmp_path):

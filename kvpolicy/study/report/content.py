@@ -245,7 +245,7 @@ def build(results: Recorded, commands: Commands, asked: Asked | None = None) -> 
     effects = {name: _effects(entries, name, baseline, made.axes) for name in _qualities(rows, wanted)}
     places = dict.fromkeys((row.cell.model, row.cell.dataset) for row in rows)
     # Variants that come to the same policy share their runs.
-    apart = {(row.cell.model, row.cell.dataset, row.cell.digest): row for row in rows}.values()
+    apart = {row.cell.keys: row for row in rows}.values()
     return Report(
         study=results.meta("study") or "study",
         description=study.get("description") or "",
