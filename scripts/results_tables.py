@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvpolicy.study.analysis import VariantSummary, summarise
+from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.published import SUFFIX, Published
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -32,7 +33,7 @@ def shown(row: VariantSummary, metric: str) -> str:
     found = row.metrics.get(metric)
     if found is None:
         return "–"
-    if metric in ("exact", "score"):
+    if METRICS[metric].percent:
         return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
     return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 

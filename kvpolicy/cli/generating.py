@@ -157,11 +157,10 @@ def encode_within(
         KVPolicyError: the prompt, or as many new tokens as are asked for, do not fit the model's positions.
     """
     from kvpolicy.runtimes.hf.answering import new_tokens
-    from kvpolicy.runtimes.hf.positions import check_length, most_positions
+    from kvpolicy.runtimes.hf.positions import check_length
 
     policies = [spec.build() for spec in specs]
-    for policy in policies:
-        check_length(tokenizer, request.prompt, most_positions(model, policy), "PROMPT")
+    check_length(model, policies, tokenizer, request.prompt, "PROMPT")
     inputs = encode(tokenizer, request.prompt, request.chat).to(model.device)
     length, wanted = inputs["input_ids"].shape[1], request.max_new_tokens
     most = min(new_tokens(model, policy, length, wanted, "PROMPT", option="--max-new-tokens") for policy in policies)

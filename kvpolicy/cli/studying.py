@@ -67,6 +67,7 @@ def plan(
     from kvpolicy.study.asked import Asked
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.executors import cores, default_workers
+    from kvpolicy.study.outline import outline
     from kvpolicy.study.results import Results
 
     spec, path = read_study(study, quick=quick, out=out, batch=batch)
@@ -85,9 +86,10 @@ def plan(
     described = _variants(made.variants)
     widen(console, [described])
     console.print(described)
+    longest = max(row.most for row in outline(spec))
     for found in made.models:
         positions = window_of(found.place, found.revision)
-        stops = positions is not None and spec.sampling.max_new_tokens >= positions
+        stops = positions is not None and longest >= positions
         ends = f"; an answer ends at the last of its {positions:,} positions" if stops else ""
         console.print(f"{found.name} runs in {found.dtype} on {found.device}{ends}.", soft_wrap=True)
     console.print(_sized(size, count), soft_wrap=True)

@@ -177,14 +177,13 @@ def _given(
 ) -> _TracedText:
     """Return the prompt's tokens and those of the text behind it; without a prompt the first token is the prompt."""
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.runtimes.hf.positions import check_length, most_positions, positions_left
+    from kvpolicy.runtimes.hf.positions import check_length, positions_left
     from kvpolicy.runtimes.opening import encode
 
     if not request.prompt and request.chat:
         raise KVPolicyError("--chat: there is no PROMPT to put into the chat template; write one or leave it out.")
     policies = [spec.build() for spec in specs]
-    for policy in policies:
-        check_length(tokenizer, request.prompt + text, most_positions(model, policy), "--text")
+    check_length(model, policies, tokenizer, request.prompt + text, "--text")
     prompt: list[int] = []
     if request.prompt:
         prompt = encode(tokenizer, request.prompt, request.chat)["input_ids"][0].tolist()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError, UnreachableError
 from kvpolicy.inputs import expanded
+from kvpolicy.runtimes.shapes import positions_of
 from kvpolicy.runtimes.splitting import uses_template
 
 DEMO_MODEL: Final = "smollm2"
@@ -123,8 +124,7 @@ def window_of(place: Path | str, revision: str | None = None) -> int | None:
     config = transformers.AutoConfig.from_pretrained(
         place, revision=revision, trust_remote_code=False
     ).get_text_config()
-    window = getattr(config, "max_position_embeddings", None)
-    return window if isinstance(window, int) else None
+    return positions_of(config)
 
 
 def open_model(

@@ -45,3 +45,21 @@ def head_shape(fields: Mapping[str, Any]) -> tuple[int, int]:
     return int(fields["num_key_value_heads"] or query_heads), int(
         fields["head_dim"] or fields["hidden_size"] // query_heads
     )
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many positions the configuration of a decoder allows a text; None where it sets no limit.
+
+    Dynamic scaling of RoPE has none. Linear scaling and YaRN reach further by their factor, where the configuration's
+    number is that of the model before it was scaled, as Qwen's cards say to write it.
+    """
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    scaling = rope if isinstance(rope, dict) else {}  # by type of layer it says nothing here: such limits are scaled
+    kind, factor = scaling.get("rope_type"), scaling.get("factor")
+    if kind == "dynamic":
+        return None
+    if kind in ("linear", "yarn") and isinstance(factor, int | float):
+        return max(limit, int(factor * (scaling.get("original_max_position_embeddings") or limit)))
+    return limit

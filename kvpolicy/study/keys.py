@@ -28,7 +28,7 @@ from kvpolicy.study.models import ModelRef
 from kvpolicy.study.problem import Compress, Problem
 from kvpolicy.study.sampling import Sampling
 
-EPOCH: Final = 2
+EPOCH: Final = 3
 """Number of the results that this kvpolicy gives. Another number makes every recorded run count as another one.
 
 It is raised when a change to kvpolicy itself (operations, cache, runtimes, graders, what a metric means) changes what a

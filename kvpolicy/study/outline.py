@@ -20,6 +20,7 @@ class OutlineRow:
         rollouts: answers to each problem where something is random.
         budget: entries per head that every policy gets here; None if each has its own.
         runs: all runs, the full cache's too.
+        most: most tokens of an answer.
         tokens: most tokens that they generate.
     """
 
@@ -29,6 +30,7 @@ class OutlineRow:
     rollouts: int
     budget: int | None
     runs: int
+    most: int
     tokens: int
 
 
@@ -52,4 +54,4 @@ def _row(spec: StudySpec, source: Source) -> OutlineRow:
     count = runs(random=False, forced=False)
     count += sum(runs(random=has_seed(variant.policy), forced=True) for variant in spec.variants())
     longest = source.max_new_tokens or source.longest or spec.sampling.max_new_tokens
-    return OutlineRow(source.label, models, problems, seeds, source.budget, count, count * longest)
+    return OutlineRow(source.label, models, problems, seeds, source.budget, count, longest, count * longest)

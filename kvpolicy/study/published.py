@@ -32,14 +32,14 @@ SUFFIX: Final = ".json.gz"
 VERSION: Final = 2
 
 _MOST_BYTES: Final = 1 << 28
-_MOST_RUNS: Final = 1_000_000  # of a variant in one place
+_MOST_RUNS: Final = 1_000_000  # of all variants together
 _LONGEST_PROMPT: Final = 4_000  # characters
 _DIGITS: Final = 7
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Second = Annotated[int, Field(ge=0, le=records.LAST_SECOND)]
-_Stretch = Annotated[list[Annotated[int, Field(ge=-1, le=1 << 40)]], Field(min_length=2, max_length=2)]
+_Stretch = tuple[Annotated[int, Field(ge=-1, lt=1 << 53)], Annotated[int, Field(ge=1, lt=1 << 53)]]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
@@ -202,6 +202,8 @@ class Published:
         self.path = Path(path)
         self._document = self._read()
         self._records = list(self._runs())
+        if sum(count for cell in self._document["cells"] for _, count in cell["runs"]) > _MOST_RUNS:
+            raise self._wrong(f"its variants have more than {_MOST_RUNS:,} runs")
         self._cells = [self._cell(cell) for cell in self._document["cells"]]
 
     def _read(self) -> _PublishedStudy:
@@ -261,8 +263,6 @@ class Published:
 
     def _cell(self, cell: _PublishedCell) -> CellRecord:
         place, keys = (cell["model"], cell["dataset"], cell["digest"]), list[str]()
-        if sum(count for _, count in cell["runs"] if count > 0) > _MOST_RUNS:
-            raise self._wrong(f"a variant in it has more than {_MOST_RUNS:,} runs")
         for first, count in cell["runs"]:
             if first == -1:
                 keys += ("missing " + " ".join((*place, str(len(keys) + i))) for i in range(count))

@@ -14,7 +14,7 @@ from kvpolicy.study.keys import EPOCH, Codes
 from kvpolicy.study.results import Results
 
 RECORDED = {
-    "epoch": 2,
+    "epoch": 3,
     "rkv": "25e131cbc1a8",
     "h2o": "ab0a92d20456",
     "random": "9c9d038a5858",

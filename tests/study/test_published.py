@@ -170,9 +170,16 @@ def spoilt(files, change):
             "finished.0: Input should be less than or equal to",
         ),
         (lambda d: d["cells"][1].update(runs=[[0, 5]]), "is of runs that are not there, or not its own"),
-        (lambda d: d["cells"][0].update(runs=[[4, 10**6]]), "is of runs that are not there, or not its own"),
-        (lambda d: d["cells"][0].update(runs=[[-1, 10**12]]), "has more than 1,000,000 runs"),
-        (lambda d: d["cells"][0].update(runs=[[-1, 10**6]] * 2), "has more than 1,000,000 runs"),
+        (lambda d: d["cells"][0].update(runs=[[4, 10**5]]), "is of runs that are not there, or not its own"),
+        (lambda d: d["cells"][0].update(runs=[[-1, 10**12]]), "its variants have more than 1,000,000 runs"),
+        (
+            lambda d: [cell.update(runs=[[-1, 400_000]]) for cell in d["cells"]],
+            "its variants have more than 1,000,000 runs",
+        ),
+        (
+            lambda d: d["cells"][0].update(runs=[[-1, -5]]),
+            "cells.0.runs.0.1: Input should be greater than or equal to 1",
+        ),
         (lambda d: d["runs"][0].update(environment=["x"] * 5), "environment.0: Input should be a valid integer"),
     ],
 )

@@ -21,7 +21,7 @@ from kvpolicy.runtimes.hf.conversation import Conversation
 from kvpolicy.runtimes.hf.given import Amount, check_model, check_whole
 from kvpolicy.runtimes.hf.layer import has_other_layers
 from kvpolicy.runtimes.hf.model_facts import image_tokens
-from kvpolicy.runtimes.hf.positions import check_length, most_positions, positions_left
+from kvpolicy.runtimes.hf.positions import check_length, positions_left
 from kvpolicy.runtimes.hf.prompts import check_reads_contexts
 from kvpolicy.runtimes.hf.stats import CacheStats
 from kvpolicy.runtimes.splitting import Context, Splitter
@@ -103,7 +103,7 @@ class ContextCache:
         try:
             policy = self.cache.policy
             for each in contexts:
-                check_length(tokenizer, self._splitter.beginning(each), most_positions(model, policy), "context")
+                check_length(model, [policy], tokenizer, self._splitter.beginning(each), "context")
             self._beginnings = [self._splitter.begin(each) for each in contexts]
             self.tokens = [len(each.ids) for each in self._beginnings]
             check_reads_contexts(policy, chunk or policy.prefill_chunk)

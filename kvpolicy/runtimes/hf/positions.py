@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import CacheStateError
 from kvpolicy.policy.policy import Policy
+from kvpolicy.runtimes.shapes import positions_of
 
 _CHARACTERS: Final = 16  # of a token, at most, in all but odd texts
 _JOINED: Final = 64  # tokens at the end of a text that is cut anywhere may be others than in the whole
@@ -16,13 +18,9 @@ _JOINED: Final = 64  # tokens at the end of a text that is cut anywhere may be o
 def most_positions(model: PreTrainedModel, policy: Policy) -> int | None:
     """Return how many positions a text may have under a policy; None where the configuration sets no limit to it.
 
-    A policy that re-rotates gives kept entries new positions, and dynamic scaling of RoPE is made for longer texts.
+    A policy that re-rotates gives kept entries new positions, so that there is none.
     """
-    config: Any = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None)
-    dynamic = isinstance(rope, dict) and rope.get("rope_type") == "dynamic"
-    return limit if isinstance(limit, int) and limit > 0 and not dynamic and not policy.traits.re_rotates else None
+    return None if policy.traits.re_rotates else positions_of(model.config.get_text_config(decoder=True))
 
 
 def positions_left(model: PreTrainedModel, policy: Policy, tokens: int, what: str, *, least: int = 1) -> int | None:
@@ -44,21 +42,23 @@ def positions_left(model: PreTrainedModel, policy: Policy, tokens: int, what: st
     return None if limit is None else limit - tokens
 
 
-def check_length(tokenizer: Any, text: str, most: int | None, what: str) -> None:
+def check_length(model: PreTrainedModel, policies: Sequence[Policy], tokenizer: Any, text: str, what: str) -> None:
     """Refuse a text of far more tokens than a model has positions by its beginning, before all of it is made tokens.
 
     A tokenizer takes some 500 bytes for each, so that a file of 60 MB would take what a small machine has.
 
     Args:
+        model: a decoder of transformers.
+        policies: each of which reads it.
         tokenizer: one of transformers.
         text: what is to be read.
-        most: positions that there are; None for no limit.
         what: what an error begins with.
 
     Raises:
         CacheStateError: it is longer. A text that is a little too long passes: `positions_left` counts.
     """
-    size = _CHARACTERS * (most or 0)
+    most = min(filter(None, (most_positions(model, policy) for policy in policies)), default=0)
+    size = _CHARACTERS * most
     while most and size < len(text):
         if len(tokenizer(text[:size], add_special_tokens=False)["input_ids"]) > most + _JOINED:
             raise _too_long(what, f"more than {most:,}", most)
