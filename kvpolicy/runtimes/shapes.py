@@ -1,4 +1,4 @@
-"""Heads of a model's layers, as its configuration says: the one place where their numbers and sizes are read."""
+"""What a model's configuration says of the heads of its layers and of its positions: the one place where it is read."""
 
 from __future__ import annotations
 
