@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from kvpolicy.contracts.heads import HeadSpan
+from kvpolicy.errors import UnsupportedError
 from kvpolicy.types import Keys, Lengths, Mask, Positions, Queries, Values
 
 _EMPTY: Mapping[str, Tensor] = MappingProxyType({})
@@ -115,6 +116,12 @@ class CacheView:
         """Device of the keys."""
         return self.keys.device
 
+    def held(self, name: str) -> Tensor:
+        """Return the slot state `name`, `[B, H, N]`; raises UnsupportedError where the view holds none of that name."""
+        if name not in self.state:
+            raise lacking(f"what reads the slot state {name!r}", "it", "`state` with it", asked="`slot_state`")
+        return self.state[name]
+
     def newest(self, count: int) -> Mask:
         """Mark the `count` valid slots with the highest positions of each row and head; bool `[B, H, N]`."""
         newer = self.valid.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
@@ -123,6 +130,21 @@ class CacheView:
     def oldest(self, count: int) -> Mask:
         """Mark the `count` valid slots with the lowest positions of each row and head; bool `[B, H, N]`."""
         return self.valid & (self.valid.cumsum(-1, dtype=torch.int32) <= count)
+
+
+def lacking(who: str, what: str, given: str, *, asked: str = "`needs` and `observed_queries`") -> UnsupportedError:
+    """Return the error of a component that was handed a view without what it reads.
+
+    Args:
+        who: the kind and name of the component, as policy files say it.
+        what: what it reads, in words.
+        given: what of `CacheView` should hold it.
+        asked: members of a component that a cache goes by.
+    """
+    return UnsupportedError(
+        f"{who} needs {what} and the view holds none; give CacheView {given}, as caches do for what {asked} of a "
+        "policy's components ask for."
+    )
 
 
 class LazyViews(Sequence[CacheView]):

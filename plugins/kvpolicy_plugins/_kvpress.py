@@ -30,7 +30,9 @@ def make_press(name: str, parameters: Mapping[str, Any]) -> Any:
     try:
         return cls(**parameters)
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} does not take these parameters ({error})") from None
+        raise ValueError(
+            f"{name} does not take these parameters ({error}); give what its class in kvpress takes"
+        ) from None
 
 
 def press_scores(press: Any, keys: Tensor, values: Tensor, ratio: float, layer: int) -> Tensor:
@@ -55,7 +57,8 @@ def press_scores(press: Any, keys: Tensor, values: Tensor, ratio: float, layer: 
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{name} cannot score keys and values alone ({error or type(error).__name__})"
+            f"{name} cannot score keys and values alone ({error or type(error).__name__}), and a view holds no more; "
+            "name a press that reads only these, or use kvpolicy's own component."
         ) from error
     return scores.float()
 
@@ -69,7 +72,7 @@ class _Lacking(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         press, what = self.__dict__["_said"]
-        raise UnsupportedError(f"{press} reads {what} ({name}), which no view holds; use kvpolicy's own component")
+        raise UnsupportedError(f"{press} reads {what} ({name}), which no view holds; use kvpolicy's own component.")
 
     def __getitem__(self, key: Any) -> Any:
         return self.__getattr__(str(key))

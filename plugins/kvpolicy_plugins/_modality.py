@@ -29,5 +29,8 @@ def modalities(view: CacheView, by_modality: bool) -> tuple[Mask, ...]:
         return (view.valid,)
     image = view.extras.get("modality")
     if image is None:
-        raise UnsupportedError("by_modality needs the mask of image tokens and the view holds none; leave it off.")
+        raise UnsupportedError(
+            "by_modality needs the mask of image tokens and the view holds none; leave it off, or give CacheView "
+            "`extras` with `modality`."
+        )
     return view.valid & ~image, view.valid & image

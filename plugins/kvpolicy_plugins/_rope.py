@@ -9,8 +9,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.contracts.view import CacheView, Rope
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, Rope, lacking
 from kvpolicy.types import Keys
 
 
@@ -24,7 +23,7 @@ class NeedsRope:
 def rope_of(view: CacheView, who: str) -> Rope:
     """Return the rotary embedding of the view; raises UnsupportedError, naming the component, when it has none."""
     if view.rope is None:
-        raise UnsupportedError(f"{who} needs the rotary embedding and the view holds none.")
+        raise lacking(who, "the rotary embedding", "`rope`")
     return view.rope
 
 

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float32, Int32
 from torch import Tensor
 
 from kvpolicy import ops
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.ops.attention import attention_logits, causal_mask
 from kvpolicy.types import Mask, Queries, Weights
 
@@ -57,7 +56,7 @@ def last_queries(view: CacheView, observe: int, who: str) -> LastQueries:
         UnsupportedError: the view holds no queries; `who` names the component.
     """
     if view.queries is None or view.query_positions is None or view.query_valid is None:
-        raise UnsupportedError(f"{who} needs the last queries and the view holds none.")
+        raise lacking(who, "the last queries", "`queries`, `query_positions` and `query_valid`")
     counted = view.query_valid
     if view.queries.shape[3] > observe:
         # Another component asked for more: only the newest `observe` of them count here.

@@ -57,6 +57,17 @@ SCORERS = [
 ]
 
 
+@pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
+def test_a_view_without_what_a_scorer_reads_is_refused_with_what_to_give(make_view, kind, name, params):
+    scorer = make(kind, name, **params)
+    bare = replace(make_view(), rope=None)
+    if not any(each.needs or each.observed_queries() or each.slot_state() for each in scorer.members()):
+        assert torch.isfinite(scorer.score(bare)).all()
+        return
+    with pytest.raises(UnsupportedError, match=r"needs .* holds none;.* give CacheView `\w+`"):
+        scorer.score(bare)
+
+
 def test_every_module_of_a_component_is_registered():
     root = Path(kvpolicy_plugins.__file__).parent
     modules = {f"{path.parent.name}.{path.stem}" for path in root.glob("*/*.py") if not path.stem.startswith("_")}

@@ -39,8 +39,12 @@ def test_every_law_catches_something(rows):
 def test_mutant_is_caught(rows, mutant):
     laws = rows[_key(mutant)]
     assert set(laws) <= set(LAWS), REWRITE
-    caught = run(mutant, [LAWS[name] for name in laws])
-    assert caught.laws == laws, REWRITE
+    caught = set(run(mutant, [LAWS[name] for name in laws]).laws)
+    # What is drawn after an example that rounding decides is another on another processor: 20 may miss it there.
+    missed = [LAWS[name] for name in laws if name not in caught]
+    if missed:
+        caught |= set(run(mutant, missed, "thorough").laws)
+    assert caught == set(laws), REWRITE
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class AccumulatedAttention(ImportanceScorer):
         return (SlotState(_STATE),)
 
     def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
-        return {_STATE: view.state[_STATE] + weights.sum(dim=(2, 3))}
+        return {_STATE: view.held(_STATE) + weights.sum(dim=(2, 3))}
 
     def score(self, view: CacheView) -> Scores:
-        return view.state[_STATE].masked_fill(~view.valid, 0.0)
+        return view.held(_STATE).masked_fill(~view.valid, 0.0)

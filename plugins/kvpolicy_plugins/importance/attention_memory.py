@@ -51,7 +51,7 @@ class AttentionMemory(ImportanceScorer):
         return excused_by_smoothing(self.smooth)
 
     def remember(self, view: CacheView) -> Mapping[str, Tensor]:
-        return {_STATE: torch.where(self._older(view), self._combined(view), view.state[_STATE])}
+        return {_STATE: torch.where(self._older(view), self._combined(view), view.held(_STATE))}
 
     def score(self, view: CacheView) -> Scores:
         combined = self._combined(view)
@@ -66,7 +66,7 @@ class AttentionMemory(ImportanceScorer):
 
     def _combined(self, view: CacheView) -> Scores:
         now = ops.by_maximum(once(self.base, view), view.valid)
-        before = torch.where(view.valid, view.state[_STATE], _NEVER)
+        before = torch.where(view.valid, view.held(_STATE), _NEVER)
         if self.combine == "max":
             both = torch.maximum(self.decay * before, now)
         else:

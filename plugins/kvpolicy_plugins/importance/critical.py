@@ -10,8 +10,7 @@ from pydantic import Field
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy_plugins.importance.window_attention import WindowAttention
@@ -42,8 +41,9 @@ class Critical(ImportanceScorer):
     def score(self, view: CacheView) -> Scores:
         projection = view.extras.get("output_projection")
         if projection is None or view.budget is None:
-            what = "the output projection" if projection is None else "the budget of a compaction"
-            raise UnsupportedError(f"importance: critical needs {what} and the view holds none.")
+            no_weights = ("the output projection", "`extras` with `output_projection`")
+            no_budget = ("the budget of a compaction", "`budget`")
+            raise lacking("importance: critical", *(no_weights if projection is None else no_budget))
         base = once(self.base, view)
         norm = ops.projected_value_norm(view.values, projection, view.valid)
         refined = (ops.from_lowest(base, view.valid) + self.epsilon) * norm

@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.contracts.components import ImportanceScorer, SlotState
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.types import Scores, Weights
 
 _STATE = "decayed_attention"
@@ -37,13 +36,15 @@ class DecayedAttention(ImportanceScorer):
 
     def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
         if view.query_valid is None:
-            raise UnsupportedError("importance: decayed_attention needs to know which of its queries are padding.")
+            raise lacking(
+                "importance: decayed_attention", "the padding of the queries that it observes", "`query_valid`"
+            )
         valid = view.query_valid
         later = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
         factor = torch.pow(self.decay, later.float()).masked_fill(~valid, 0.0)
         new = torch.einsum("bhgqn,bq->bhn", weights, factor)
         left = torch.pow(self.decay, valid.sum(-1).float())[:, None, None]
-        return {_STATE: view.state[_STATE] * left + new}
+        return {_STATE: view.held(_STATE) * left + new}
 
     def score(self, view: CacheView) -> Scores:
-        return view.state[_STATE].masked_fill(~view.valid, 0.0)
+        return view.held(_STATE).masked_fill(~view.valid, 0.0)

@@ -53,6 +53,6 @@ class Delayed(ImportanceScorer):
 
     def _given(self, view: CacheView) -> tuple[Scores, Tensor]:
         """Return the score of each entry, and which entries have one, bool `[B, H, N]`."""
-        known = view.valid & (view.state[_STATE] > _NEVER)
+        known = view.valid & (view.held(_STATE) > _NEVER)
         age = view.seen.to(device=view.device, dtype=torch.int64)[:, None, None] - 1 - view.positions
-        return torch.where(known, view.state[_STATE], once(self.base, view)), known | (view.valid & (age >= self.delay))
+        return torch.where(known, view.held(_STATE), once(self.base, view)), known | (view.valid & (age >= self.delay))

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.types import Scores
 from kvpolicy_plugins._rope import next_position, rope_of
 
@@ -46,7 +45,8 @@ class ExpectedAttention(ImportanceScorer):
 
     def score(self, view: CacheView) -> Scores:
         if "query_mean" not in view.extras or "query_covariance" not in view.extras:
-            raise UnsupportedError("importance: expected_attention needs query statistics and the view holds none.")
+            statistics = "`extras` with `query_mean`, `query_covariance` and `query_count`"
+            raise lacking("importance: expected_attention", "query statistics", statistics)
         candidates = view.valid & (view.positions >= self.sinks)
         keys = torch.where(view.valid.unsqueeze(-1), view.keys, 0).float() * view.scale
         weights = ops.masked_softmax(self._logits(view, keys), candidates.unsqueeze(2)).mean(dim=2)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, SlotState
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.types import Scores, Weights
 
 _STATE = "last_used"
@@ -44,14 +43,18 @@ class LastUsed(ImportanceScorer):
 
     def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
         if view.query_positions is None or view.query_valid is None:
-            raise UnsupportedError("importance: last_used needs the positions of the queries that it observes.")
+            raise lacking(
+                "importance: last_used",
+                "the positions of the queries that it observes",
+                "`query_positions` and `query_valid`",
+            )
         step = view.query_positions[:, None, :, None]
         visible = (view.positions.unsqueeze(2) <= step) & view.valid.unsqueeze(2) & view.query_valid[:, None, :, None]
         row = torch.where(visible, weights.amax(2), -1.0)
         count = (visible.sum(-1, keepdim=True).double() * self.share - 1e-9).ceil().to(torch.int64)
         edge = row.sort(-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
         stamps = torch.where(visible & (row >= edge * (1 - ops.ROUNDING)), step, -1).amax(2)
-        return {_STATE: torch.maximum(view.state[_STATE], stamps)}
+        return {_STATE: torch.maximum(view.held(_STATE), stamps)}
 
     def score(self, view: CacheView) -> Scores:
-        return torch.where(view.valid, torch.maximum(view.state[_STATE], view.positions), 0).float()
+        return torch.where(view.valid, torch.maximum(view.held(_STATE), view.positions), 0).float()

@@ -56,7 +56,7 @@ class LearnedGate(ImportanceScorer):
         return {_STATE: gate_of(layer, states, table.notes.get("activation", ""))}
 
     def score(self, view: CacheView) -> Scores:
-        said = view.state[_STATE]
+        said = view.held(_STATE)
         if self._retains():
             said = self._retained(said, view)
         return torch.where(view.valid, said, 0.0)

@@ -67,7 +67,7 @@ class NonCausal(ImportanceScorer):
         logits = torch.einsum("bhgqd,bhnd->bhgqn", queries.float(), keys.float())
         weights = ops.masked_softmax(logits * view.scale if self.scaled else logits, same.unsqueeze(2))
         received = torch.nn.functional.pad(weights.sum(dim=3).mean(dim=2), (0, view.shape[2] - width))
-        return {_STATE: view.state[_STATE] + ops.unpack(received, near)}
+        return {_STATE: view.held(_STATE) + ops.unpack(received, near)}
 
     def score(self, view: CacheView) -> Scores:
         candidates = view.valid & (view.positions >= self.sinks)
@@ -77,4 +77,4 @@ class NonCausal(ImportanceScorer):
     @staticmethod
     def _weighted(view: CacheView, candidates: Mask) -> Scores:
         length = ops.lengths(view.values)
-        return torch.where(candidates, view.state[_STATE] * length, 0.0)
+        return torch.where(candidates, view.held(_STATE) * length, 0.0)

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.policy.scoring import once
 from kvpolicy.types import Scores
 from kvpolicy_plugins.importance.worst_case import WorstCase
@@ -42,6 +41,6 @@ class OutputWeighted(ImportanceScorer):
     def score(self, view: CacheView) -> Scores:
         projection = view.extras.get("output_projection")
         if projection is None:
-            raise UnsupportedError("importance: output_weighted needs the output projection and the view holds none.")
+            raise lacking("importance: output_weighted", "the output projection", "`extras` with `output_projection`")
         norm = ops.projected_value_norm(view.values, projection, view.valid)
         return ops.from_lowest(once(self.base, view), view.valid) * norm

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer, SlotState
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.types import Scores, Weights
 
 _LAST, _INTERVAL = "recurrence_last", "recurrence_interval"
@@ -41,7 +40,9 @@ class Recurrence(ImportanceScorer):
 
     def observe_attention(self, view: CacheView, weights: Weights) -> Mapping[str, Tensor]:
         if view.query_positions is None:
-            raise UnsupportedError("importance: recurrence needs the positions of the queries that it observes.")
+            raise lacking(
+                "importance: recurrence", "the positions of the queries that it observes", "`query_positions`"
+            )
         active = weights.amax(2) > self.threshold * (1 + ops.ROUNDING)
         step = view.query_positions[:, None, :, None].expand(active.shape)
         last = torch.where(active, step, -1).cummax(2).values
@@ -50,13 +51,13 @@ class Recurrence(ImportanceScorer):
         pause = torch.where(active, step - before, 0).amax(2)
         return {
             _LAST: torch.maximum(last[:, :, -1], start.squeeze(2)),
-            _INTERVAL: torch.maximum(view.state[_INTERVAL], pause),
+            _INTERVAL: torch.maximum(view.held(_INTERVAL), pause),
         }
 
     def score(self, view: CacheView) -> Scores:
         now = (view.seen - 1).to(view.device)[:, None, None]
         idle = torch.where(view.valid, now - self._last(view), 0).clamp(min=0).float()
-        interval = torch.where(view.valid, view.state[_INTERVAL], 0).float()
+        interval = torch.where(view.valid, view.held(_INTERVAL), 0).float()
         recurs = interval > 0
         share = torch.where(recurs, idle / interval.clamp(min=1), torch.where(idle > 0, float("inf"), 0.0))
         second = torch.where(recurs, torch.sigmoid(-1 / interval.clamp(min=1)), 0.0)
@@ -64,4 +65,4 @@ class Recurrence(ImportanceScorer):
 
     @staticmethod
     def _last(view: CacheView) -> Tensor:
-        return torch.maximum(view.state[_LAST], view.positions)
+        return torch.maximum(view.held(_LAST), view.positions)

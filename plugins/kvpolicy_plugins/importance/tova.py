@@ -9,8 +9,7 @@ import torch
 
 from kvpolicy import ops
 from kvpolicy.contracts.components import ImportanceScorer
-from kvpolicy.contracts.view import CacheView
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.contracts.view import CacheView, lacking
 from kvpolicy.types import Scores
 
 
@@ -31,7 +30,7 @@ class Tova(ImportanceScorer):
 
     def score(self, view: CacheView) -> Scores:
         if view.queries is None or view.query_positions is None or view.query_valid is None:
-            raise UnsupportedError("importance: tova needs the last query and the view holds none.")
+            raise lacking("importance: tova", "the last query", "`queries`, `query_positions` and `query_valid`")
         if view.queries.shape[3] == 0:
             return torch.zeros(view.shape, dtype=torch.float32, device=view.device)
         newest = view.query_positions.masked_fill(~view.query_valid, -1).argmax(-1, keepdim=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 
-from kvpolicy.testing.checking import check, subject_of
+from kvpolicy.testing.checking import ProfileName, check, subject_of
 from kvpolicy.testing.laws import LAWS, Law
 from kvsupport.mutants import core, parts, scorers
 from kvsupport.mutants._base import Mutant
@@ -33,13 +33,13 @@ class Caught:
     laws: tuple[str, ...]
 
 
-def run(mutant: Mutant, laws: list[Law] | None = None) -> Caught:
-    """Check a mutant with the quick profile against all laws or some, without looking for the smallest example."""
+def run(mutant: Mutant, laws: list[Law] | None = None, profile: ProfileName = "quick") -> Caught:
+    """Check a mutant against all laws or some, without looking for the smallest example."""
     subject = subject_of(mutant.subject() if isinstance(mutant.subject, FunctionType) else mutant.subject)
     if laws is None and mutant.laws:
         laws = [LAWS[name] for name in mutant.laws]
     with mutant.breaking():
-        results = check(subject, laws=laws, shrink=False)
+        results = check(subject, profile, laws=laws, shrink=False)
     # What a mutant does by mistake is no bug that a law has found.
     strange = [r.failure.message for r in results if r.failure is not None and _MISTAKE.match(r.failure.message)]
     assert not strange, f"the mutant {mutant.name!r} does not fit the code that it breaks: {strange[0]}"
