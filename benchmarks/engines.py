@@ -165,6 +165,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--lanes", nargs="+", metavar="LANE", help="only these, as tables call them: 'vllm, full'")
     parser.add_argument("--policy", default="rkv")
+    parser.add_argument("--requests", type=int, help="instead of each setting's own")
     parser.add_argument("--budget", type=int, help="instead of each setting's own")
     parser.add_argument("--interval", type=int, help="instead of each setting's own")
     parser.add_argument("--core", type=int, help="number of the core to run on; no pinning by default")
@@ -178,7 +179,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run all settings, print tables, and write JSON when asked."""
     options = parsed(argv)
-    own = {name: value for name in ("budget", "interval") if (value := getattr(options, name)) is not None}
+    own = {name: value for name in ("requests", "budget", "interval") if (value := getattr(options, name)) is not None}
     sizes = {name: replace(each, **own) for name, each in (QUICK if options.quick else SETTINGS).items()}
     model = options.model or ensure_demo_model(lambda _: None)
     lanes = lanes_of(options, model)

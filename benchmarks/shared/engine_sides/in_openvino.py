@@ -1,6 +1,7 @@
 r"""One job in OpenVINO GenAI: its pipeline for continuous batching, full or with its own eviction.
 
 python -m venv .openvino && .openvino/bin/pip install "optimum-intel[openvino]" openvino-genai
+.openvino/bin/pip uninstall -y torchvision                      # where it is of another torch, the next command fails
 .openvino/bin/optimum-cli export openvino --task text-generation-with-past --weight-format fp32 \
         --model MODEL_FOLDER EXPORTED_FOLDER
 """
