@@ -1,22 +1,27 @@
 """Draw the pictures of the documentation: `python -P scripts/pictures.py NAME`.
 
 pipeline  docs/pictures/pipeline.svg and pipeline-dark.svg: the stages of a policy, and what they do to one head
-accuracy  docs/pictures/accuracy.svg and accuracy-dark.svg: right answers against budget, from the tables of
-          docs/results/methods-at-10-percent.md
+accuracy  docs/pictures/accuracy.svg and accuracy-dark.svg: right answers against budget, from the numbers of
+          docs/results/methods-at-10-percent.json.gz
 trace     docs/pictures/trace.png: one frame of the page that `kvpolicy trace` writes; needs Chromium and SmolLM2
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
+
+from kvpolicy.study.analysis import VariantSummary, summarise
+from kvpolicy.study.published import Published
+from kvpolicy.study.report.budgets import budget_axis
+from kvpolicy.study.runs import REFERENCE
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 
@@ -146,7 +151,7 @@ def _arrow(x: float, y: float, to_x: float, to_y: float, colours: Colours) -> st
     )
 
 
-STUDY = PICTURES.parent / "results" / "methods-at-10-percent.md"
+STUDY = PICTURES.parent / "results" / "methods-at-10-percent.json.gz"
 LINES = {
     "full cache": ("#7d848c", "2 4"),
     "rkv-density": ("#0072b2", ""),
@@ -157,31 +162,40 @@ LINES = {
     "sinks-recent": ("#56b4e9", "6 3"),
 }
 """Policies that are drawn, with colour (of Okabe and Ito's palette) and dashes; the study's tables have all."""
+Points = list[tuple[str, float, float, float]]
+"""Budget, share of right answers, lower and upper bound; the smallest budget first."""
 
 
-_TABLE = re.compile(r"^protect.prompt=false; right answers[^\n]*\n\n((?:\|.*\n)+)", re.MULTILINE)
+@cache
+def published() -> list[VariantSummary]:
+    """Return what the study measured."""
+    return summarise(Published(STUDY), ["exact"])
 
 
-def measured(text: str) -> dict[str, dict[str, list[tuple[str, float, float, float]]]]:
-    """Return dataset -> policy -> (budget, share of right answers, lower and upper bound), prompt not pinned."""
-    found: dict[str, dict[str, list[tuple[str, float, float, float]]]] = {}
-    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        head = part.splitlines()[0]
-        table = _TABLE.search(part)
-        if table is None:
+def measured(rows: Sequence[VariantSummary]) -> dict[str, dict[str, Points]]:
+    """Return dataset -> policy -> its points, prompt not pinned; the full cache has the same at every budget."""
+    axis = budget_axis([row.cell for row in rows if row.cell.name != REFERENCE])
+    if axis is None:
+        raise SystemExit(f"pictures: {STUDY} compares no budgets; draw a study that does.")
+    found: dict[str, dict[str, Points]] = {}
+    for row in rows:
+        mean, lines = row.metrics.get("exact"), found.setdefault(row.cell.dataset, {})
+        if mean is None:
             continue
-        rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table[1].splitlines()]
-        budgets = rows[0][1:]
-        for name, *cells in rows[2:]:
-            numbers = [[float(n) / 100 for n in re.findall(r"\d+\.\d+", cell)] for cell in cells]
-            points = [(b, n[0], n[1], n[2]) for b, n in zip(budgets, numbers, strict=True)]
-            found.setdefault(head.partition(" · ")[0], {})[name] = points
-    return found
+        if row.cell.name == REFERENCE:
+            lines["full cache"] = [(label, mean.value, mean.low, mean.high) for label in axis.labels]
+        elif row.cell.settings["protect.prompt"] == "false":
+            label = axis.labels[axis.texts.index(row.cell.settings["budget"])]
+            lines.setdefault(row.cell.name, []).append((label, mean.value, mean.low, mean.high))
+    for lines in found.values():
+        for points in lines.values():
+            points.sort(key=lambda point: axis.labels.index(point[0]))
+    return {dataset: lines for dataset, lines in found.items() if len(lines) > 1}
 
 
 def accuracy(colours: Colours) -> str:
     """Return the picture of right answers against budget as SVG, one panel for each dataset."""
-    panels = measured(STUDY.read_text(encoding="utf-8"))
+    panels = measured(published())
     width, top, high, foot = 640, 34, 210, 96
     wide = (width - 44 - 14 * (len(panels) - 1)) / len(panels)
     parts = []
@@ -214,9 +228,7 @@ def accuracy(colours: Colours) -> str:
     )
 
 
-def _line(
-    points: list[tuple[str, float, float, float]], frame: tuple[float, float, float, float], colour: str, dashes: str
-) -> Iterator[str]:
+def _line(points: Points, frame: tuple[float, float, float, float], colour: str, dashes: str) -> Iterator[str]:
     left, top, wide, high = frame
     xs = [left + wide * (place + 0.5) / len(points) for place in range(len(points))]
     ys = [[top + high * (1 - value) for value in point[1:]] for point in points]

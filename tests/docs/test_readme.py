@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvpolicy.study.analysis import Estimate, VariantSummary
+from kvpolicy.study.records import CellRecord
 from kvsupport.pages import ROOT, blocks
 
 README = ROOT / "README.md"
@@ -87,12 +89,28 @@ def test_the_strip_of_the_pipeline_is_a_compaction(pictures):
     assert max(gone) <= lowest
 
 
-def test_the_numbers_of_a_picture_are_those_of_the_table(pictures):
-    table = "## one · m\n\n### Right answers\n\n![a](b.svg)\n\nprotect.prompt=false; right answers, %; budget\n\n"
-    table += "| variant | 10% | 20% |\n| --- | --- | --- |\n"
-    table += "| rkv | 21.0 \\[14.2, 30.0\\] | 90.0 \\[82.6, 94.5\\] |\n\n## two · m\n\nnothing\n"
-    found = pictures.measured(table)
-    assert list(found) == ["one"]
-    (points,) = found["one"].values()
-    assert [budget for budget, *_ in points] == ["10%", "20%"]
-    assert [n for _, *numbers in points for n in numbers] == pytest.approx([0.21, 0.142, 0.3, 0.9, 0.826, 0.945])
+def summary(name, mean, dataset="one", **settings):
+    cell = CellRecord(
+        name=name, condition="", settings=settings, model="m", dataset=dataset, policy=None, digest="", error=None,
+        keys=(), data={"budget": {"fraction": 1.0}},
+    )  # fmt: skip
+    numbers = {} if mean is None else {"exact": Estimate(mean, mean / 2, mean * 2, 100)}
+    return VariantSummary(cell, 100, 0, None, numbers, {})
+
+
+def test_a_picture_shows_what_was_published_with_the_prompt_not_pinned(pictures):
+    def at(percent, pinned="false"):
+        return {"budget": f"{percent}% of the trace", "protect.prompt": pinned}
+
+    rows = [
+        summary("full", 0.9),
+        summary("rkv", 0.8, **at(50)),
+        summary("rkv", 0.7, **at(50, "true")),
+        summary("rkv", 0.2, **at(5)),
+        summary("full", None, "two"),  # nothing was graded
+        summary("rkv", None, "two", **at(5)),
+    ]
+    assert list(pictures.measured(rows)) == ["one"]
+    lines = pictures.measured(rows)["one"]
+    assert lines["rkv"] == [("5%", 0.2, 0.1, 0.4), ("50%", 0.8, 0.4, 1.6)]
+    assert [(budget, mean) for budget, mean, *_ in lines["full cache"]] == [("5%", 0.9), ("50%", 0.9)]
