@@ -13,6 +13,7 @@ import csv
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +21,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvpolicy.study.tasks import Redundancy, Size, SolvedProblem, draw
-from kvpolicy.study.wording import NAMES, Family, Form, vocabulary
+from kvpolicy.study.wording import NAMES, Family, Form
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from untrained import SHIPPED, Shape, build_model, build_tokenizer
 
 TOKENS_PER_STEP: Final = 2600
 IGNORED: Final = -100
@@ -118,45 +118,6 @@ CURRICULUM: Final = (
     Stage(1400, (*RESTATED, *AGAIN), alike=0.2),
     Stage(500, (*RESTATED, *AGAIN), alike=0.0, tokens=4000),
 )
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer: words are what blanks separate, ``<bos>`` comes first."""
-    words = {word: index for index, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
-        bos_token="<bos>",  # noqa: S106
-        eos_token="<eos>",  # noqa: S106
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """Return the untrained model: a standard Qwen3 of about 0.9 M parameters with two query heads per KV head."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 def stage_of(step: int, curriculum: Sequence[Stage]) -> int:
@@ -256,7 +217,7 @@ def learning_rate(step: int, curriculum: Sequence[Stage], peak: float) -> float:
     return peak * (0.02 + (height - 0.02) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for embeddings and norms."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in hidden}
@@ -267,11 +228,14 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(out: Path, *, seed: int, peak: float, stop: int | None, save_every: int, curriculum: Sequence[Stage]) -> None:
+def train(
+    out: Path, *, seed: int, peak: float, stop: int | None, save_every: int, curriculum: Sequence[Stage],
+    shape: Shape = SHIPPED,
+) -> None:  # fmt: skip
     """Train up to step ``stop`` (default: the end), going on from the checkpoint in ``out`` if there is one."""
     total = sum(stage.length for stage in curriculum)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed, shape)
     steppers = optimizers(model)
     state = out / "state.pt"
     begin, log = 0, []
@@ -337,7 +301,7 @@ def _summary(step: int, stage: int, window: list[dict[str, Any]]) -> Iterator[di
 
 
 def _save_state(
-    path: Path, model: Qwen3ForCausalLM, steppers: list[torch.optim.Optimizer], step: int, log: list[dict[str, Any]]
+    path: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer], step: int, log: list[dict[str, Any]]
 ) -> None:
     values = {
         "model": model.state_dict(),
@@ -350,7 +314,7 @@ def _save_state(
 
 
 def save_model(
-    folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: list[dict[str, Any]]
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: list[dict[str, Any]]
 ) -> None:
     """Write weights, tokenizer and training log as a folder that ``from_pretrained`` reads."""
     model.generation_config.do_sample = False
@@ -371,6 +335,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--stop", type=int, help="stop after this step; the same command goes on from there")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
+    parser.add_argument("--stages", type=int, default=len(CURRICULUM), help="of the curriculum: 7 know two families")
+    own = parser.add_argument_group("another shape than the shipped model's")
+    own.add_argument("--heads", type=int, default=SHIPPED.heads, help="query heads")
+    own.add_argument("--kv-heads", type=int, default=SHIPPED.kv_heads)
+    own.add_argument("--head-dim", type=int, default=SHIPPED.head_dim)
+    own.add_argument("--theta", type=float, default=SHIPPED.theta, help="base of the rotary embedding")
+    own.add_argument("--no-qk-norm", action="store_true", help="Llama instead of Qwen3")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
@@ -381,7 +352,8 @@ def main() -> None:
         peak=options.lr,
         stop=options.stop,
         save_every=options.save_every,
-        curriculum=CURRICULUM,
+        curriculum=CURRICULUM[: options.stages],
+        shape=Shape(options.heads, options.kv_heads, options.head_dim, options.theta, not options.no_qk_norm),
     )
 
 

@@ -41,7 +41,7 @@ def test_two_steps_and_on_from_there(script, tmp_path):
     assert type(whole).__name__ == "Qwen3ForCausalLM"
     for one, other in zip(stopped.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0)
-    untrained = script.build_model(script.build_tokenizer(), 3)
+    untrained = script.build_model(script.build_tokenizer(), 3, script.SHIPPED)
     assert any(
         not torch.equal(one, other) for one, other in zip(whole.parameters(), untrained.parameters(), strict=True)
     )
@@ -51,6 +51,22 @@ def test_two_steps_and_on_from_there(script, tmp_path):
     assert log[-1]["step"] == "4"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "model")
     assert tokenizer("ann 3 stop .")["input_ids"] == script.build_tokenizer()("ann 3 stop .")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "architecture"),
+    [((8, 1, 64, 1e4, False), "LlamaForCausalLM"), ((2, 2, 128, 5e5, True), "Qwen3ForCausalLM")],
+)
+def test_another_shape(script, tmp_path, shape, architecture):
+    """A model of another shape is trained and saved as what it is."""
+    from transformers import AutoModelForCausalLM
+
+    script.train(tmp_path, stop=1, shape=script.Shape(*shape), **options(script))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(model).__name__ == architecture
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert (*heads, config.rope_parameters["rope_theta"]) == shape[:4]
 
 
 def test_batches(script):
