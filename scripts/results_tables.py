@@ -1,7 +1,7 @@
 """Write the tables of docs/results/README.md from the published numbers: `python -P scripts/results_tables.py`.
 
-A table stands between `<!-- table: STUDY METRIC DATASET ... -->` and `<!-- end -->`: a row for each variant of
-`docs/results/STUDY.json.gz`, a column for each dataset and condition.
+A table stands between `<!-- table: STUDY METRIC[,METRIC] DATASET ... -->` and `<!-- end -->`: a row for each variant of
+`docs/results/STUDY.json.gz`, a column for each dataset and condition, in it the first of the metrics that was measured.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ SHORT = (
 """What conditions are called in the heads of columns."""
 
 
-def shown(row: VariantSummary, metric: str) -> str:
+def shown(row: VariantSummary, metrics: Sequence[str]) -> str:
     """Return a mean with its interval: percent for shares of right answers, four digits for others."""
-    found = row.metrics.get(metric)
-    if found is None:
+    metric = next((metric for metric in metrics if row.metrics.get(metric) is not None), None)
+    if metric is None:
         return "–"
+    found = row.metrics[metric]
     if METRICS[metric].percent:
         return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
     return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
@@ -46,13 +47,13 @@ def heading(dataset: str, condition: str, *, several: bool) -> str:
     return ", ".join([*parts, condition] if condition else parts)
 
 
-def lines(rows: Sequence[VariantSummary], metric: str, datasets: Sequence[str]) -> Iterator[str]:
+def lines(rows: Sequence[VariantSummary], metrics: Sequence[str], datasets: Sequence[str]) -> Iterator[str]:
     """Yield the lines of a table; the full cache stands first, where all columns of a dataset share it."""
     measured = [row for row in rows if row.cell.dataset in datasets]
     conditions = list(dict.fromkeys(row.cell.condition for row in measured if row.cell.condition)) or [""]
     conditions.sort(key=lambda condition: "protect.prompt=true" in condition)
     columns = [(dataset, condition) for dataset in datasets for condition in conditions]
-    by_cell = {(row.cell.name, row.cell.dataset, row.cell.condition): shown(row, metric) for row in measured}
+    by_cell = {(row.cell.name, row.cell.dataset, row.cell.condition): shown(row, metrics) for row in measured}
     heads = [heading(*column, several=len(datasets) > 1) for column in columns]
     yield f"| variant | {' | '.join(heads)} |"
     yield "|---|" + "---|" * len(columns)
@@ -69,8 +70,8 @@ def written(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         first, study, metric, datasets, _, last = match.groups()
         if (study, metric) not in read:
-            read[study, metric] = summarise(Published(FOLDER / f"{study}{SUFFIX}"), [metric])
-        rows = "\n".join(lines(read[study, metric], metric, datasets.split()))
+            read[study, metric] = summarise(Published(FOLDER / f"{study}{SUFFIX}"), metric.split(","))
+        rows = "\n".join(lines(read[study, metric], metric.split(","), datasets.split()))
         return f"{first}{rows}\n{last}"
 
     return TABLE.sub(table, text)
