@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvpolicy.errors import KVPolicyError, did_you_mean
+from kvpolicy.study.endings import Endings
 from kvpolicy.study.extra import library
 from kvpolicy.study.metrics import METRICS
 from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.runs import REFERENCE
-from kvpolicy.study.sampling import Sampling
 from kvpolicy.study.whole import refusal
 
 RESAMPLES: Final = 9999
@@ -52,6 +52,8 @@ class VariantSummary:
         metrics: estimates by metric, as far as there are runs.
         values: mean over seeds by metric and problem.
         cut: finished runs whose answers reached the `max_new_tokens` that the study chose.
+        at_end: others whose answers reached the model's last position, where it is noted; a policy that
+            re-rotates has none.
     """
 
     cell: CellRecord
@@ -63,6 +65,7 @@ class VariantSummary:
     refused: str | None = None
     tasks: Mapping[int, str] = field(default_factory=dict)
     cut: int = 0
+    at_end: int = 0
 
     def by_task(self, metric: str) -> dict[str, Estimate]:
         """Return the mean over the problems of each task, without an interval; empty for a dataset without tasks."""
@@ -135,26 +138,14 @@ def summarise(
     cells = results.cells() if cells is None else cells
     wanted = {key for cell in cells for key in cell.keys}
     found = {record.key: record for record in results.records(wanted, outputs=False)}
-    chosen = _chosen_limits(study)
+    endings = Endings.of(study, results.models())
     return [
-        _row(cell, [found[key] for key in cell.keys if key in found], metrics, chosen, strict=strict) for cell in cells
+        _row(cell, [found[key] for key in cell.keys if key in found], metrics, endings, strict=strict) for cell in cells
     ]
 
 
-def _chosen_limits(study: Mapping[str, Any]) -> list[int]:
-    """Return the most tokens of an answer as the study says, its own number first; not what a benchmark says."""
-    own = (study.get("sampling") or {}).get("max_new_tokens", Sampling.model_fields["max_new_tokens"].default)
-    more = [each.get("max_new_tokens") for each in study.get("datasets") or () if isinstance(each, Mapping)]
-    return [int(limit) for limit in (own, *more) if isinstance(limit, int | float)]
-
-
-def _is_cut(record: RunRecord, chosen: Sequence[int]) -> bool:
-    limit = record.document.get("max_new_tokens", chosen[0] if chosen else None)
-    return record.kind == "generate" and limit in chosen and record.metrics.get("tokens", 0) >= limit
-
-
 def _row(
-    cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str], chosen: Sequence[int], *, strict: bool
+    cell: CellRecord, records: Sequence[RunRecord], metrics: Sequence[str], endings: Endings, *, strict: bool
 ) -> VariantSummary:
     refused = refusal(cell, records) if strict else None
     good = [record for record in records if record.error is None]
@@ -167,8 +158,8 @@ def _row(
     }
     error = cell.error or next(iter(failures), None)
     tasks = {record.problem: str(task) for record in good if (task := record.document.get("task"))}
-    cut = sum(_is_cut(record, chosen) for record in good)
-    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused, tasks, cut)
+    limited, last = (sum(map(cut, good)) for cut in (endings.is_limited, endings.is_last))
+    return VariantSummary(cell, len(good), len(failures), error, estimates, values, refused, tasks, limited, last)
 
 
 def _values(records: Sequence[RunRecord], metric: str) -> ByProblem:
@@ -360,10 +351,15 @@ def refusals(rows: Sequence[VariantSummary]) -> list[str]:
 
 
 def cuts(rows: Sequence[VariantSummary]) -> list[str]:
-    """Return a sentence for each dataset on which answers of the full cache were cut, so that all may look worse."""
+    """Return sentences for each dataset on which answers of the full cache were cut, so that all may look worse."""
     return [
-        f"{row.cut} of {row.runs} answers of the full cache on {row.cell.dataset} with {row.cell.model} reached "
-        "`max_new_tokens` and were cut there; raise it if they should have ended by themselves."
+        f"{count} of {row.runs} answers of the full cache on {row.cell.dataset} with {row.cell.model} reached {where} "
+        "if they should have ended by themselves."
         for row in rows
-        if row.cut and row.cell.name == REFERENCE
+        if row.cell.name == REFERENCE
+        for count, where in (
+            (row.cut, "`max_new_tokens` and were cut there; raise it"),
+            (row.at_end, "the model's last position and were cut there; take shorter problems or another model"),
+        )
+        if count
     ]

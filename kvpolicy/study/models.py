@@ -32,6 +32,7 @@ class ModelRef:
             the folder is.
         dtype: what the model is loaded as.
         device: where it runs.
+        positions: most tokens of a text, answer included, as the configuration says; None if it sets no limit.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelRef:
     fingerprint: str
     dtype: str
     device: str
+    positions: int | None = None
 
 
 def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | None = None) -> ModelRef:
@@ -79,13 +81,14 @@ def find_model(name: str, dtype: str, device: str, say: Callable[[str], None] | 
         dtype = "auto" if device != "cpu" else "float64" if small else "float32"
     if say is not None and sum(file.stat().st_size for file in files) > _SLOW_BYTES:
         say(f"models: reading the weights of {name}, whose content is part of what identifies a run.")
-    return ModelRef(name, str(place), revision, f"{_fingerprint(folder, files)}-{dtype}", dtype, device)
+    fingerprint = f"{_fingerprint(folder, files)}-{dtype}"
+    return ModelRef(name, str(place), revision, fingerprint, dtype, device, window_of(place, revision))
 
 
 def measure_of(model: ModelRef) -> TextMeasure:
     """Return what problems that are made to a model's measure know of it; raises KVPolicyError."""
     tokenizer = open_tokenizer(model.place, model.name, option="models", revision=model.revision)
-    return TextMeasure(tokenizer, window_of(model.place, model.revision))
+    return TextMeasure(tokenizer, model.positions)
 
 
 def _snapshot(identifier: str, name: str) -> Path:

@@ -47,6 +47,7 @@ class StudyData(TypedDict, total=False):
     samples: _Natural
     seeds: list[_Natural]
     sampling: dict[str, float]
+    compress: _Text | None
     metrics: list[_Text]
     batch: _Natural
     dtype: _Text
@@ -280,8 +281,9 @@ def wrong_metric(metrics: Mapping[str, float]) -> str | None:
 
 
 def model_data(model: Any) -> dict[str, str | None]:
-    """Return what identifies a model on any machine."""
-    return {name: value for name, value in asdict(model).items() if name != "place"}
+    """Return what is noted of a model, the same on any machine: what identifies it, and how many positions it has."""
+    values = {name: value for name, value in asdict(model).items() if name != "place"}
+    return {name: None if value is None else str(value) for name, value in values.items()}
 
 
 def _require(holds: bool, table: str, column: str) -> None:

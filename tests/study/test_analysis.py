@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from kvpolicy import KVPolicyError
 from kvpolicy.study.analysis import VariantSummary, compare, cuts, estimate, holm, shown, summarise, tango
+from kvpolicy.study.models import find_model
+from kvpolicy.study.records import RunRecord, model_data
 from kvpolicy.study.report.content import Commands, build
 from kvpolicy.study.report.markdown import markdown
 from kvpolicy.study.results import CellRecord, Results
@@ -166,3 +170,50 @@ def test_answers_of_the_full_cache_that_were_cut_are_counted(tmp_path, limit, ow
         report = markdown(build(results, Commands("run", "report")))
     assert [sentence.split(" answers")[0] for sentence in found] == ([f"{cut} of 3"] if cut else [])
     assert ("and were cut there; raise it" in report) == bool(cut)
+
+
+def test_what_was_cut_is_counted_by_each_datasets_own_limit_in_a_published_file_too():
+    """The answers of "long" ended by themselves, at more tokens than the study allows elsewhere."""
+    datasets = [
+        {"use": "needle", "words": 20, "chat": False, "name": "short", "max_new_tokens": 30},
+        {"use": "needle", "words": 20, "chat": False, "name": "long", "max_new_tokens": 80},
+        {"use": "ruler", "tokens": 256, "name": "published"},
+    ]
+    cell = CellRecord("full", "", {}, "m", "", None, "d", None, keys=("a",))
+    study = {"datasets": datasets, "sampling": {"max_new_tokens": 50}}
+    for dataset, tokens, cut in (("short", 30, 1), ("long", 60, 0), ("long", 80, 1), ("published", 50, 0)):
+        record = RunRecord("a", "generate", "m", dataset, 0, 0, "d", None, {"tokens": float(tokens)}, 9)
+        (found,) = summarise(_Recorded([record]), cells=[replace(cell, dataset=dataset)], study=study)
+        assert (found.cut, found.at_end) == (cut, 0), (dataset, tokens)
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(100, "the model's last position"), (120, "`max_new_tokens`"), (99, "")])
+def test_answers_that_end_at_the_last_position_of_the_model_are_cut_too(tokens, said):
+    positions = 28 + max(tokens, 100)
+    study = {"datasets": [{"use": "needle"}], "sampling": {"max_new_tokens": 120}}
+    cell = CellRecord("full", "", {}, "m", "needle-300", None, "d", None, keys=("a",))
+    record = RunRecord("a", "generate", "m", "needle-300", 0, 0, "d", None, {"tokens": float(tokens)}, 28)
+    recorded = _Recorded([record], [{"name": "m", "positions": str(positions)}])
+    sentences = cuts(summarise(recorded, cells=[cell], study=study))
+    assert [sentence.partition(" reached ")[2].partition(" and were cut there")[0] for sentence in sentences] == (
+        [said] if said else []
+    )
+
+
+def test_how_many_positions_a_model_has_is_noted(model_folder):
+    found = find_model(str(model_folder), "auto", "cpu")
+    assert found.positions == json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
+    assert model_data(found)["positions"] == str(found.positions)
+
+
+class _Recorded:
+    """Runs that are in no file."""
+
+    def __init__(self, records, models=()):
+        self._records, self._models = records, models
+
+    def records(self, keys, *, outputs):
+        return self._records
+
+    def models(self):
+        return self._models

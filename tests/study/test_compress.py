@@ -7,14 +7,19 @@ import torch
 
 import kvpolicy
 from kvpolicy import KVPolicyError, PolicySpec, SpecError
+from kvpolicy.cli.study_source import plain
 from kvpolicy.runtimes.hf import PolicyCache
 from kvpolicy.study import keys
 from kvpolicy.study.decoding import PromptRow, generate_batch
 from kvpolicy.study.forcing import ForcedText, force_batch
+from kvpolicy.study.records import StudyData
+from kvpolicy.study.report.content import Commands, build
 from kvpolicy.study.results import Results
 from kvpolicy.study.sampling import Sampling
-from kvpolicy.study.spec import StudySpec
+from kvpolicy.study.spec import FIELDS, StudySpec
+from kvpolicy.study.work import Outcome
 from kvpolicy.testing.tiny import tiny_model
+from kvsupport.scripted import scripted_study
 
 MODES = ("prompt", "context")
 
@@ -213,3 +218,18 @@ def test_a_policy_that_pins_the_prompt_fails_by_that_cause(study, tmp_path):
         errors = {record.error for record in results.records() if record.error}
     (error,) = errors
     assert error.startswith("policy 'recent-pinned' pins the prompt, which the context would be")
+
+
+def test_the_report_says_what_a_study_compresses(study, tmp_path):
+    """So does what is read back of a results file, which is compared with the study's file."""
+    spec = study.make(compress="prompt", axes={"policy": ["snapkv-prefill"]}, conditions={"budget": [96]}, samples=1)
+    scripted_study(spec, tmp_path / "r.sqlite", lambda task, item: Outcome(None, {"exact": 1.0, "tokens": 5.0}, "x"))
+    with Results(tmp_path / "r.sqlite") as results:
+        assert results.study() == plain(spec)
+        made = build(results, Commands("run", "report")).settings
+    assert made.facts["compress"] == "prompt"
+    assert "compress: prompt" in made.study
+
+
+def test_every_field_of_a_study_is_read_back():
+    assert set(StudyData.__annotations__) == set(FIELDS)

@@ -26,6 +26,7 @@ _FACTS: Final = (
     "samples",
     "seeds",
     "sampling",
+    "compress",
     "metrics",
     "batch",
     "dtype",
