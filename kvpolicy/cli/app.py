@@ -100,7 +100,8 @@ def list_(
     ] = None,
     *,
     kind: Annotated[
-        str | None, typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., study, table.")
+        str | None,
+        typer.Option(help="Only this kind: policy, importance, redundancy, mixer, ..., study, table, backend."),
     ] = None,
     runs: Annotated[
         str | None, typer.Option(metavar="prefill|decode", help="Only policies that compact then, or at both times.")
@@ -109,7 +110,7 @@ def list_(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the policies as in docs/methods.md.")] = False,
 ) -> None:
-    """List policies, components, studies and tables, when a policy runs, and the package that each comes from."""
+    """List policies, components, studies, tables and backends, when a policy runs, and what package brings each."""
     from kvpolicy.errors import KVPolicyError
 
     if markdown:
@@ -130,8 +131,8 @@ def show(
         list[str],
         typer.Argument(
             metavar="NAME|FILE",
-            help="A policy, component, study or table, as `kvpolicy list` names it (rkv, key_cosine, importance.none, "
-            "study.rkv-density), or the file of a policy or study.",
+            help="A policy, component, study, table or backend, as `kvpolicy list` names it (rkv, key_cosine, "
+            "importance.none, study.rkv-density), or the file of a policy or study.",
         ),
     ],
     *,

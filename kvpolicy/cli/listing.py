@@ -14,14 +14,14 @@ from rich.text import Text
 
 import kvpolicy
 from kvpolicy.cli.terminal import output
-from kvpolicy.contracts.components import KINDS, Component
+from kvpolicy.contracts.backend import Backend
+from kvpolicy.contracts.components import Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
-from kvpolicy.loading.entries import Catalog, Entry, Origin, led, not_installed, shown
+from kvpolicy.loading.entries import KINDS_OF_ENTRIES, Catalog, Entry, Origin, led, not_installed, shown
 from kvpolicy.loading.presses import lead
 from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.tables import Table, registered
 
-_KINDS: Final = ("policy", *KINDS, "study", "table")
 _PHASES: Final = ("prefill", "decode")
 
 
@@ -43,7 +43,7 @@ class Filter:
 
     def check(self) -> None:
         """Raise KVPolicyError when a kind or a phase is none."""
-        for option, value, known in (("--kind", self.kind, _KINDS), ("--runs", self.runs, _PHASES)):
+        for option, value, known in (("--kind", self.kind, KINDS_OF_ENTRIES), ("--runs", self.runs, _PHASES)):
             if value is not None and value not in known:
                 what = f"{option}: {value!r} is not a {'kind' if option == '--kind' else 'phase'}."
                 raise KVPolicyError(f"{what}{did_you_mean(value, known)} Known: {', '.join(known)}.")
@@ -65,7 +65,7 @@ def print_list(chosen: Filter, *, as_json: bool) -> None:
     """Print what is installed, and what could not be loaded; raises KVPolicyError for an unknown kind or phase."""
     chosen.check()
     catalog = kvpolicy.catalog()
-    kinds = _KINDS if chosen.kind is None and chosen.runs is None else (chosen.kind or "policy",)
+    kinds = KINDS_OF_ENTRIES if chosen.kind is None and chosen.runs is None else (chosen.kind or "policy",)
     rows = [row for kind in kinds for row in _rows(kind, catalog) if chosen.takes(row)]
     left_out = [{"plugin": str(failure.origin), "error": str(failure.error)} for failure in catalog.failures]
     off = [str(origin) for origin in catalog.disabled]
@@ -88,7 +88,7 @@ def print_list(chosen: Filter, *, as_json: bool) -> None:
 
 def _meant(word: str, catalog: Catalog) -> str:
     """Return a sentence that leads from a word that nothing fits to what was probably looked for, or an empty text."""
-    near = led(word, {kind: catalog.names(kind) for kind in _KINDS})
+    near = led(word, {kind: catalog.names(kind) for kind in KINDS_OF_ENTRIES})
     return lead(word) or not_installed(word) or (f"{shown(word)}:{near}" if near else "")
 
 
@@ -122,8 +122,8 @@ def _table(rows: list[dict[str, Any]]) -> Rows:
     return table
 
 
-def summary(component: type[Component]) -> str:
-    """Return the first sentence of a component's own docstring."""
+def summary(component: type[Component | Backend]) -> str:
+    """Return the first sentence of the own docstring of a component's or a backend's class."""
     return first_sentence(inspect.cleandoc(component.__dict__.get("__doc__") or "").split("\n\n")[0])
 
 
@@ -151,6 +151,9 @@ def _rows(kind: str, catalog: Catalog) -> Iterator[dict[str, Any]]:
         tables = dict(registered())
         for entry in catalog.tables():
             yield _row(kind, entry.name, entry.origin, summary=_measured(tables[entry.name]))
+    elif kind == "backend":
+        for entry in (each for each in catalog if each.kind == kind):  # as `auto` asks them
+            yield _row(kind, entry.name, entry.origin, summary=summary(type(entry.value)))
     else:
         for entry in catalog.entries(kind):
             yield _row(kind, entry.name, entry.origin, summary=summary(entry.component))

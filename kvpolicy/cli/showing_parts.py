@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kvpolicy
-from kvpolicy.cli.listing import first_sentence
+from kvpolicy.cli.listing import summary
 from kvpolicy.cli.named import meanings
 from kvpolicy.cli.showing import allowed, columns, print_policy, shown
 from kvpolicy.cli.terminal import output
@@ -123,8 +123,8 @@ def print_table(name: str | Path) -> None:
 def print_backend(name: str | Path) -> None:
     """Print what a backend is, and how a policy asks for it."""
     name = str(name)
-    doc = inspect.cleandoc(type(kvpolicy.catalog().backends()[name]).__doc__ or "").split("\n\n")[0]
-    _head(name, f"a backend of kvpolicy.ops: {first_sentence(doc)}.")
+    entry = next(each for each in kvpolicy.catalog() if (each.kind, each.name) == ("backend", name))
+    _head(name, f"a backend of kvpolicy.ops, from {entry.origin}: {summary(type(entry.value))}".rstrip(": ") + ".")
     _facts({"in a file": f"backend: {name}"})
 
 

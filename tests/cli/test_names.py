@@ -10,12 +10,11 @@ import pytest
 
 import kvpolicy
 from kvpolicy.cli import main
-from kvpolicy.contracts.components import KINDS
 from kvpolicy.loading import installed
-from kvpolicy.loading.entries import Origin
+from kvpolicy.loading.entries import KINDS_OF_ENTRIES, Origin
 
 CATALOG = kvpolicy.catalog()
-ONE_OF_EACH = [*(CATALOG.entries(kind)[0] for kind in KINDS), CATALOG.studies()[0], CATALOG.tables()[0]]
+ONE_OF_EACH = [next(entry for entry in CATALOG if entry.kind == kind) for kind in KINDS_OF_ENTRIES]
 
 STUDY = """\
 schema_version: 1
@@ -46,6 +45,14 @@ def test_list_says_when_a_policy_runs(run):
         "full": "never",
     }
     assert "runs" in run("list")[1].splitlines()[0].split()
+
+
+def test_list_has_every_kind_of_thing_that_can_be_registered(run):
+    entries = listed(run)
+    assert {kind for kind, _ in entries} == set(KINDS_OF_ENTRIES)
+    assert entries["backend", "triton"]["summary"].startswith("Kernels for CUDA and HIP devices")
+    assert entries["backend", "triton"]["plugin"] == "builtin-kernels"
+    assert set(listed(run, "--kind", "backend")) == {("backend", name) for name in CATALOG.backends()}
 
 
 def test_list_can_be_filtered(run):
