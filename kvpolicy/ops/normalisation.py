@@ -42,7 +42,7 @@ def min_max(scores: Scores, mask: Mask) -> Scores:
     """Map the smallest score of the mask to 0 and the largest to 1; equal scores all become 0.
 
     Args:
-        scores: fp32 `[B, H, N]`, finite where a result is used.
+        scores: fp32 `[B, H, N]`, finite where `mask` and where a result is used; NaN in the mask makes its head NaN.
         mask: bool `[B, H, N]`, the slots whose extremes count; the others are mapped by the same line.
 
     Returns:
@@ -50,7 +50,8 @@ def min_max(scores: Scores, mask: Mask) -> Scores:
     """
     low, high = extremes(scores, mask)
     width = high - low
-    return torch.where(width > 0, (scores - low) / torch.where(width > 0, width, 1.0), 0.0)
+    still = width == 0  # and not `width > 0`, which NaN is not either: it would come out as 0
+    return torch.where(still, 0.0, (scores - low) / torch.where(still, 1.0, width))
 
 
 def mean_matched(scores: Scores, mask: Mask, like: Scores) -> Scores:

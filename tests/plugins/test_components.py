@@ -204,6 +204,46 @@ def test_scores_ignore_what_is_not_valid(make_view, kind, name, params):
     torch.testing.assert_close(scorer.score(poisoned)[valid], scores[valid], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("field", ["keys", "values", "queries"])
+@pytest.mark.parametrize(
+    ("kind", "name", "params"),
+    [
+        *SCORERS,
+        ("importance", "lag_relative", {"lag": 8, "sinks": 2}),
+        ("mixer", "attention_mass", {"mass": 0.3, "size": 4}),
+        *((kind, name, {}) for kind, name in BUNDLED if kind == "mixer"),
+    ],
+)
+def test_what_is_read_and_is_no_number_makes_scores_that_are_none(make_view, kind, name, params, field):
+    """Ranks, turns and comparisons would hide it, and entries would stay or go by chance."""
+    made = make(kind, name, **params)
+    view = full_view(make_view, made)
+    states = [state for member in made.members() for state in member.slot_state()]
+    view = replace(view, state={s.name: torch.full_like(view.state[s.name], s.fill) for s in states})
+    mixed = torch.rand(2, 2, 2, 40, generator=torch.Generator().manual_seed(4))
+
+    def scores(number=None):
+        changed = getattr(view, field).clone()
+        if number is not None:
+            changed[(0, 1, 0, 5) if field == "queries" else (0, 1, 21)] = number
+        given = replace(view, **{field: changed})
+        return made.mix(*mixed, given) if kind == "mixer" else made.score(given)
+
+    if not torch.equal(scores(-7.0), scores()) or not torch.equal(scores(9.0), scores()):
+        assert not scores(float("nan"))[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", [name for kind, name in BUNDLED if kind == "mixer"])
+def test_a_mixer_shows_that_a_score_is_no_number(make_view, name, which):
+    mixer = make("mixer", name)
+    view = full_view(make_view, mixer)
+    given = torch.rand(2, 2, 2, 40, generator=torch.Generator().manual_seed(4))
+    given[which, 0, 1, 17] = float("nan")
+    shown = not mixer.mix(*given, view)[0, 1].isfinite().all()
+    assert shown == (mixer.uses_importance, mixer.uses_redundancy)[which]
+
+
 @pytest.mark.parametrize(("kind", "name", "params"), SCORERS)
 def test_scores_of_a_float64_cache_are_fp32_and_nearly_those_of_an_fp32_one(make_view, kind, name, params):
     scorer = make(kind, name, **params)

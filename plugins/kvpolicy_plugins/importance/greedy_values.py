@@ -61,4 +61,8 @@ class GreedyValues(ImportanceScorer):
             near = (unit @ taken.transpose(-1, -2)).amax(-1)
             likeness = near if first == 0 else torch.maximum(likeness, near)
             left.scatter_(-1, order, False)
-        return torch.where(view.valid, view.valid.sum(-1, keepdim=True) - turns, 0.0)
+        # A turn would hide that there is no number.
+        known = plain.isfinite() & unit.isfinite().all(-1)
+        return torch.where(view.valid, view.valid.sum(-1, keepdim=True) - turns, 0.0).masked_fill(
+            view.valid & ~known, float("nan")
+        )

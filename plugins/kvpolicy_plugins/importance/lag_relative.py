@@ -52,8 +52,10 @@ class LagRelative(ImportanceScorer):
         partitions = view.valid & (order >= 0) & (order < parts * self.lag)
         relative = (self._relative(view.keys, partitions, parts) + self._relative(view.values, partitions, parts)) / 2
         if self.ranked:  # equal ones share the lowest rank
+            unknown = relative.isnan()
             relative = ops.levelled(relative, torch.ones_like(relative, dtype=torch.bool))
             relative = torch.searchsorted(relative.sort(dim=-1).values, relative) / self.lag
+            relative = relative.masked_fill(unknown, float("nan"))  # a rank would hide that there is no number
         room = relative.new_zeros(batch, heads, count)
         room[..., : (parts - 1) * self.lag] = relative.flatten(2)
         return torch.where(scored, ops.unpack(room, partitions), torch.where(view.valid, fixed, 0.0))

@@ -92,5 +92,6 @@ def near_sums(keys: Tensor, rows: Mask, columns: Mask) -> Scores:
             cosines.diagonal(start, 1, 2).zero_()
             mean = cosines.sum(-1, keepdim=True) / number
             kept = torch.where((cosines >= mean) & counted[heads].unsqueeze(1), cosines, 0.0)
-            result[heads, start : start + _ROWS] = kept.sum(-1)
+            # No cosine is above a mean that is no number, and the sum would be 0.
+            result[heads, start : start + _ROWS] = kept.sum(-1).masked_fill(mean.squeeze(-1).isnan(), float("nan"))
     return torch.where(taking, result, 0.0).view(rows.shape)
