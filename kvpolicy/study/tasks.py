@@ -8,6 +8,8 @@ Three families, because each alone crowns a wrong method:
 - **trace-recall**: variables are computed one by one, each from an *earlier computed* variable and a digit, modulo 10,
   and some are asked for at the end. Nearly all that is needed stands only in the trace, further back than the newest
   tokens.
+- **restated-recall**: as trace-recall, but each variable is computed from the one a few steps before it, and steps say
+  again the values that are still needed, as often as the problem's redundancy.
 
 The published levels have three lengths; prompt and solution together stay below 2,000 tokens. Problems are a pure
 function of (family, level, split, index). Which split a problem belongs to is decided by a hash of what it says, not by
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, Literal, get_args
@@ -243,16 +245,7 @@ def _trace_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int,
     asked = rng.sample(names, size.asked)
     identity = f"trace-recall {root} {value[root]} {sorted(lines)} {sorted(asked)}"
     rng.shuffle(lines)
-    prompt = PROMPT["trace-recall"].format(
-        first=FIRST_WORD[form],
-        start=names[0],
-        root=root,
-        value=value[root],
-        lines=" . ".join(lines),
-        asked=" , ".join(asked),
-    )
-    answer = " , ".join(f"{n} is {value[n]}" for n in asked)
-    return identity, SolvedProblem("trace-recall", prompt, _finish(text, form, answer), answer)
+    return identity, _asked("trace-recall", form, value, asked, " . ".join(lines), text)
 
 
 def _restated_recall(rng: random.Random, size: Size, form: Form, digits: tuple[int, ...]) -> tuple[str, SolvedProblem]:
@@ -273,16 +266,19 @@ def _restated_recall(rng: random.Random, size: Size, form: Form, digits: tuple[i
     # Without the marks: at all redundancies it is one problem, of one split.
     identity = f"restated-recall {root} {value[root]} {sorted(bare)} {sorted(asked)}"
     rng.shuffle(lines)
-    prompt = PROMPT["restated-recall"].format(
-        first=FIRST_WORD[form],
-        start=names[0],
-        root=root,
-        value=value[root],
-        lines=" ".join(lines),
-        asked=" , ".join(asked),
+    return identity, _asked("restated-recall", form, value, asked, " ".join(lines), text)
+
+
+def _asked(
+    family: Family, form: Form, value: Mapping[str, int], asked: Sequence[str], lines: str, text: list[str]
+) -> SolvedProblem:
+    """Return a problem that asks for values; the first name of `value` is given, and the second is the start."""
+    root, start = list(value)[:2]
+    prompt = PROMPT[family].format(
+        first=FIRST_WORD[form], start=start, root=root, value=value[root], lines=lines, asked=" , ".join(asked)
     )
     answer = " , ".join(f"{n} is {value[n]}" for n in asked)
-    return identity, SolvedProblem("restated-recall", prompt, _finish(text, form, answer), answer)
+    return SolvedProblem(family, prompt, _finish(text, form, answer), answer)
 
 
 def _times(left: int, redundancy: int) -> Times:
