@@ -167,3 +167,12 @@ def test_pieces_of_a_long_text_are_put_together(monkeypatch):
     hidden = _random(2, 11, E)
     wanted = torch.einsum("he,bqe->bhq", layer["output_weight"], hidden) + layer["output_bias"][None, :, None]
     assert torch.allclose(gate_of(layer, hidden, ""), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", ["9" * 12, "9" * 5_000])
+def test_a_layer_that_no_model_has_takes_neither_memory_nor_time(tmp_path, number):
+    tensors, _ = kvzap(mlp=False)
+    tensors[f"layers.{number}.weight"] = torch.zeros(H, E)
+    save_file(tensors, tmp_path / "gates.safetensors")
+    with pytest.raises(TableError, match="is not a table of kvpolicy"):
+        load_table(tmp_path / "gates.safetensors", "gates")

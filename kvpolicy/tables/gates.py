@@ -35,9 +35,9 @@ _ALIASES: Final = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "s
 _TOKENS: Final = 4096  # of a row that are brought to fp32 at a time
 _MOST_CONFIG: Final = 1 << 20
 
-_KVZAP: Final = re.compile(r"layers\.(\d+)\.(?:(0|2)\.)?(weight|bias)")
+_KVZAP: Final = re.compile(r"layers\.(\d{1,5})\.(?:(0|2)\.)?(weight|bias)")
 _TRIM_KV: Final = re.compile(
-    r"(?:.*\.)?layers\.(\d+)\.self_attn\.retention_gate\.(?:linear([123])\.(weight|bias)|(bias))"
+    r"(?:.*\.)?layers\.(\d{1,5})\.self_attn\.retention_gate\.(?:linear([123])\.(weight|bias)|(bias))"
 )
 _ANY_RETENTION: Final = re.compile(r".*\.retention_gate\..*")
 
