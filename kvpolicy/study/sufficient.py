@@ -196,8 +196,9 @@ def _lines(
 
     Budgets that are not possible there are left out.
     """
+    graded = _graded(asked, found, metric)
     full = {
-        (cell.model, cell.dataset): _values(cell, found, metric, failed=1.0)
+        (cell.model, cell.dataset): _values(cell, found, metric, graded[cell.model, cell.dataset], failed=1.0)
         for cell in asked.cells
         if cell.name == REFERENCE
     }
@@ -207,7 +208,7 @@ def _lines(
         budget = budget_of(cell)
         if cell.name == REFERENCE or not whole or budget not in axis.texts or not cell.keys:
             continue
-        mine = _values(cell, found, metric, failed=0.0)
+        mine = _values(cell, found, metric, graded[cell.model, cell.dataset], failed=0.0)
         place = (
             cell.model,
             cell.dataset,
@@ -221,14 +222,23 @@ def _lines(
     }
 
 
-def _values(cell: CellRecord, found: Mapping[str, RunRecord], metric: str, *, failed: float) -> _Losses:
-    """Return the mean over runs by problem, a failed run taken for `failed`; empty where the metric is not measured."""
-    runs = [found[key] for key in cell.keys if found[key].kind == "generate"]
-    if all(metric not in run.metrics for run in runs):
-        return {}
+def _graded(asked: Asked, found: Mapping[str, RunRecord], metric: str) -> Mapping[tuple[str, str], set[int]]:
+    """Return the problems of each model and dataset for which some run has the metric: other tasks have another one."""
+    problems: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for run in (found[key] for cell in asked.cells for key in cell.keys):
+        if run.kind == "generate" and metric in run.metrics:
+            problems[run.model, run.dataset].add(run.problem)
+    return problems
+
+
+def _values(
+    cell: CellRecord, found: Mapping[str, RunRecord], metric: str, problems: Collection[int], *, failed: float
+) -> _Losses:
+    """Return the mean over runs by problem, of those that are graded so; a failed run is taken for `failed`."""
     values: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        values[run.problem].append(failed if run.error is not None else run.metrics[metric])
+    for run in (found[key] for key in cell.keys):
+        if run.kind == "generate" and run.problem in problems:
+            values[run.problem].append(run.metrics.get(metric, failed))
     return {problem: sum(of) / len(of) for problem, of in sorted(values.items())}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,28 @@ def test_failures_count_as_lost_and_missing_runs_are_refused(run):
 
     code, _, err = run(change=forget)
     assert (code, err) == (1, "error: budget: 1 of the 1,300 runs that the study asks for are missing; run it first.\n")
+
+
+def test_a_budget_at_which_every_run_failed_loses_everything(run):
+    def says(task, item):
+        if task.policy["budget"].get("tokens") == 128:
+            return Outcome(error="out of memory.")
+        return script(task, item)
+
+    code, out, _ = run(study=spec(axes={"policy": ["rkv"]}), says=says)
+    assert code == 1
+    assert re.search(r"rkv +128 +260 +100\.0 +100\.0 .* not shown *$", out, flags=re.MULTILINE)
+
+
+def test_problems_of_tasks_that_are_graded_otherwise_are_left_out(run):
+    def says(task, item):
+        found = script(task, item)
+        if item.problem.index % 2:
+            return found
+        return replace(found, metrics={"score": 0.25, "tokens": 9.0})
+
+    _, out, _ = run("--metric", "exact", "--loss", "0.1", study=spec(axes={"policy": ["rkv"]}), says=says)
+    assert re.search(r"rkv +128 +130 +0\.0 ", out)
 
 
 def test_a_published_file_gives_the_same_answer(run, tmp_path):
