@@ -257,7 +257,8 @@ class Plan:
         code, full_code = self._code(policy, digest), self._code(full, reference)
         for seed in seeds if varies or source.fresh_by_seed else seeds[:1]:
             seeded = with_seed(policy, seed)
-            for problem in of_seed.get(seed) or of_seed[seeds[0]]:
+            # A later seed may have none left.
+            for problem in of_seed[seed if source.fresh_by_seed else seeds[0]]:
                 chosen = sampling
                 if problem.most_tokens is not None and source.max_new_tokens is None:
                     chosen = sampling.model_copy(update={"max_new_tokens": problem.most_tokens})

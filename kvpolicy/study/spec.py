@@ -136,6 +136,7 @@ class StudySpec(BaseModel):
         whole = type(self).model_construct(**rest) if problems.found else self
         for check, needed in (
             (whole._check_axes, _AXES),  # noqa: SLF001
+            (whole._check_excluded, ("axes", "conditions", "exclude")),  # noqa: SLF001
             (whole._check_lists, ("models", "seeds", "metrics")),  # noqa: SLF001
             (whole._check_datasets, ("datasets", "seeds", "samples")),  # noqa: SLF001
             (whole._check_given, ("datasets", "models", *_AXES)),  # noqa: SLF001
@@ -170,6 +171,18 @@ class StudySpec(BaseModel):
             and (self.design != "one-at-a-time" or POLICY not in [a.path for a in self.axes])
         ):
             raise FieldError(("base",), "is not used, because `policy` names whole policies; remove one of the two.")
+
+    def _check_excluded(self) -> None:
+        """Check that what is left out could be there: a misspelt path would leave out nothing."""
+        paths = [axis.path for axis in (*self.axes, *self.conditions)]
+        for i, each in enumerate(self.exclude):
+            for path in each:
+                if path not in paths:
+                    raise FieldError(
+                        ("exclude", i, path),
+                        f"is no axis or condition.{did_you_mean(str(path), paths)} The study has "
+                        f"{', '.join(paths) or 'none'}.",
+                    )
 
     def _check_lists(self) -> None:
         problems = Problems()

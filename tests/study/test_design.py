@@ -5,7 +5,9 @@ import pytest
 import kvpolicy
 from kvpolicy import SpecError
 from kvpolicy.study.design import Axis, TraceBudget, expand
-from kvpolicy.study.runs import digest_of, has_seed, with_seed
+from kvpolicy.study.models import ModelRef
+from kvpolicy.study.runs import Plan, digest_of, has_seed, with_seed
+from kvpolicy.study.sources import NeedleSource
 from kvpolicy.study.spec import StudySpec
 
 RKV = kvpolicy.load("rkv", 256)
@@ -124,5 +126,30 @@ def test_what_looks_like_a_share_on_another_axis_is_that_axis_fault():
     with pytest.raises(SpecError, match=r"axes\.selector\.scope\.0: should be 'head', 'layer' or 'model'"):
         StudySpec(
             study="s", base="rkv", axes={"selector.scope": [{"trace": "layer"}, "head"]}, exclude=[{"budget": 64}],
+            conditions={"budget": [64, 128]}, models=["reasoner"], datasets=[{"use": "needle"}],
+        )  # fmt: skip
+
+
+def test_a_seed_that_has_no_problem_left_gets_none_of_another_seed(monkeypatch):
+    drawn = NeedleSource.problems
+
+    def two(self, count, seed, measure=None):
+        return drawn(self, count, seed) if seed < 2 else []
+
+    monkeypatch.setattr(NeedleSource, "problems", two)
+    spec = StudySpec(
+        study="s", models=["m"], datasets=[{"use": "needle"}], samples=3, seeds=[0, 1, 2], base="rkv",
+        axes={"budget": [64]},
+    )  # fmt: skip
+    plan = Plan(spec, [ModelRef("m", "m", None, "0", "float64", "cpu")])
+    for runs in plan.asked(plan.cells({}), {}):
+        assert sorted(run.problem.index for run in runs) == [0, 1, 2, 3, 4, 5]
+        assert len({run.key for run in runs}) == 6
+
+
+def test_what_is_left_out_has_to_be_an_axis():
+    with pytest.raises(SpecError, match=r"exclude\.0\.budgte: is no axis or condition\. Did you mean 'budget'"):
+        StudySpec(
+            study="s", base="rkv", axes={"mixer.weight": [0.1, 0.3]}, exclude=[{"budgte": 64}],
             conditions={"budget": [64, 128]}, models=["reasoner"], datasets=[{"use": "needle"}],
         )  # fmt: skip
