@@ -112,6 +112,15 @@ def require_fields(found: Sequence[str], wanted: Mapping[str, str], where: str) 
 
 
 def column(rows: Any, field: str, where: str) -> list[str]:
-    """Return one field of all rows as texts; raises KVPolicyError if there is no such field."""
+    """Return one field of all rows as texts; raises KVPolicyError if there is no such field, or a row lacks it."""
     require_fields(rows.column_names, {"field": field}, where)
-    return [str(text) for text in rows[field]]
+    return [text_of({field: text}, field, row, where) for row, text in enumerate(rows[field])]
+
+
+def text_of(fields: Mapping[str, Any], field: str, row: int, where: str) -> str:
+    """Return a field of a row, counted from 0, as a text; raises KVPolicyError if nothing stands there."""
+    if fields[field] is None:
+        raise KVPolicyError(
+            f"datasets: {where}, row {row + 1}, has nothing in its field {field!r}; complete it, or take it out."
+        )
+    return str(fields[field])

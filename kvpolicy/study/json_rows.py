@@ -57,16 +57,19 @@ class JsonRows:
 
     def _open(self) -> None:
         offset = 0
-        for number, line in enumerate(self._file, 1):
+        lines = iter(lambda: self._file.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                if not self._lines and line.lstrip().startswith(b"["):
+                if not self._lines and line.lstrip().startswith(b"["):  # however long
                     self._file.seek(0)
                     self._rows = self._parsed(self._file.read(), self._where)
                     if not isinstance(self._rows, list):
                         raise KVPolicyError(f"datasets: {self._where} is no list of rows; name JSON Lines.")
                     break
                 if len(line) > _LONGEST_LINE:
-                    raise KVPolicyError(f"datasets: {self._where}:{number} is longer than any published row.")
+                    raise KVPolicyError(
+                        f"datasets: {self._where}:{number} is longer than any published row; name a file of JSON Lines."
+                    )
                 self._lines.append((offset, number))
             offset += len(line)
         if not len(self):

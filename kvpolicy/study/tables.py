@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator
 
-from kvpolicy.study.dataset_rows import json_lines, load_rows, local_rows, paths, require_fields, together
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.study.dataset_rows import json_lines, load_rows, local_rows, paths, require_fields, text_of, together
 from kvpolicy.study.problem import Problem
 from kvpolicy.study.source import Source, TextMeasure
 
@@ -55,8 +56,8 @@ class TableSource(Source):
             Problem(
                 self.label,
                 i,
-                self.template.replace("{question}", str(row[self.question])),
-                self._answer(str(row[self.answer])),
+                self.template.replace("{question}", text_of(row, self.question, i, self._where())),
+                self._answer(text_of(row, self.answer, i, self._where()), i),
                 self.grade,
                 chat=self.chat,
             )
@@ -67,8 +68,15 @@ class TableSource(Source):
         """Raise KVPolicyError if a field is not there."""
         require_fields(found, {"question": self.question, "answer": self.answer}, self._where())
 
-    def _answer(self, text: str) -> str:
-        return text.strip() if self.answer_after is None else text.rpartition(self.answer_after)[2].strip()
+    def _answer(self, text: str, row: int) -> str:
+        if self.answer_after is None:
+            return text.strip()
+        if self.answer_after not in text:
+            raise KVPolicyError(
+                f"datasets: {self._where()}, row {row + 1}, has no {self.answer_after!r} in its field {self.answer!r}; "
+                "correct `answer_after`."
+            )
+        return text.rpartition(self.answer_after)[2].strip()
 
 
 class FileSource(TableSource):

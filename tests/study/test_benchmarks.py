@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import pytest
 
 from kvpolicy import KVPolicyError
 from kvpolicy.spec.problems import FieldError
+from kvpolicy.study import json_rows
 from kvpolicy.study.benchmarks import BENCHMARKS
 from kvpolicy.study.benchmarks.infinitebench import TASKS
 from kvpolicy.study.benchmarks.longbench import PROMPTS, longest_answer
@@ -345,3 +347,13 @@ def test_the_longest_answer_is_known(tmp_path):
 
 def test_every_grader_is_named_once():
     assert all(named(f"{name}-of-first-line") is GRADERS[name] for name in GRADERS)
+
+
+def test_of_a_line_that_is_too_long_no_more_is_read_than_is_needed_to_say_so(monkeypatch):
+    monkeypatch.setattr(json_rows, "_LONGEST_LINE", 100)
+    file = io.BytesIO(b'{"a": 1}\n' + b"x" * 100_000)
+    close, seen = file.close, []
+    file.close = lambda: seen.append(file.tell()) or close()
+    with pytest.raises(KVPolicyError, match=r"datasets: f:2 is longer than any published row; name a file of JSON"):
+        json_rows.JsonRows(file, "f")
+    assert seen[0] < 1_000

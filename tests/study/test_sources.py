@@ -41,12 +41,15 @@ def test_json_lines_with_named_fields(folder):
         ({"question": "problem", "answer": "x"}, r"sums.jsonl has no field 'x' for `answer`\. Its fields are"),
         ({"path": "none.jsonl"}, r"there is no file .*none.jsonl; correct `path`, which is relative to the study file"),
         ({"path": "broken.jsonl"}, r"broken.jsonl cannot be read: "),
+        ({"path": "gap.jsonl", "question": "problem"}, r"row 1, has nothing in its field 'answer'; complete it"),
+        ({"question": "problem", "answer_after": "###"}, r"row \d+, has no '###' in its field 'answer'; correct"),
         ({"path": "empty.jsonl"}, r"^datasets: .*empty.jsonl is empty; name another file\.$"),
     ],
 )  # fmt: skip
 def test_bad_data_is_said_in_one_sentence(folder, fields, message):
     (folder / "broken.jsonl").write_text('{"problem": "x"\n')
     (folder / "empty.jsonl").write_text("\n")
+    (folder / "gap.jsonl").write_text('{"problem": "x", "answer": null}\n')
     with pytest.raises(KVPolicyError, match=message) as caught:
         source(folder, **{"use": "jsonl", "path": "sums.jsonl", **fields}).problems(1, 0)
     assert "\n" not in str(caught.value)
@@ -74,6 +77,12 @@ def test_free_text(folder):
     assert [p.text for p in texts] == [(folder / "cat.txt").read_text(), "one", "two\nlines"]
     assert texts[0].cut == (5, 20)
     assert not made.generates
+
+
+def test_a_text_that_is_not_there_is_not_the_word_none(folder):
+    (folder / "gap.jsonl").write_text('{"text": "A text."}\n{"text": null}\n')
+    with pytest.raises(KVPolicyError, match=r"gap.jsonl, row 2, has nothing in its field 'text'"):
+        source(folder, use="text", path="gap.jsonl").problems(2, 0)
 
 
 def test_seeds_give_fresh_generated_problems():
