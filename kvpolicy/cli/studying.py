@@ -63,7 +63,6 @@ def plan(
 ) -> None:
     """Say how many variants, runs and tokens a study has, and about how long it takes; nothing is recorded."""
     from kvpolicy.cli.terminal import messages, output, widen
-    from kvpolicy.runtimes.opening import window_of
     from kvpolicy.study.asked import Asked
     from kvpolicy.study.estimate import measure
     from kvpolicy.study.executors import cores, default_workers
@@ -88,9 +87,8 @@ def plan(
     console.print(described)
     longest = max(row.most for row in outline(spec))
     for found in made.models:
-        positions = window_of(found.place, found.revision)
-        stops = positions is not None and longest >= positions
-        ends = f"; an answer ends at the last of its {positions:,} positions" if stops else ""
+        stops = found.positions is not None and longest >= found.positions
+        ends = f"; an answer ends at the last of its {found.positions:,} positions" if stops else ""
         console.print(f"{found.name} runs in {found.dtype} on {found.device}{ends}.", soft_wrap=True)
     console.print(_sized(size, count), soft_wrap=True)
     _say_older(console, older, path)
@@ -164,7 +162,7 @@ def status(study: Argument, *, quick: Quick = False, out: Out = None, device: De
         rows, older = summarise(results, (), asked.cells), str(asked.older(results))
     console = output()
     # Variants that come to the same policy share their runs.
-    failed = sum({(row.cell.model, row.cell.dataset, row.cell.digest): row.failed for row in rows}.values())
+    failed = sum({row.cell.keys: row.failed for row in rows}.values())
     console.print(
         f"{source.path}: {done:,} of {runs:,} runs are recorded, {failed:,} of them failed{left}.",
         soft_wrap=True,

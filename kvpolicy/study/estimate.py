@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.study.asked import cells_so_far
 from kvpolicy.study.metrics import RunKind
 from kvpolicy.study.results import Results
@@ -70,7 +71,7 @@ def measure(plan: Plan, results: Results | None = None, *, probe: bool = True, t
         threads: threads of torch during the probe.
 
     Raises:
-        KVPolicyError: the probe failed: the study would, too.
+        KVPolicyError: a model cannot be loaded, or nothing of the study could be run.
     """
     runs = all_runs(plan, results)
     recorded = set() if results is None else results.finished(failed=False) | results.finished(failed=True)
@@ -82,19 +83,29 @@ def measure(plan: Plan, results: Results | None = None, *, probe: bool = True, t
 
 
 def _seconds(plan: Plan, pending: Sequence[Run], threads: int | None) -> float:
-    """Return the time of all batches: the steps of the longest row times what a step of such a batch takes."""
+    """Return the time of all batches: the steps of the longest row times what a step of such a batch takes.
+
+    A batch that the probe could not run takes none: it fails at once.
+    """
     rates: dict[tuple[str, RunKind, str], float] = {}
+    failed: dict[tuple[str, RunKind, str, str], str] = {}
     total = 0.0
     for task, runs in tasks_of(pending, plan.spec.batch, threads):
-        place = (task.model.name, task.kind, runs[0].dataset)
-        if place not in rates:
-            rates[place] = _rate(runs, plan.spec.batch, threads)
-        total += rates[place] * max(map(expected_tokens, runs))
+        place, digest = (task.model.name, task.kind, runs[0].dataset), runs[0].digest
+        if place not in rates and (*place, digest) not in failed:
+            found = _rate(runs, plan.spec.batch, threads)
+            if isinstance(found, str):
+                failed[(*place, digest)] = found
+            else:
+                rates[place] = found
+        total += rates.get(place, 0.0) * max(map(expected_tokens, runs))
+    if failed and not rates:
+        raise KVPolicyError(f"the probe failed, as the study would: {next(iter(failed.values()))}")
     return total
 
 
-def _rate(runs: Sequence[Run], batch: int, threads: int | None) -> float:
-    """Return the seconds of one step of a batch."""
+def _rate(runs: Sequence[Run], batch: int, threads: int | None) -> float | str:
+    """Return the seconds of one step of a batch; why it failed, if nothing of it can be run."""
     short = [
         replace(
             run,
@@ -107,5 +118,9 @@ def _rate(runs: Sequence[Run], batch: int, threads: int | None) -> float:
     ((task, _),) = tasks_of(short, batch, threads)
     execute(replace(task, items=task.items[:1]))  # loads the model, and pays for what happens once
     start = time.perf_counter()
-    execute(task)
-    return (time.perf_counter() - start) / PROBE_TOKENS
+    outcomes = execute(task)
+    seconds = time.perf_counter() - start
+    # Answers may end by themselves before the probe does.
+    counted = "tokens" if task.kind == "generate" else "forced_tokens"
+    steps = max(outcome.metrics.get(counted, 0.0) for outcome in outcomes)
+    return seconds / steps if steps else next((outcome.error for outcome in outcomes if outcome.error), "no reason.")
