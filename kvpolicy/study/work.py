@@ -105,15 +105,16 @@ def _outcomes(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> 
 
 
 def _generate(task: Task, items: Sequence[Item], model: Any, tokenizer: Any) -> list[Outcome]:
+    from kvpolicy.runtimes.hf.positions import check_length
     from kvpolicy.study.choosing import row_key
     from kvpolicy.study.decoding import PromptRow, generate_batch
 
-    rows = []
+    policy, rows = PolicySpec(**task.policy).build(), []
     for item in items:
+        check_length(model, [policy], tokenizer, item.problem.prompt, "prompt")
         prompt = prompt_ids(tokenizer, item.problem)
         context = _context(task, tokenizer, item.problem, prompt)
         rows.append(PromptRow(prompt, item.seed, row_key(item.problem.digest), context))
-    policy = PolicySpec(**task.policy).build()
     answers = generate_batch(model, policy, rows, task.sampling, end_tokens(model, tokenizer), task.compress)
     outcomes = []
     for item, row, answer in zip(items, rows, answers, strict=True):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -150,6 +151,17 @@ def test_a_policy_is_run_with_each_seed_only_if_it_is_random(study, tmp_path, fo
     assert [row.runs for row in rows] == [1, 1, 3]
     assert len(kls) == 3
     assert rows[0].metrics["kl"].value < 1e-12
+
+
+def test_a_question_of_far_too_many_tokens_is_refused_by_its_beginning(study, folder, tmp_path, monkeypatch):
+    """Tokens of the whole would take some 500 bytes each."""
+    (folder / "long.jsonl").write_text(json.dumps({"question": "a b " * 500_000, "answer": "1"}) + "\n")
+    spec = study.make(datasets=[{"use": "jsonl", "path": str(folder / "long.jsonl"), "chat": False}], samples=1)
+    monkeypatch.setattr(work, "prompt_ids", lambda *_: pytest.fail("all of it was made tokens"))
+    study.run(spec, tmp_path / "r.sqlite")
+    with Results(tmp_path / "r.sqlite") as results:
+        errors = {record.error for record in results.records()}
+    assert all(error.startswith("prompt: makes a text of more than ") for error in errors)
 
 
 def test_a_text_that_is_too_short_is_a_failure(study, tmp_path, folder):

@@ -254,9 +254,12 @@ def test_a_model_with_other_layers_is_refused(tiny, tokens):
         def __call__(self, text, **_):
             return {"input_ids": [ord(c) % 256 for c in text]}
 
+    def too_early(*_, **__):
+        pytest.fail("all of the text was made tokens for a model that cannot be calibrated")
+
     words = "".join(chr(int(t)) for t in tokens)
     with pytest.raises(UnsupportedError, match="layer 0 has no full attention"):
-        calibrate("headkv", tiny("gemma3"), Characters(), words, name="g", command="", settings=Settings(length=300))
+        calibrate("headkv", tiny("gemma3"), too_early, words, name="g", command="", settings=Settings(length=300))
     with pytest.raises(KVPolicyError, match="too few"):
         calibrate("headkv", tiny("llama"), Characters(), "aaa", name="g", command="")
 

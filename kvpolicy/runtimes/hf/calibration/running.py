@@ -184,15 +184,8 @@ def calibrate(
     """
     settings = settings or Settings()
     check_request(method, settings)
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    if len(tokens) < settings.length or len(tokens.unique()) < 2 * NEEDLE:
-        raise KVPolicyError(
-            f"--text: {len(tokens)} tokens, {len(tokens.unique())} different ones, are too few for runs of "
-            f"{settings.length}; give more text or a smaller --length."
-        )
+    # Before the text is made tokens, which may take gigabytes.
     layers = check(model)
-    begins = tokenizer("")["input_ids"]  # what the tokenizer puts before every text
-    prefix = torch.tensor(begins if begins == [tokenizer.bos_token_id] else [], dtype=torch.int64)
     shapes = sorted(set(head_shapes(model, range(layers))))
     if len(shapes) > 1:
         raise UnsupportedError(
@@ -200,6 +193,14 @@ def calibrate(
             f"{shapes[-1][0]} of size {shapes[-1][1]}), and a table has one shape; calibrate a model whose layers are "
             "alike."
         )
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    if len(tokens) < settings.length or len(tokens.unique()) < 2 * NEEDLE:
+        raise KVPolicyError(
+            f"--text: {len(tokens)} tokens, {len(tokens.unique())} different ones, are too few for runs of "
+            f"{settings.length}; give more text or a smaller --length."
+        )
+    begins = tokenizer("")["input_ids"]  # what the tokenizer puts before every text
+    prefix = torch.tensor(begins if begins == [tokenizer.bos_token_id] else [], dtype=torch.int64)
     found = METHODS[method]
     tensors = found.measure(model, tokens, prefix, settings, progress)
     return Table(
