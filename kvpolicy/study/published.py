@@ -19,6 +19,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from kvpolicy.inputs import require_ordinary
+from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.odd_text import odd_character
 from kvpolicy.study import records
 from kvpolicy.study.metrics import RunKind
@@ -37,6 +38,7 @@ _LONGEST_PROMPT: Final = 4_000  # characters
 _DIGITS: Final = 7
 
 _Text = Annotated[str, Field(max_length=4096)]
+_StudyName = Annotated[str, Field(pattern=rf"^{POLICY_NAME.pattern}$")]  # files are called by it
 _Natural = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Second = Annotated[int, Field(ge=0, le=records.LAST_SECOND)]
 _Stretch = tuple[Annotated[int, Field(ge=-1, lt=1 << 53)], Annotated[int, Field(ge=1, lt=1 << 53)]]
@@ -88,7 +90,7 @@ class _PublishedRuns(TypedDict):
 
 class _PublishedStudy(TypedDict):
     kvpolicy_results: int
-    study: _Text
+    study: _StudyName
     command: _Text
     spec: records.StudyData
     models: list[dict[str, _Text | None]]
@@ -230,7 +232,7 @@ class Published:
                 f"{self.path}: is of version {found['kvpolicy_results']}, and this kvpolicy reads version {VERSION}; "
                 "use the kvpolicy that wrote it."
             )
-        shown = [found["study"], found["command"]]
+        shown = [found["command"]]
         for cell in found["cells"]:
             shown += [cell["name"], cell["condition"], cell["model"], cell["dataset"], cell["digest"]]
             shown += [*cell["settings"], *cell["settings"].values()]

@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue, TypeAdapter
 # pydantic reads the one of typing before Python 3.12 as if every field were required.
 from typing_extensions import TypedDict
 
+from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.odd_text import odd_character
 from kvpolicy.study import keys, sealing
 from kvpolicy.study.metrics import METRICS, RunKind
@@ -264,10 +265,13 @@ def read_tokens(packed: object) -> tuple[int, ...]:
 
 
 def require_kinds(table: str, row: Sequence[Any]) -> None:
-    """Raise DamagedError if a row of the small tables holds another kind of value than was written."""
+    """Raise DamagedError if a row of the small tables holds another kind of value than was written, or no name."""
     for (column, kind), value in zip(_KINDS.get(table, {}).items(), row, strict=False):
         _require(type(value) is kind, table, column)
-        _require(table != "meta" or odd_character(value) is None, table, column)  # the study's name is shown
+    if table == "meta":
+        name, value = row
+        _require(odd_character(name) is None and odd_character(value) is None, table, "value")
+        _require(name != "study" or POLICY_NAME.fullmatch(value) is not None, table, "value")  # files are called by it
 
 
 def wrong_metric(metrics: Mapping[str, float]) -> str | None:

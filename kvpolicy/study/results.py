@@ -229,9 +229,15 @@ class Results:
             study: `StudySpec.to_data()`.
             models: `records.model_data` of each.
             cells: every variant in every place, with the keys of its runs.
+
+        Raises:
+            ResultsError: the study is longer than is read back, or the file cannot be written.
         """
         rows = [records.cell_row(i, cell) for i, cell in enumerate(cells)]
         meta = {"spec": json.dumps(study), "models": json.dumps(list(models)), "cells": _together(rows)}
+        if len(meta["spec"]) > sealing.MOST_TEXT:
+            reason = "the study takes more than 1 MiB with its policies in full; compare fewer of them"
+            raise ResultsError(f"{self.path}: {reason}.")
         with self._said(), self._db:
             self._db.execute("DELETE FROM cells")
             self._put("cells", rows)

@@ -169,6 +169,7 @@ def spoilt(files, change):
             lambda d: d["runs"][0]["finished"].__setitem__(0, 10**12),
             "finished.0: Input should be less than or equal to",
         ),
+        (lambda d: d.update(study="../elsewhere"), r"\(study: String should match pattern"),
         (lambda d: d["cells"][1].update(runs=[[0, 5]]), "is of runs that are not there, or not its own"),
         (lambda d: d["cells"][0].update(runs=[[4, 10**5]]), "is of runs that are not there, or not its own"),
         (lambda d: d["cells"][0].update(runs=[[-1, 10**12]]), "its variants have more than 1,000,000 runs"),
@@ -220,3 +221,13 @@ def test_the_command_publishes_and_makes_the_page_again(recorded, tmp_path, monk
     (tmp_path / "file").write_text("")
     assert main(["study", "report", "small.sqlite", "--publish", "file"]) == 1
     assert capsys.readouterr().err.startswith("error: --publish: file/small cannot be made (")
+
+
+def test_names_that_differ_in_signs_alone_have_pictures_of_their_own(tmp_path):
+    datasets = [{**SPEC.to_data()["datasets"][0], "name": name} for name in ("a_b", "a-b", "A-b")]
+    scripted_study(StudySpec(**{**SPEC.to_data(), "datasets": datasets}), tmp_path / "three.sqlite", script)
+    files = written(tmp_path / "three.sqlite", tmp_path / "docs")
+    assert len(set(files.pictures)) == len(files.pictures)
+    assert set(files.pictures) == set((tmp_path / "docs" / "small").iterdir())
+    shown = re.findall(r"\]\((small/[^)]*\.svg)\)", files.markdown.read_text())
+    assert len(shown) == len(set(shown)) == len(files.pictures)

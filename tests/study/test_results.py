@@ -207,6 +207,15 @@ def test_a_sealed_row_of_other_kinds_is_refused(small, table, row, read):
         read(results)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/x", "A", ""])
+def test_a_file_whose_study_has_no_name_is_refused(small, name):
+    """Folders and files are called by it, and old pictures in such a folder are removed."""
+    row = ("study", name)
+    change(small, "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", *row, sealing.seal("meta", row))
+    with pytest.raises(ResultsError, match="the column `value` of its table `meta` holds what cannot stand there"):
+        Results(small)
+
+
 @pytest.mark.parametrize("finished", [1e12, -1.0, float("inf")])
 def test_a_run_that_was_finished_at_no_time_is_refused(small, finished):
     with sqlite3.connect(small) as database:
@@ -241,6 +250,12 @@ def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked(small):
         with pytest.raises(DamagedError, match="more than 64 MiB"):
             record.output  # noqa: B018 - it is unpacked when it is asked for
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
+
+
+def test_a_study_that_could_not_be_read_back_is_refused_before_it_runs(small):
+    with Results(small, "small") as results, pytest.raises(ResultsError, match=r"more than 1 MiB .* compare fewer"):
+        results.set_study({"description": "x" * (1 << 20)}, [], [])
+    assert read_all(small)[3]["study"] == "small"
 
 
 def test_a_reader_changes_nothing_and_leaves_nothing(small):

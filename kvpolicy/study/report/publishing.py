@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,32 +76,40 @@ def publish(results: Recorded, asked: Asked, commands: Commands, folder: Path, o
 
 def pictures(report: Report) -> Iterator[tuple[tuple[str, str, str], str, Plot]]:
     """Yield the pictures of a report: model, dataset and metric, the name of a file, and what is in it."""
+    taken: set[str] = set()
     for place in report.places:
         for measure in place.measures:
-            for file, plot in _plots(report, place, measure):
-                yield (place.model, place.dataset, measure.metric), file, plot
+            for words, plot in _plots(report, place, measure):
+                yield (place.model, place.dataset, measure.metric), _file(words, taken), plot
 
 
 def _plots(report: Report, place: Place, measure: Measure) -> Iterator[tuple[str, Plot]]:
-    """Yield the pictures of a measure with the names of their files.
+    """Yield the pictures of a measure with the words that their files are called by.
 
     They are the plots against the budget, where budgets are compared, and otherwise the differences; for the first
     measure also the plot against bytes.
     """
     where = [place.dataset, *([place.model] if len({each.model for each in report.places}) > 1 else [])]
 
-    def file(*words: str) -> str:
-        return f"{_slug('-'.join((*where, measure.metric, *words)))}.svg"
+    def called(*words: str) -> str:
+        return "-".join((*where, measure.metric, *words))
 
     if report.budgets is not None and place.facets:
         for pair in budget_plots(report, place, measure, "plot"):
-            yield file("budget", pair.wide.caption), pair.wide
+            yield called("budget", pair.wide.caption), pair.wide
     else:
         for condition, effects in measure.effects.items():
-            yield file("differences", condition), forest_plot(report, effects, "plot", f"{place.dataset}, {condition}")
+            yield (
+                called("differences", condition),
+                forest_plot(report, effects, "plot", f"{place.dataset}, {condition}"),
+            )
     if measure is place.measures[0] and len(measure.front) + len(measure.beaten) > 1:
-        yield file("bytes"), front_plot(report, place, measure, "plot").wide
+        yield called("bytes"), front_plot(report, place, measure, "plot").wide
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+def _file(words: str, taken: set[str]) -> str:
+    """Return the name of a picture's file and take it: names that differ in signs or case alone get numbers."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+    found = next(name for i in itertools.count(1) if (name := slug if i == 1 else f"{slug}-{i}") not in taken)
+    taken.add(found)
+    return f"{found}.svg"
