@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.spec import PolicySpec
 from kvpolicy.study.models import load
-from kvpolicy.study.records import Recorded, RunRecord
+from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.runs import Plan, with_seed
 from kvpolicy.study.work import prompt_ids
 from kvpolicy.trace.about import details, made
@@ -61,13 +61,22 @@ def _problem(plan: Plan, model: ModelRef, wanted: TraceWanted) -> Problem:
     return next(each for problems in of_seed for each in problems if each.index == wanted.number)
 
 
+def answer_of(cell: CellRecord, problem: int, found: Mapping[str, RunRecord]) -> RunRecord:
+    """Return a variant's answer to a problem, of the first seed whose run did not fail.
+
+    Args:
+        cell: the variant, which answered the problem.
+        problem: number of the problem.
+        found: the runs by key, with texts.
+    """
+    runs = (found[key] for key in cell.keys if key in found)
+    answers = [run for run in runs if (run.kind, run.problem, run.error) == ("generate", problem, None)]
+    return min(answers, key=lambda run: run.seed)
+
+
 def _shown(entry: VariantEntry, model: ModelRef, problem: Problem, found: Mapping[str, RunRecord]) -> Shown:
     cell = entry.row.cell
-    record = next(
-        run
-        for key in cell.keys
-        if (run := found.get(key)) is not None and (run.kind, run.problem) == ("generate", problem.index)
-    )
+    record = answer_of(cell, problem.index, found)
     loaded, tokenizer = load(model)
     prompt = prompt_ids(tokenizer, problem)
     tokens = prompt + tokenizer(record.output, add_special_tokens=False)["input_ids"]

@@ -10,6 +10,7 @@ import re
 import pytest
 
 from kvpolicy.cli import main
+from kvpolicy.study.records import CellRecord, RunRecord
 from kvpolicy.study.report.content import Commands, build
 from kvpolicy.study.results import Results
 from kvpolicy.study.spec import StudySpec
@@ -167,3 +168,18 @@ def test_traces_are_of_the_recorded_texts(study, tmp_path, monkeypatch, capsys):
         assert trace["compactions"][2] > 0
     number = page.stem.split("-")[2]
     assert f'href="../traces/{page.name}"' in (tmp_path / f"site/problems/0-{number}.html").read_text()
+
+
+def test_a_trace_is_of_the_first_seed_that_did_not_fail():
+    pytest.importorskip("torch")
+    from kvpolicy.trace.bundled import answer_of
+
+    def run(key, seed, *, error=None, kind="generate", problem=3):
+        return RunRecord(key, kind, "m", "d", problem, seed, "p", error, {}, 9)
+
+    found = {
+        "a": run("a", 0, error="no memory."), "b": run("b", 2), "c": run("c", 1), "d": run("d", 0, kind="force"),
+        "e": run("e", 0, problem=4),
+    }  # fmt: skip
+    cell = CellRecord("rkv", "", {}, "m", "d", "", "p", None, keys=tuple(found))
+    assert answer_of(cell, 3, found).key == "c"

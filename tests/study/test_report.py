@@ -219,6 +219,7 @@ def test_combinations_that_are_left_out_leave_holes(made):
         (["30% of the trace", "5% of the trace"], ("5%", "30%"), "% of the full cache's trace"),
         (["0.5", '{"fraction": 0.25}'], ("25%", "50%"), "% of the tokens seen"),
         (["128", "64"], ("64", "128"), "entries per head"),
+        (["1048577", "1048576"], ("1048576", "1048577"), "entries per head"),
         (["128", "10% of the trace"], ("128", "10% of the trace"), "budget"),
         (["64"], None, None),
     ],

@@ -49,7 +49,7 @@ def budget_axis(cells: Sequence[CellRecord]) -> BudgetAxis | None:
     if len(kinds) == 1 and (kind := kinds.pop()) in _TITLES:
         texts.sort(key=lambda text: read[text][1])
         positions = tuple(read[text][1] for text in texts)
-        labels = tuple(f"{value:g}" if kind == "tokens" else f"{value:g}%" for value in positions)
+        labels = tuple(f"{value:.0f}" if kind == "tokens" else f"{value:g}%" for value in positions)
         return BudgetAxis(_TITLES[kind], tuple(texts), labels, positions)
     return BudgetAxis("budget", tuple(texts), tuple(texts), tuple(map(float, range(len(texts)))), ordered=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +146,10 @@ def _problem_pages(
         runs: dict[int, list[_ProblemRun]] = defaultdict(list)
         for entry in ([place.full] if place.full is not None else []) + list(place.entries):
             records = [found[key] for key in entry.row.cell.keys if key in found]
+            same = Counter((record.kind, record.problem) for record in records)
             for record in sorted(records, key=lambda r: (r.kind, r.problem, r.seed)):
-                same = sum((r.kind, r.problem) == (record.kind, record.problem) for r in records)
-                runs[record.problem].append(_ProblemRun(entry, record.seed if same > 1 else None, record))
+                several = same[record.kind, record.problem] > 1
+                runs[record.problem].append(_ProblemRun(entry, record.seed if several else None, record))
         numbers = sorted(runs)
         for i, number in enumerate(numbers):
             prompt, answer = texts.get(str(runs[number][0].record.document.get("content")), ("", ""))
