@@ -24,7 +24,7 @@ TEXT = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 
 @torch.no_grad()
 def losses(model: torch.nn.Module, ids: torch.Tensor, spec: PolicySpec, chunk: int) -> list[float]:
-    """Return the mean loss of each chunk, nats per token, and check that no position leaves what was trained."""
+    """Return the mean loss of each chunk, nats per token, and print how much was held."""
     found = []
     with PolicyCache(spec, model) as cache:
         for start in range(0, ids.shape[1] - 1, chunk):

@@ -118,7 +118,8 @@ def test_only_the_mask_of_the_next_column_follows():
     assert not steps.check.follows(torch.ones(2, 12), 11)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
 def test_on_a_gpu_a_turn_of_one_token_is_honoured_and_a_later_change_is_noticed(ids):
     model = tiny_model("llama").cuda()
     ids = ids.cuda()
