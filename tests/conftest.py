@@ -11,6 +11,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 
 import os
+import random
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -30,6 +31,14 @@ hypothesis.settings.register_profile(
     "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True, suppress_health_check=_QUIET
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Begin every test with the same random numbers, whatever ran before it in its process."""
+    random.seed(0)
+    if "torch" in sys.modules:  # some tests do without
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

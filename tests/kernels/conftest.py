@@ -7,6 +7,7 @@ with the others. Without TRITON_INTERPRET=1 they are marked `gpu` and run native
 from __future__ import annotations
 
 import os
+import random
 import secrets
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def seed():
     """A fresh seed for each test, printed when it fails; KVPOLICY_SEED repeats one."""
     number = int(os.environ.get("KVPOLICY_SEED") or secrets.randbelow(2**31))
     print(f"KVPOLICY_SEED={number}")
+    random.seed(number)
     torch.manual_seed(number)
     return number
 
