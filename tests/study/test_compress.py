@@ -95,10 +95,12 @@ def test_the_question_is_seen_or_not_and_never_dropped_unless_the_policy_decodes
 
 def test_chunks_bound_what_is_held(model, rows):
     policy = policy_of("snapkv-prefill", 48, prefill_chunk=8)
-    for row in rows:
-        answer = generate_batch(model, policy, [row], Sampling(max_new_tokens=1), (), "context")[0]
-        assert answer.usage.peak <= max(48 + 8, 48 + len(row.prompt) - row.context)
-    assert generate_batch(model, policy, rows, Sampling(max_new_tokens=9), (), "context") is not None
+    together = generate_batch(model, policy, rows, Sampling(max_new_tokens=9), (), "context")
+    for row, answer in zip(rows, together, strict=True):
+        (alone,) = generate_batch(model, policy, [row], Sampling(max_new_tokens=9), (), "context")
+        assert (answer.tokens, answer.usage.peak) == (alone.tokens, alone.usage.peak)
+        (first,) = generate_batch(model, policy, [row], Sampling(max_new_tokens=1), (), "context")
+        assert first.usage.peak <= max(48 + 8, 48 + len(row.prompt) - row.context)
 
 
 def test_layers_with_a_window_are_given_rows_alone(rows):
