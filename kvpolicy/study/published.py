@@ -13,7 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NotRequired
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -69,6 +69,7 @@ class _PublishedProblem(TypedDict):
     content: _Text
     prompt: str
     answer: str
+    task: NotRequired[_Text]
 
 
 class _PublishedRuns(TypedDict):
@@ -113,7 +114,8 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
     """
     counted = results.records(asked.keys, outputs=False)
     texts = results.problems()
-    contents = list(dict.fromkeys(_content(record) for record in counted))
+    tasks = {_content(record): str(record.document.get("task") or "") for record in counted}
+    contents = list(tasks)
     place = {content: i for i, content in enumerate(contents)}
     used = {record.environment for record in counted}
     groups = list(_grouped(counted).values())
@@ -125,7 +127,7 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
         "spec": asked.study,
         "models": [dict(model) for model in asked.models],
         "environments": {str(n): data for n, data in sorted(results.environments().items()) if n in used},
-        "problems": [_problem(content, *texts.get(content, ("", ""))) for content in contents],
+        "problems": [_problem(content, *texts.get(content, ("", "")), task) for content, task in tasks.items()],
         "cells": [_cell(cell, number) for cell in asked.cells],
         "runs": [_group(members, place) for members in groups],
     }
@@ -137,9 +139,9 @@ def _content(record: RunRecord) -> str:
     return str(record.document.get("content"))
 
 
-def _problem(content: str, prompt: str, answer: str) -> dict[str, str]:
+def _problem(content: str, prompt: str, answer: str, task: str) -> dict[str, str]:
     short = prompt if len(prompt) <= _LONGEST_PROMPT else f"{prompt[: _LONGEST_PROMPT - 1]}…"
-    return {"content": content, "prompt": short, "answer": answer}
+    return {"content": content, "prompt": short, "answer": answer, **({"task": task} if task else {})}
 
 
 def _stretches(numbers: Iterable[int]) -> list[list[int]]:
@@ -232,7 +234,7 @@ class Published:
                 f"{self.path}: is of version {found['kvpolicy_results']}, and this kvpolicy reads version {VERSION}; "
                 "use the kvpolicy that wrote it."
             )
-        shown = [found["command"]]
+        shown = [found["command"], *(problem.get("task", "") for problem in found["problems"])]
         for cell in found["cells"]:
             shown += [cell["name"], cell["condition"], cell["model"], cell["dataset"], cell["digest"]]
             shown += [*cell["settings"], *cell["settings"].values()]
@@ -241,14 +243,17 @@ class Published:
         return found
 
     def _runs(self) -> Iterator[RunRecord]:
-        contents = [problem["content"] for problem in self._document["problems"]]
+        documents = [
+            {name: value for name, value in problem.items() if name in ("content", "task")}
+            for problem in self._document["problems"]
+        ]
         for g, group in enumerate(self._document["runs"]):
             columns = ("problem", "content", "seed", "environment", "prompt_tokens", "finished")
             count = len(group["problem"])
             lists: list[Sequence[Any]] = [group[name] for name in columns]  # type: ignore[literal-required]
             if any(len(each) != count for each in (*lists, *group["metrics"].values())):
                 raise self._wrong("the columns of its runs are not of one length")
-            if any(i >= len(contents) for i in group["content"]):
+            if any(i >= len(documents) for i in group["content"]):
                 raise self._wrong("a run in it is of a problem that is not there")
             for i, (problem, content, seed, made_with, prompt_tokens, finished) in enumerate(zip(*lists, strict=True)):
                 metrics = {name: values[i] for name, values in group["metrics"].items()}
@@ -258,7 +263,7 @@ class Published:
                 yield RunRecord(
                     *(f"{g}-{i}", group["kind"], group["model"], group["dataset"], problem, seed, group["digest"]),
                     *(group["errors"].get(str(i)), numbers, prompt_tokens),
-                    document={"content": contents[content]},
+                    document=documents[content],
                     environment=made_with,
                     finished=float(finished),
                 )

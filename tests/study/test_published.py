@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -231,3 +233,17 @@ def test_names_that_differ_in_signs_alone_have_pictures_of_their_own(tmp_path):
     assert set(files.pictures) == set((tmp_path / "docs" / "small").iterdir())
     shown = re.findall(r"\]\((small/[^)]*\.svg)\)", files.markdown.read_text())
     assert len(shown) == len(set(shown)) == len(files.pictures)
+
+
+def test_the_task_of_each_problem_is_published(recorded, tmp_path):
+    """A report has the score of each task."""
+    with Results(recorded) as results:
+        asked = Asked.last(results)
+        runs = [replace(run, document={**run.document, "task": f"task {run.problem % 2}"}) for run in results.records()]
+        told = SimpleNamespace(
+            records=lambda keys, outputs: runs, problems=results.problems, meta=results.meta,
+            environments=results.environments,
+        )  # fmt: skip
+        (tmp_path / "tasks.json.gz").write_bytes(published(told, asked, "run"))
+    rows = summarise(Published(tmp_path / "tasks.json.gz"))
+    assert {task for row in rows for task in row.by_task("exact")} == {"task 0", "task 1"}
