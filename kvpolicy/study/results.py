@@ -169,19 +169,15 @@ class Results:
         except (sqlite3.Error, sqlite3.Warning, OverflowError) as error:
             reason = str(error)
             if "full" in reason:
-                raise ResultsError(
-                    f"{self.path}: the disk is full; make room (what was recorded before is safe, and the same command "
-                    "goes on from there)."
-                ) from error
-            if "not a database" in reason:
-                raise ResultsError(
-                    f"{self.path}: is not a results file of kvpolicy; name another file with --out."
-                ) from error
-            if any(word in reason for word in ("unable to open", "readonly", "locked", "I/O", "authoriz")):
-                raise ResultsError(
-                    f"{self.path}: cannot be read or written ({reason}); see to it, or name another file with --out."
-                ) from error
-            raise self._damaged(f"SQLite says: {' '.join(reason.split())[:120]}") from error
+                safe = "what was recorded before is safe, and the same command goes on from there"
+                said = f"the disk is full; make room ({safe})"
+            elif "not a database" in reason:
+                said = "is not a results file of kvpolicy; name another file with --out"
+            elif any(word in reason for word in ("unable to open", "readonly", "locked", "I/O", "authoriz")):
+                said = f"cannot be read or written ({reason}); see to it, or name another file with --out"
+            else:
+                raise self._damaged(f"SQLite says: {' '.join(reason.split())[:120]}") from error
+            raise ResultsError(f"{self.path}: {said}.") from error
 
     def _damaged(self, reason: str) -> ResultsError:
         return ResultsError(

@@ -99,7 +99,7 @@ def test_the_task_is_there_when_the_module_is_imported_and_not_before():
         "import kvpolicy.runtimes.hf.pipeline\n"
         f"assert {TASK!r} in r.get_supported_tasks()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=300)
 
 
 def test_a_pipeline_can_be_made_of_a_model_and_its_tokenizer(answers, tmp_path):

@@ -31,13 +31,6 @@ AUDITED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _tables():
-    """The shipped tables are of another model."""
-    with stand_in_tables():
-        yield
-
-
 def _lengths(policy) -> tuple[int, ...]:
     """Lengths of prompts, shorter than the budget where the policy pins them."""
     pinned = any(type(part).__name__ == "Prompt" for part in policy.protections)
