@@ -60,7 +60,8 @@ def check(
     from kvpolicy.testing.checking import subjects_of_package
 
     subjects = subjects_of_package(None) if all_ else [s for target in targets or [] for s in _subjects(target)]
-    if _report(_run(subjects, chosen, law or [], jobs)):
+    once = list({subject.name: subject for subject in subjects}.values())
+    if _report(_run(once, chosen, law or [], jobs)):
         raise typer.Exit(1)
 
 
@@ -88,6 +89,7 @@ def _subjects(target: str) -> list[Subject]:
     import kvpolicy
     from kvpolicy.contracts.components import KINDS
     from kvpolicy.errors import KVPolicyError, did_you_mean
+    from kvpolicy.loading.entries import same_package
     from kvpolicy.loading.presses import lead
     from kvpolicy.testing.checking import subject_of, subjects_of_package
 
@@ -104,7 +106,7 @@ def _subjects(target: str) -> list[Subject]:
     if target in policies or "/" in target or target.endswith((".yaml", ".yml")):
         found.append(subject_of(kvpolicy.load(target), target))
     packages = {e.origin.distribution for e in catalog.entries()} | {p.origin.distribution for p in catalog.policies()}
-    if any(target.lower().replace("_", "-") == p.lower().replace("_", "-") for p in packages):
+    if any(same_package(target, each) for each in packages):
         found += subjects_of_package(target)
     if found:
         return found
@@ -127,7 +129,7 @@ def _class(target: str) -> Subject:
 
     module, _, name = target.partition(":")
     try:
-        return subject_of(getattr(import_module(module), name), name)
+        return subject_of(getattr(import_module(module), name), target)
     except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise typer.BadParameter(f"{target!r} cannot be checked: {reason}", param_hint="check") from error
@@ -146,6 +148,11 @@ def _run(subjects: Sequence[Subject], profile: ProfileName, names: Sequence[str]
         if name not in LAWS:
             known = did_you_mean(name, LAWS) or f" The laws are {', '.join(LAWS)}."
             raise typer.BadParameter(f"there is no law {name!r}.{known}", param_hint="--law")
+        if not any(s.error or s.kind in LAWS[name].kinds for s in subjects):
+            about = ", ".join(LAWS[name].kinds)
+            raise typer.BadParameter(
+                f"{name} is about {about}, and nothing of that is checked; leave it out.", param_hint="--law"
+            )
     chosen = {s.name: [law for law in s.laws if not names or law.name in names] for s in subjects}
     jobs = min(jobs, len(subjects))
     results: list[Result] = []

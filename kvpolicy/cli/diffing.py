@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from rich.table import Table
@@ -40,6 +40,9 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[t
     for field in fields:
         if one.get(field) != other.get(field) or (field in one) != (field in other):
             yield field, _shown(one, field), _shown(other, field)
+    first, second = (list(_post(side.get("post", ()))) for side in (left, right))
+    if first != second and sorted(first) == sorted(second):
+        yield "post", ", ".join(first), ", ".join(second)
 
 
 def _flat(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -47,10 +50,19 @@ def _flat(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if field in ("policy", *_WORDS):
             continue
         if field == "post":
-            named = {str(reference["use"]): {k: v for k, v in reference.items() if k != "use"} for reference in value}
-            yield from _leaves(field, named)
+            yield from _leaves(field, _post(value))
         else:
             yield from _leaves(field, value)
+
+
+def _post(operations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the parameters of operations by name, in their order; one that stands twice gets a number."""
+    named: dict[str, dict[str, Any]] = {}
+    for number, reference in enumerate(operations):
+        use = str(reference["use"])
+        before = sum(each["use"] == use for each in operations[:number])
+        named[f"{use} ({before + 1})" if before else use] = {k: v for k, v in reference.items() if k != "use"}
+    return named
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from kvpolicy.cli.terminal import output
 from kvpolicy.contracts.backend import Backend
 from kvpolicy.contracts.components import Component
 from kvpolicy.errors import KVPolicyError, SpecError, TableError, did_you_mean
-from kvpolicy.loading.entries import KINDS_OF_ENTRIES, Catalog, Entry, Origin, led, not_installed, shown
+from kvpolicy.loading.entries import KINDS_OF_ENTRIES, Catalog, Entry, Origin, led, not_installed, same_package, shown
 from kvpolicy.loading.presses import lead
 from kvpolicy.spec import PolicySpec, files, yaml_text
 from kvpolicy.tables import Table, registered
@@ -56,7 +56,7 @@ class Filter:
         return (
             self.kind in (None, row["kind"])
             and (self.runs is None or row.get("runs") in (self.runs, "both"))
-            and (self.package is None or _same_package(self.package, row["distribution"]))
+            and (self.package is None or same_package(self.package, row["distribution"]))
             and all(word.lower() in line for word in self.words)
         )
 
@@ -182,11 +182,6 @@ def _measured(table: Table | TableError) -> str:
         return f"not valid: {table}"
     what = table.notes.get("measured")
     return f"{table.kind} of {table.model}" + (f": {what}" if what else "")
-
-
-def _same_package(one: str, other: str) -> bool:
-    first, second = (re.sub(r"[-_.]+", "-", name).lower() for name in (one, other))
-    return first == second
 
 
 def _row(kind: str, name: str, origin: Origin, **said: str) -> dict[str, Any]:

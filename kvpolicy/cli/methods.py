@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 import kvpolicy
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.loading.entries import same_package
 from kvpolicy.policy.policy import Policy
 from kvpolicy.spec import ComponentRef, PolicySpec
 
@@ -17,9 +19,13 @@ _PHASES: Final = {"prefill": "prompt", "decode": "decoding", "both": "prompt and
 def methods_markdown(package: str | None = None) -> str:
     """Return a table of the registered policies (of one package), and below it what each does otherwise than its paper.
 
-    Raises SpecError when one of them is not valid.
+    Raises KVPolicyError when there is none, or one of them is not valid.
     """
-    entries = [e for e in kvpolicy.catalog().policies() if package in (None, e.origin.distribution)]
+    found = kvpolicy.catalog().policies()
+    entries = [e for e in found if package is None or same_package(package, e.origin.distribution)]
+    if not entries:
+        packages = ", ".join(dict.fromkeys(e.origin.distribution for e in found))
+        raise KVPolicyError(f"--package: {package!r} registers no policy; write one of {packages}.")
     specs = [kvpolicy.load(entry.name) for entry in entries]
     lines = [_row(_HEAD), _row("---" for _ in _HEAD), *(_row(_cells(spec)) for spec in specs)]
     lines += ["", "## What each does, and where it departs from its paper"]

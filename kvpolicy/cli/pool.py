@@ -37,12 +37,12 @@ class PoolPlan:
     @property
     def full_rows(self) -> int:
         """Requests that fit at once without eviction, all at their longest."""
-        return (self.blocks - 1) // self.full
+        return max(self.blocks - 1, 0) // self.full
 
     @property
     def rows(self) -> int | None:
         """Requests that are let in at once under the policy."""
-        return None if self.most is None else (self.blocks - 1) // self.most
+        return None if self.most is None else max(self.blocks - 1, 0) // self.most
 
 
 def pool_plan(policy: Policy, shape: ModelShape, machine: Machine, block: int, length: int, prompt: int) -> PoolPlan:

@@ -260,6 +260,12 @@ def _bare(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def same_package(one: str, other: str) -> bool:
+    """Whether two names are those of one distribution, however they are written."""
+    first, second = (re.sub(r"[-_.]+", "-", name).lower() for name in (one, other))
+    return first == second
+
+
 def with_article(word: str) -> str:
     """Write a word as one of its kind: ``a policy``, ``an importance``."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

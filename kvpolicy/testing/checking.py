@@ -23,6 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 import kvpolicy  # noqa: E402
 from kvpolicy.contracts.components import Component, kind_of  # noqa: E402
 from kvpolicy.errors import KVPolicyError, UnsupportedError, did_you_mean  # noqa: E402
+from kvpolicy.loading.entries import same_package  # noqa: E402
 from kvpolicy.policy.policy import Policy  # noqa: E402
 from kvpolicy.spec import PolicySpec  # noqa: E402
 from kvpolicy.testing.laws import LAWS, Law, LawBrokenError, UndecidedError, exceptions_of  # noqa: E402
@@ -168,7 +169,7 @@ def subjects_of_package(distribution: str | None) -> list[Subject]:
     """Return what a distribution registers, or all that is registered; raises KVPolicyError if there is nothing."""
 
     def wanted(entry: Any) -> bool:
-        return distribution is None or _normal(entry.origin.distribution) == _normal(distribution)
+        return distribution is None or same_package(entry.origin.distribution, distribution)
 
     found = kvpolicy.catalog()
     subjects = [subject_of(e.component, f"{e.kind}.{e.name}") for e in found.entries() if wanted(e)]
@@ -192,10 +193,6 @@ def _registered_policy(name: str) -> Subject:
         return Subject(name, "policy", None, str(error))
 
 
-def _normal(distribution: str) -> str:
-    return distribution.lower().replace("_", "-").replace(".", "-")
-
-
 def check(
     subject: Subject,
     profile: ProfileName = "quick",
@@ -212,7 +209,11 @@ def check(
         laws: only these.
         shrink: look for the smallest failing example.
         done: called with each result, for progress bars.
+
+    Raises KVPolicyError when there is no such profile.
     """
+    if profile not in PROFILES:
+        raise KVPolicyError(f"profile: {profile!r} is none; write {', '.join(PROFILES)}.")
     if subject.error:
         return [Result("can_be_read", subject.name, "failed", failure=Failure(subject.error))]
     results = [*_unknown_exceptions(subject)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from kvpolicy.cli import main
+from kvpolicy_plugins.importance import key_norm as importance
+from kvpolicy_plugins.triggers import every
 
 
 def run(capsys, *arguments):
@@ -60,6 +63,27 @@ def test_a_package(capsys):
     assert "trigger.every" in out
 
 
+def test_what_is_named_twice_is_checked_once(capsys):
+    code, out, _ = run(capsys, "key_norm", "importance.key_norm", "--law", "row_alone")
+    assert code == 0
+    assert "1 checked against 1 laws: 1 passed" in out
+
+
+def test_classes_of_one_name_are_told_apart_by_their_modules(capsys, monkeypatch):
+    class Thing(importance.KeyNorm):
+        """A scorer."""
+
+    class Other(every.Every):
+        """A trigger."""
+
+    for module, thing in (("one_module", Thing), ("other_module", Other)):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(Thing=thing))
+    names = ("one_module:Thing", "other_module:Thing")
+    code, out, _ = run(capsys, *names, "--law", "trigger_is_pure", "--law", "row_alone", "--jobs", "1")
+    assert code == 0
+    assert "2 checked against 2 laws: 2 passed" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -70,6 +94,7 @@ def test_a_package(capsys):
         (("rkv", "--profile", "slow"), "'slow' is not a profile; write brief, quick or thorough"),
         (("rkv", "--law", "nothing"), "there is no law 'nothing'. The laws are "),
         (("rkv", "--law", "row_allone"), "there is no law 'row_allone'. Did you mean 'row_alone'?"),
+        (("rkv", "--law", "trigger_is_pure"), "trigger_is_pure is about trigger, and nothing of that is checked"),
         (("no_such_module:Thing",), "'no_such_module:Thing' cannot be checked: No module named"),
         (("kvpolicy.contracts.components:Trigger",), "Trigger is abstract"),
     ],

@@ -256,6 +256,26 @@ def test_show_diff(run, tmp_path):
     assert run("show", "--diff", "rkv", variant) == (0, "rkv and same do the same.\n", "")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "row"),
+    [
+        ("[merge_values, rerotate]", "[rerotate, merge_values]", "post merge_values, rerotate rerotate, merge_values"),
+        (
+            "[{use: merge_values, threshold: 0.5}, merge_values]",
+            "[{use: merge_values, threshold: 0.5}]",
+            "post.merge_values (2).threshold 0.0 -",
+        ),
+    ],
+)
+def test_operations_differ_in_their_order_and_number(run, tmp_path, first, second, row):
+    for name, post in (("a", first), ("b", second)):
+        text = f"schema_version: 1\npolicy: {name}\nextends: rkv\npost: {post}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    code, out, err = run("show", "--diff", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"))
+    assert (code, err) == (0, "")
+    assert [" ".join(line.split()) for line in out.splitlines()] == ["field a b", row]
+
+
 def test_show_wants_one_name_or_two(run):
     for arguments, words in (
         (("show", "rkv", "h2o"), "name one, or two policies with --diff"),

@@ -74,6 +74,13 @@ def test_options_that_do_not_go_together_are_refused(capsys, arguments, message)
     assert message in capsys.readouterr().err
 
 
+def test_a_package_is_the_same_however_its_name_is_written(capsys):
+    everything = methods_markdown()
+    assert methods_markdown("KVPolicy") == everything
+    assert main(["list", "--markdown", "--package", "nobody"]) == 1
+    assert capsys.readouterr().err == "error: --package: 'nobody' registers no policy; write one of kvpolicy.\n"
+
+
 def test_tables_are_listed_and_a_damaged_one_is_named(tmp_path, capsys):
     assert main(["list", "--kind", "table", "--json"]) == 0
     entries = {e["name"]: e for e in json.loads(capsys.readouterr().out)["entries"]}

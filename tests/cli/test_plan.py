@@ -346,3 +346,9 @@ def test_a_batch_that_fits_is_the_largest_one():
     needs = RowNeeds(Course(1, 1, 1, 0), 0, 70, 20, 10)
     assert rows_that_fit(needs, Machine("some", 999)) == 9
     assert rows_that_fit(needs, Machine("some", 1000)) == 10
+
+
+def test_a_memory_without_one_block_holds_no_request(planned):
+    shape = ("--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--weights", "1MB")
+    found = planned("full", *shape, "--cache-memory", "300KB", "--block-size", "4096", "--length", "8", "--prompt", "4")
+    assert (found["vllm"]["blocks"], found["vllm"]["full_rows"]) == (0, 0)

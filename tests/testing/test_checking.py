@@ -33,6 +33,11 @@ def failed(results):
     return {r.law: r for r in results if r.status == "failed"}
 
 
+def test_a_profile_that_there_is_not_is_named():
+    with pytest.raises(KVPolicyError, match=r"profile: 'fast' is none; write brief, quick, thorough\."):
+        check_component(kvpolicy.catalog().get("mixer", "importance_only"), profile="fast")
+
+
 def test_a_good_component_passes_and_says_what_does_not_apply():
     results = check_component(kvpolicy.catalog().get("mixer", "importance_only"))
     assert not failed(results)

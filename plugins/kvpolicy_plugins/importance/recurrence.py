@@ -22,7 +22,7 @@ class Recurrence(ImportanceScorer):
 
     An entry is *active* when a query head gives it more than `threshold`. TS is its last active step (at first its own
     position), MRI the longest pause between two active steps, `t` the last step. An entry that has not been active
-    since it was written scores 0.
+    since it was written scores 0; the newest one, written at `t`, scores 1.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
