@@ -23,6 +23,7 @@ from kvpolicy.loading.entries import POLICY_NAME
 from kvpolicy.odd_text import odd_character
 from kvpolicy.study import records
 from kvpolicy.study.metrics import RunKind
+from kvpolicy.study.portable import short_command, short_paths, with_short_paths
 from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 from kvpolicy.study.results import ResultsError
 
@@ -119,17 +120,20 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
     place = {content: i for i, content in enumerate(contents)}
     used = {record.environment for record in counted}
     groups = list(_grouped(counted).values())
+    short = short_paths(asked.study)
     number = {record.key: i for i, record in enumerate(record for members in groups for record in members)}
     document = {
         "kvpolicy_results": VERSION,
         "study": results.meta("study") or "study",
-        "command": command,
-        "spec": asked.study,
-        "models": [dict(model) for model in asked.models],
+        "command": short_command(command, short),
+        "spec": with_short_paths(asked.study, short),
+        "models": with_short_paths(asked.models, short),
         "environments": {str(n): data for n, data in sorted(results.environments().items()) if n in used},
         "problems": [_problem(content, *texts.get(content, ("", "")), task) for content, task in tasks.items()],
-        "cells": [_cell(cell, number) for cell in asked.cells],
-        "runs": [_group(members, place) for members in groups],
+        "cells": [with_short_paths(_cell(cell, number), short) for cell in asked.cells],
+        "runs": [
+            _group(members, place) | {"model": short.get(members[0].model, members[0].model)} for members in groups
+        ],
     }
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     return gzip.compress(text.encode("utf-8", "backslashreplace"), 9, mtime=0)

@@ -96,6 +96,31 @@ def test_the_same_runs_give_the_same_bytes_and_old_pictures_go(recorded, tmp_pat
     }
 
 
+def test_where_a_machine_keeps_its_files_is_not_published(recorded, tmp_path):
+    """Not of texts, corpora, models and policies, nor of the command; two files of one name stay apart."""
+    with Results(recorded) as results:
+        last = Asked.last(results)
+        study = {
+            **last.study,
+            "models": ["/home/me/models/tiny", "smollm2"],
+            "axes": {"policy": ["/home/me/policies/mine.yaml", "rkv"]},
+            "datasets": [
+                {"use": "text", "path": ["/home/me/one/texts/a.jsonl", "/home/me/two/texts/a.jsonl"]},
+                {"use": "ruler", "text": "C:\\Users\\me\\words.txt"},
+            ],
+        }
+        cells = [replace(cell, model="/home/me/models/tiny") for cell in last.cells]
+        command = "kvpolicy study run /home/me/small.yaml --out '/home/me/my runs.sqlite'"
+        text = gzip.decompress(published(results, replace(last, study=study, cells=cells), command)).decode()
+    document = json.loads(text)
+    assert "/home/me" not in text
+    assert "Users" not in text
+    assert document["command"] == "kvpolicy study run small.yaml --out 'my runs.sqlite'"
+    assert document["spec"]["models"] == ["models/tiny", "smollm2"]
+    assert document["spec"]["datasets"][0]["path"] == ["one/texts/a.jsonl", "two/texts/a.jsonl"]
+    assert {cell["model"] for cell in document["cells"]} == {"models/tiny"}
+
+
 def test_the_markdown_shows_pictures_that_stand_alone(recorded, tmp_path):
     files = written(recorded, tmp_path / "docs")
     text = files.markdown.read_text()

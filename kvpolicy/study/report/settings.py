@@ -8,13 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import kvpolicy
 from kvpolicy.odd_text import harmless
 from kvpolicy.spec import yaml_text
 from kvpolicy.study.asked import Asked
+from kvpolicy.study.portable import short_paths, with_short_paths
 from kvpolicy.study.records import CellRecord, Recorded, RunRecord
 
 _EXCERPT: Final = 160
@@ -118,15 +118,15 @@ def settings(results: Recorded, asked: Asked) -> StudySettings:
         results: the results file.
         asked: what the study asks for.
     """
-    data = asked.study
+    data = with_short_paths(asked.study, short_paths(asked.study))
     counted = results.records(asked.keys, outputs=False)
     made, versions = Counter(record.environment for record in counted), results.environments()
     models = asked.models or [{"name": name} for name in data.get("models", ())]
     # What a study file leaves out is left out here too.
     text = yaml_text.write({name: value for name, value in data.items() if value not in (None, "", [], {})})
     return StudySettings(
-        study=_portable(text, data) if data else "",
-        facts={name: _portable(_text(data[name]), data) for name in _FACTS if data.get(name) not in (None, [])},
+        study=text if data else "",
+        facts={name: _text(data[name]) for name in _FACTS if data.get(name) not in (None, [])},
         axes=tuple(data.get("axes") or ()),
         models=tuple(models),
         environments=tuple(
@@ -161,16 +161,6 @@ def _problems(counted: Sequence[RunRecord], results: Recorded) -> dict[str, tupl
         prompt, answer = known.get(str(record.document.get("content")), ("", ""))
         found[record.dataset][record.problem] = ShownProblem(record.problem, _excerpt(prompt), harmless(answer))
     return {dataset: tuple(each for _, each in sorted(of.items())) for dataset, of in sorted(found.items())}
-
-
-def _portable(text: str, data: Mapping[str, Any]) -> str:
-    """Shorten the absolute paths of datasets, which say where a machine keeps them, to folder and name."""
-    for source in data.get("datasets") or ():
-        given = source.get("path") if isinstance(source, Mapping) else None
-        for path in given if isinstance(given, list) else [given]:
-            if isinstance(path, str) and Path(path).is_absolute():
-                text = text.replace(path, "/".join(Path(path).parts[-2:]))
-    return text
 
 
 def _policies(cells: Sequence[CellRecord]) -> dict[str, tuple[PolicyFile, ...]]:
