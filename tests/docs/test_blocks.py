@@ -18,7 +18,7 @@ from kvsupport.pages import REASONS, ROOT, PageReader, blocks, check_names, page
 
 NOT_RUN = {
     "README.md": ["installs", "vLLM"],
-    "docs/benchmarks.md": ["minutes"] * 7,
+    "docs/benchmarks.md": ["minutes"] * 8,
     "docs/bridges.md": ["kvpress", "hub", "hub"],
     "docs/development.md": ["installs", "minutes", "minutes"],
     "docs/from-kvpress.md": ["kvpress", "kvpress"],
