@@ -40,7 +40,7 @@ def test_mutant_is_caught(rows, mutant):
     laws = rows[_key(mutant)]
     assert set(laws) <= set(LAWS), REWRITE
     caught = set(run(mutant, [LAWS[name] for name in laws]).laws)
-    # What is drawn after an example that rounding decides is another on another processor: 20 may miss it there.
+    # The twenty examples are not the same on every machine (rounding decides some), and may miss it on one of them.
     missed = [LAWS[name] for name in laws if name not in caught]
     if missed:
         caught |= set(run(mutant, missed, "thorough").laws)
