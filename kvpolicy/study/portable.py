@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
-_PLACES: Final = ("base", "axes", "conditions", "models", "datasets")  # fields of a study that may name files
+from kvpolicy.study.sources import SOURCES
+
+_PLACES: Final = ("base", "axes", "conditions", "models")  # fields of a study in which a text that is a path is one
+_TABLE: Final = re.compile(r"(?:/|[A-Za-z]:\\)[^'\"\n{},]*\.safetensors")
 
 
-def short_paths(study: Mapping[str, Any]) -> dict[str, str]:
-    """Return the absolute paths that a study names, with the end by which each is called.
+def short_paths(study: Mapping[str, Any], policies: Iterable[str | None] = ()) -> dict[str, str]:
+    """Return the absolute paths that a study names, with the end by which each is called; longer ones first.
 
     That is folder and name, or more where two paths end alike.
+
+    Args:
+        study: its fields, as plain values.
+        policies: files of policies, whose tables may be named by their paths.
     """
-    texts = dict.fromkeys(_texts([study.get(name) for name in _PLACES]))
-    found = {text: parts for text in texts if (parts := _parts(text))}
+    named = [study.get(name) for name in _PLACES]
+    for each in study.get("datasets") or ():
+        kind = SOURCES.get(str(each.get("use"))) if isinstance(each, Mapping) else None
+        named += [each.get(field) for field in kind.files] if kind is not None else []
+    tables = (found for text in dict.fromkeys(policies) for found in _TABLE.findall(text or ""))
+    found = {text: parts for text in (*_texts(named), *tables) if (parts := _parts(text))}
     different = set(found.values())
 
     def end(parts: tuple[str, ...]) -> str:
@@ -25,13 +37,15 @@ def short_paths(study: Mapping[str, Any]) -> dict[str, str]:
             length += 1
         return "/".join(parts[-length:])
 
-    return {text: end(parts) for text, parts in found.items()}
+    return {text: end(found[text]) for text in sorted(found, key=len, reverse=True)}
 
 
 def with_short_paths(value: Any, short: Mapping[str, str]) -> Any:
-    """Return plain data with each text that is one of the paths replaced by what it is called."""
+    """Return plain data in whose texts each of the paths is what it is called."""
     if isinstance(value, str):
-        return short.get(value, value)
+        for path, called in short.items():
+            value = value.replace(path, called)
+        return value
     if isinstance(value, Mapping):
         return {name: with_short_paths(item, short) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -41,7 +55,10 @@ def with_short_paths(value: Any, short: Mapping[str, str]) -> Any:
 
 def short_command(command: str, short: Mapping[str, str]) -> str:
     """Return a command whose absolute paths are called as elsewhere, or by their names."""
-    words = ((word, _parts(word)) for word in shlex.split(command))
+    try:
+        words = [(word, _parts(word)) for word in shlex.split(command)]
+    except ValueError:  # a file that somebody wrote says what is no command line
+        return command
     return shlex.join(short.get(word, parts[-1] if parts else word) for word, parts in words)
 
 
@@ -51,7 +68,7 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _texts(item)
-    elif isinstance(value, Sequence):
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
 

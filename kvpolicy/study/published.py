@@ -120,7 +120,7 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
     place = {content: i for i, content in enumerate(contents)}
     used = {record.environment for record in counted}
     groups = list(_grouped(counted).values())
-    short = short_paths(asked.study)
+    short = short_paths(asked.study, (cell.policy for cell in asked.cells))
     number = {record.key: i for i, record in enumerate(record for members in groups for record in members)}
     document = {
         "kvpolicy_results": VERSION,
@@ -131,9 +131,7 @@ def published(results: Recorded, asked: Asked, command: str) -> bytes:
         "environments": {str(n): data for n, data in sorted(results.environments().items()) if n in used},
         "problems": [_problem(content, *texts.get(content, ("", "")), task) for content, task in tasks.items()],
         "cells": [with_short_paths(_cell(cell, number), short) for cell in asked.cells],
-        "runs": [
-            _group(members, place) | {"model": short.get(members[0].model, members[0].model)} for members in groups
-        ],
+        "runs": [_group(members, place, short) for members in groups],
     }
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     return gzip.compress(text.encode("utf-8", "backslashreplace"), 9, mtime=0)
@@ -176,15 +174,16 @@ def _grouped(counted: Sequence[RunRecord]) -> dict[tuple[str, ...], list[RunReco
     return found
 
 
-def _group(members: Sequence[RunRecord], place: dict[str, int]) -> dict[str, Any]:
-    first = members[0]
+def _group(members: Sequence[RunRecord], place: dict[str, int], short: Mapping[str, str]) -> dict[str, Any]:
+    first = {name: getattr(members[0], name) for name in ("model", "dataset", "digest", "kind")}
+    errors = {str(i): record.error for i, record in enumerate(members) if record.error is not None}
     names = sorted({name for record in members for name in record.metrics})
     return {
-        **{name: getattr(first, name) for name in ("model", "dataset", "digest", "kind")},
+        **with_short_paths(first, short),
         **{name: [getattr(r, name) for r in members] for name in ("problem", "seed", "environment", "prompt_tokens")},
         "content": [place[_content(record)] for record in members],
         "finished": [int(record.finished) for record in members],
-        "errors": {str(i): record.error for i, record in enumerate(members) if record.error is not None},
+        "errors": with_short_paths(errors, short),
         "metrics": {name: [_short(record.metrics.get(name)) for record in members] for name in names},
     }
 

@@ -97,7 +97,7 @@ def test_the_same_runs_give_the_same_bytes_and_old_pictures_go(recorded, tmp_pat
 
 
 def test_where_a_machine_keeps_its_files_is_not_published(recorded, tmp_path):
-    """Not of texts, corpora, models and policies, nor of the command; two files of one name stay apart."""
+    """Not of texts, corpora, models, policies and tables, nor of commands; two files of one name stay apart."""
     with Results(recorded) as results:
         last = Asked.last(results)
         study = {
@@ -107,18 +107,46 @@ def test_where_a_machine_keeps_its_files_is_not_published(recorded, tmp_path):
             "datasets": [
                 {"use": "text", "path": ["/home/me/one/texts/a.jsonl", "/home/me/two/texts/a.jsonl"]},
                 {"use": "ruler", "text": "C:\\Users\\me\\words.txt"},
+                {"use": "jsonl", "path": "/home/me/sums.jsonl", "template": "/no_think {question}"},
             ],
         }
-        cells = [replace(cell, model="/home/me/models/tiny") for cell in last.cells]
+        policy = "importance: {use: trigonometric, table: /home/me/my tables/t.safetensors}\n"
+        cells = [replace(cell, model="/home/me/models/tiny", policy=policy) for cell in last.cells]
         command = "kvpolicy study run /home/me/small.yaml --out '/home/me/my runs.sqlite'"
-        text = gzip.decompress(published(results, replace(last, study=study, cells=cells), command)).decode()
+        runs = [
+            replace(run, error=run.error and f"models: /home/me/models/tiny: {run.error}") for run in results.records()
+        ]
+        told = SimpleNamespace(
+            records=lambda keys, outputs: runs, problems=results.problems, meta=results.meta,
+            environments=results.environments,
+        )  # fmt: skip
+        text = gzip.decompress(published(told, replace(last, study=study, cells=cells), command)).decode()
     document = json.loads(text)
     assert "/home/me" not in text
     assert "Users" not in text
     assert document["command"] == "kvpolicy study run small.yaml --out 'my runs.sqlite'"
     assert document["spec"]["models"] == ["models/tiny", "smollm2"]
     assert document["spec"]["datasets"][0]["path"] == ["one/texts/a.jsonl", "two/texts/a.jsonl"]
+    assert document["spec"]["datasets"][2] == {**study["datasets"][2], "path": "me/sums.jsonl"}
     assert {cell["model"] for cell in document["cells"]} == {"models/tiny"}
+    assert {cell["policy"] for cell in document["cells"]} == {policy.replace("/home/me/", "")}
+    assert {error for group in document["runs"] for error in group["errors"].values()} == {
+        "models: models/tiny: the disk is full."
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("kvpolicy study report small --publish /home/me/docs", "kvpolicy study report small --publish docs"),
+        ("kvpolicy study report 'small", "kvpolicy study report 'small"),  # of a file that somebody wrote
+    ],
+)
+def test_nor_where_it_was_published(recorded, tmp_path, command, shown):
+    with Results(recorded) as results:
+        asked = Asked.last(results)
+        files = publish(results, asked, Commands("kvpolicy study run '", command), tmp_path / "docs")
+    assert shown in files.markdown.read_text().splitlines()
 
 
 def test_the_markdown_shows_pictures_that_stand_alone(recorded, tmp_path):

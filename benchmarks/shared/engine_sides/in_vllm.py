@@ -67,7 +67,7 @@ class Spent:
         for name in ("begin", "plan", "record") if session is not None else ():
             self._wrap("kvpolicy", session, name)
         self._counts = None if session is None else session.counts
-        self._before = 0.0 if session is None else session.counts.seconds
+        self._before = (0, 0.0) if session is None else (session.counts.compactions, session.counts.seconds)
 
     def _wrap(self, what: str, owner: Any, name: str) -> None:
         call = getattr(owner, name)
@@ -89,11 +89,9 @@ class Spent:
         """Return each part of `whole` seconds in percent, and what compactions took."""
         parts = {**self.seconds, "engine and sampling": whole - self.seconds.total()}
         found = {what: f"{seconds / whole:.1%}" for what, seconds in parts.items()}
-        if self._counts is not None and self._counts.compactions:
-            seconds = self._counts.seconds - self._before
-            found["of it compactions"] = (
-                f"{seconds / whole:.1%}, {1e3 * seconds / self._counts.compactions:.0f} ms each"
-            )
+        if self._counts is not None and (done := self._counts.compactions - self._before[0]):
+            seconds = self._counts.seconds - self._before[1]
+            found["of it compactions"] = f"{seconds / whole:.1%}, {1e3 * seconds / done:.0f} ms each"
         return found
 
 

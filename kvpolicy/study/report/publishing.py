@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.outputs import replace_file
 from kvpolicy.study.asked import Asked
+from kvpolicy.study.portable import short_command, short_paths
 from kvpolicy.study.published import SUFFIX, Published, published
 from kvpolicy.study.records import Recorded
 from kvpolicy.study.report.content import Commands, Measure, Place, Report, build
@@ -60,7 +61,8 @@ def publish(results: Recorded, asked: Asked, commands: Commands, folder: Path, o
     data = folder / f"{name}{SUFFIX}"
     replace_file(data, published(results, asked, commands.run), option)
     read = Published(data)
-    report = build(read, commands, Asked.last(read))
+    again = short_command(commands.report, short_paths(asked.study))
+    report = build(read, replace(commands, run=read.meta("command") or "", report=again), Asked.last(read))
     shown: dict[tuple[str, str, str], list[Picture]] = {}
     written = []
     for key, file, plot in pictures(report):

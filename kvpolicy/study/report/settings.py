@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -118,7 +118,8 @@ def settings(results: Recorded, asked: Asked) -> StudySettings:
         results: the results file.
         asked: what the study asks for.
     """
-    data = with_short_paths(asked.study, short_paths(asked.study))
+    short = short_paths(asked.study, (cell.policy for cell in asked.cells))
+    data = with_short_paths(asked.study, short)
     counted = results.records(asked.keys, outputs=False)
     made, versions = Counter(record.environment for record in counted), results.environments()
     models = asked.models or [{"name": name} for name in data.get("models", ())]
@@ -132,7 +133,7 @@ def settings(results: Recorded, asked: Asked) -> StudySettings:
         environments=tuple(
             {**versions.get(number, {}), "runs": f"{count:,}"} for number, count in sorted(made.items())
         ),
-        policies=_policies(asked.cells),
+        policies=_policies([replace(cell, policy=with_short_paths(cell.policy, short)) for cell in asked.cells]),
         problems=_problems(counted, results),
         version=kvpolicy.__version__,
         measured=_measured(counted, [versions.get(number, {}) for number in made]),
